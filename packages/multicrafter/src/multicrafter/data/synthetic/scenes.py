@@ -209,7 +209,7 @@ def make_scenes(
         Scenes with subjects padded to the largest number.
     """
     family = FAMILIES[config.family]
-    weights = torch.tensor(config.weights or [1.0] * len(config.numbers))
+    weights = torch.tensor(config.weights or [1.0] * len(config.numbers), dtype=torch.float32)
     pick = torch.multinomial(weights, count, replacement=True, generator=generator)
     number = torch.tensor(config.numbers)[pick] if identities is None else torch.full((count,), identities.shape[1])
     most = max(config.numbers) if identities is None else identities.shape[1]
