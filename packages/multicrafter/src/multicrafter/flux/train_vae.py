@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
@@ -21,11 +22,11 @@ KL_COEF = 1e-4  # nats per latent element; keeps the latents near unit scale and
 
 
 def vae_loss(pictures: Float[Tensor, "b 3 h w"], reconstruction: Float[Tensor, "b 3 h w"], mean: Tensor, logvar: Tensor) -> Tensor:
-    """``L1 + L1 of finite differences + KL_COEF * KL(q || N(0, 1))``, pictures in [-1, 1]."""
+    """``L1 + L2 + L1 of finite differences + KL_COEF * KL(q || N(0, 1))``, pictures in [-1, 1]."""
     error = reconstruction - pictures
     edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return error.abs().mean() + edges + KL_COEF * kl
+    return error.abs().mean() + error.square().mean() + edges + KL_COEF * kl
 
 
 def draw_pictures(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -35,17 +36,18 @@ def draw_pictures(count: int, generator: torch.Generator) -> tuple[Tensor, Tenso
     return scenes.images * 2 - 1, scenes.references[:, 0] * 2 - 1
 
 
-def train(out: Path, *, minutes: float, seed: int = 0, batch: int = 24) -> dict[str, Any]:
-    """Trains the VAE for ``minutes``, writes it to ``out`` with its scaling factor, and returns what was measured."""
+def train(out: Path, *, minutes: float, seed: int = 0, batch: int = 24, start: Path | None = None, lr: float = 2e-3) -> dict[str, Any]:
+    """Trains the VAE for ``minutes`` (from ``start`` if given), writes it to ``out`` with its scaling factor, and returns what was measured."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    vae = build_vae(TinyFluxConfig()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4, betas=(0.9, 0.99))
+    vae = AutoencoderKL.from_pretrained(start) if start else build_vae(TinyFluxConfig())
+    vae = vae.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4, betas=(0.9, 0.99))
     started, step = time.monotonic(), 0
     bar = tqdm(total=100, unit="%", desc="vae")
     while (progress := (time.monotonic() - started) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+            group["lr"] = lr * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         loss = torch.zeros(())
         for pictures, share in zip(draw_pictures(batch, generator), (1.0, 0.3), strict=True):
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -90,8 +92,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--start", type=Path, help="a VAE to go on from")
+    parser.add_argument("--lr", type=float, default=2e-3)
     arguments = parser.parse_args()
-    print(json.dumps(train(arguments.out, minutes=arguments.minutes, seed=arguments.seed), indent=2))
+    print(json.dumps(train(arguments.out, minutes=arguments.minutes, seed=arguments.seed, batch=arguments.batch, start=arguments.start, lr=arguments.lr), indent=2))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,213 @@
+"""Recipe of the tiny base: text to image plus ONE subject in context: ``python -m multicrafter.flux.train_base --vae DIR --out DIR``.
+
+The paper starts from a single-subject model; several references are never shown here, so that bleeding is left to stage 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from multicrafter.data.synthetic import FAMILIES, WorldConfig, make_scenes
+from multicrafter.flux.model import add_noise, encode_images, encode_prompts, predict_velocity
+from multicrafter.flux.packing import pack_latents
+from multicrafter.flux.tiny import TinyFluxConfig, build_pipeline
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, FluxPipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """How the base is trained.
+
+    Attributes:
+        minutes: Wall time of the training; the learning rate decays to zero over it.
+        batch: Samples a step.
+        lr: Peak learning rate (AdamW).
+        lr_matrix: Peak learning rate of the hidden matrices (Muon, scaled to AdamW's RMS); 0 trains them with AdamW.
+        ema: Decay of the averaged weights that are written.
+        reference_share: Share of steps with a reference; the others are text to image.
+        companion_share: Share of the scenes with a reference that show one more person than the reference does.
+        pool: Samples kept in memory; every step draws from them and replaces a quarter of a batch.
+        seed: Seed of weights and data.
+    """
+
+    family: str = "people"
+    minutes: float = 60.0
+    batch: int = 48
+    lr: float = 1e-3
+    lr_matrix: float = 1e-3
+    ema: float = 0.999
+    reference_share: float = 0.75
+    companion_share: float = 0.3
+    pool: int = 24_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"family must be one of {tuple(FAMILIES)}, got {self.family!r}")
+        if self.minutes <= 0 or self.batch < 1 or self.lr <= 0 or self.pool < self.batch:
+            raise ValueError(f"minutes, batch, lr must be positive and pool at least batch, got {self}")
+
+
+class LatentPool:
+    """A rolling pool of encoded samples: packed image tokens, packed reference tokens, captions."""
+
+    def __init__(self, vae: AutoencoderKL, config: WorldConfig, capacity: int, generator: torch.Generator) -> None:
+        self.vae, self.config, self.capacity, self.generator = vae, config, capacity, generator
+        self.images: list[Tensor] = []
+        self.references: list[Tensor] = []
+        self.captions: list[str] = []
+        self.cursor = 0
+
+    @torch.no_grad()
+    def add(self, count: int) -> None:
+        """Draws and encodes ``count`` new samples; the oldest give way."""
+        scenes = make_scenes(count, self.config, self.generator)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            images = pack_latents(encode_images(self.vae, scenes.images)).to(torch.bfloat16)
+            references = pack_latents(encode_images(self.vae, scenes.references[:, 0])).to(torch.bfloat16)
+        for image, reference, text in zip(images, references, scenes.captions(FAMILIES[self.config.family]), strict=True):
+            if len(self.images) < self.capacity:
+                self.images.append(image)
+                self.references.append(reference)
+                self.captions.append(text)
+            else:
+                self.images[self.cursor], self.references[self.cursor], self.captions[self.cursor] = image, reference, text
+                self.cursor = (self.cursor + 1) % self.capacity
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor, list[str]]:
+        """A random batch: image tokens, reference tokens, captions."""
+        rows = torch.randint(len(self.images), (count,), generator=self.generator).tolist()
+        images = torch.stack([self.images[i] for i in rows]).float()
+        return images, torch.stack([self.references[i] for i in rows]).float(), [self.captions[i] for i in rows]
+
+
+def _optimizers(pipe: FluxPipeline, config: BaseConfig) -> list[tuple[torch.optim.Optimizer, float]]:
+    named = [
+        (name, p)
+        for module in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2)
+        for name, p in module.named_parameters()
+    ]
+    hidden = [p for n, p in named if config.lr_matrix and p.ndim == 2 and "transformer_blocks" in n]
+    chosen = {id(p) for p in hidden}
+    rest = [p for _, p in named if id(p) not in chosen]
+    found: list[tuple[torch.optim.Optimizer, float]] = [
+        (torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True), config.lr)
+    ]
+    if hidden:
+        muon = torch.optim.Muon(hidden, lr=config.lr_matrix, weight_decay=0.01, ns_steps=4, adjust_lr_fn="match_rms_adamw")
+        found.append((muon, config.lr_matrix))
+    return found
+
+
+def _batches(pools: list[tuple[LatentPool, float]], config: BaseConfig, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor | None, list[str]]]:
+    shares = torch.tensor([share for _, share in pools])
+    while True:
+        index = int(torch.multinomial(shares, 1, generator=generator))
+        pool = pools[index][0]
+        pool.add(config.batch if len(pool.images) < pool.capacity // 4 else config.batch // 4)
+        images, references, captions = pool.draw(config.batch)
+        yield images, None if index == 0 else references, captions
+
+
+def train(vae_folder: Path, out: Path, config: BaseConfig, *, save_minutes: float = 10.0) -> dict[str, Any]:
+    """Trains the base on the VAE in ``vae_folder``; writes a diffusers directory (averaged weights) to ``out`` now and then."""
+    from diffusers import AutoencoderKL
+
+    pipe = build_pipeline(TinyFluxConfig(), seed=config.seed)
+    pipe.register_modules(vae=AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False))
+    generator = torch.Generator().manual_seed(config.seed)
+    world = {"family": config.family}
+    text_only = LatentPool(pipe.vae, WorldConfig(numbers=(1, 2, 3, 4), weights=(2, 4, 1, 1), **world), config.pool // 4, generator)
+    numbers = WorldConfig(numbers=(1, 2), weights=(1 - config.companion_share, config.companion_share), **world)
+    pools = [(text_only, 1 - config.reference_share), (LatentPool(pipe.vae, numbers, config.pool, generator), config.reference_share)]
+    optimizers = _optimizers(pipe, config)
+    trained = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
+    averaged = [copy.deepcopy(m).requires_grad_(False) for m in trained]
+    started = saved = time.monotonic()
+    history: list[dict[str, float]] = []
+    running, step = 0.0, 0
+    bar = tqdm(total=100, unit="%", desc="base")
+    for images, references, captions in _batches(pools, config, generator):
+        progress = (time.monotonic() - started) / (60 * config.minutes)
+        if progress >= 1:
+            break
+        for optimizer, peak in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * min(1, (step + 1) / 200) * min(1.0, (1 - progress) / 0.6) ** 1.0
+        noise = torch.randn(images.shape, generator=generator)
+        sigma = torch.sigmoid(torch.randn(len(images), generator=generator))
+        given = [] if references is None else [references]
+        velocity = predict_velocity(
+            pipe.transformer,
+            add_noise(images, noise, sigma),
+            sigma,
+            encode_prompts(pipe, captions),
+            image_grid=(8, 8),
+            references=given,
+            reference_grids=[(4, 4)] * len(given),
+        )
+        loss = (velocity - (noise - images)).square().mean()
+        for optimizer, _ in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for m in trained for p in m.parameters()], 1.0)
+        for optimizer, _ in optimizers:
+            optimizer.step()
+        step += 1
+        decay = min(config.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for average, module in zip(averaged, trained, strict=True):
+                torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in module.parameters()], 1 - decay)
+        running += (loss.item() - running) * max(0.01, 1 / step)
+        if step % 50 == 0:
+            history.append({"step": step, "seconds": round(time.monotonic() - started, 1), "loss": round(running, 5)})
+            bar.update(int(100 * progress) - bar.n)
+            bar.set_postfix(step=step, loss=f"{running:.4f}")
+        if time.monotonic() - saved > 60 * save_minutes:
+            _save(pipe, averaged, out, config, history)
+            saved = time.monotonic()
+    bar.close()
+    return _save(pipe, averaged, out, config, history)
+
+
+def _save(pipe: FluxPipeline, averaged: list[torch.nn.Module], out: Path, config: BaseConfig, history: list[dict[str, float]]) -> dict[str, Any]:
+    halves = [copy.deepcopy(m).half() for m in averaged]
+    names = ("transformer", "text_encoder", "text_encoder_2")
+    original = {name: getattr(pipe, name) for name in names}
+    vae = pipe.vae
+    pipe.register_modules(**dict(zip(names, halves, strict=True)), vae=copy.deepcopy(vae).half())
+    pipe.save_pretrained(out)
+    pipe.register_modules(**original, vae=vae)
+    report = {"config": asdict(config), "samples": history[-1]["step"] * config.batch if history else 0, "history": history[:: max(1, len(history) // 60)]}
+    (out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    for name, kind in (("minutes", float), ("lr", float), ("lr-matrix", float), ("seed", int), ("pool", int), ("batch", int)):
+        parser.add_argument(f"--{name}", type=kind, default=getattr(BaseConfig, name.replace("-", "_")))
+    parser.add_argument("--family", default="people", choices=tuple(FAMILIES))
+    options = vars(parser.parse_args())
+    vae, out = options.pop("vae"), options.pop("out")
+    train(vae, out, BaseConfig(**options))
+
+
+if __name__ == "__main__":
+    main()
