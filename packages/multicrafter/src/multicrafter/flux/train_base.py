@@ -146,7 +146,7 @@ def train(vae_folder: Path, out: Path, config: BaseConfig, *, save_minutes: floa
             break
         for optimizer, peak in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = peak * min(1, (step + 1) / 200) * min(1.0, (1 - progress) / 0.6) ** 1.0
+                group["lr"] = peak * min(1, (step + 1) / 100) * min(1.0, (1 - progress) / 0.6) ** 1.0
         noise = torch.randn(images.shape, generator=generator)
         sigma = torch.sigmoid(torch.randn(len(images), generator=generator))
         given = [] if references is None else [references]
