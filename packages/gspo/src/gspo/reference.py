@@ -1,0 +1,53 @@
+"""Slow twins: plain Python loops over numbers, and the conventions of other code bases."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def flow_sde_step(x: float, v: float, sigma: float, sigma_next: float, noise_level: float, sigma_max: float) -> tuple[float, float]:
+    """Mean and std of Flow-GRPO's step for one element."""
+    s = noise_level * math.sqrt(sigma / (1 - (sigma_max if sigma == 1 else sigma)))
+    dt = sigma_next - sigma
+    mean = x * (1 + s * s * dt / (2 * sigma)) + v * (1 + s * s * (1 - sigma) / (2 * sigma)) * dt
+    return mean, s * math.sqrt(-dt)
+
+
+def log_prob(value: list[float], mean: list[float], std: float) -> float:
+    """Gaussian log density, mean over elements."""
+    terms = [-((a - b) ** 2) / (2 * std * std) - math.log(std) - 0.5 * math.log(2 * math.pi) for a, b in zip(value, mean, strict=True)]
+    return sum(terms) / len(terms)
+
+
+def flow_cps_reference_log_prob(next_latents: Tensor, mean: Tensor) -> Tensor:
+    """Flow-CPS's own "log-prob": ``-mean((next - mean)^2)``: ours times 2 std^2, without constants."""
+    return -(next_latents - mean).square().flatten(1).mean(1)
+
+
+def dance_reference_log_prob(next_latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Dance-GRPO's "log-prob": ours without ``-log std - log(2 pi) / 2``."""
+    return -(next_latents - mean).square().flatten(1).mean(1) / (2 * std.square())
+
+
+def group_advantages(rewards: list[float], group_ids: list[int], ddof: int = 0, eps: float = 1e-4) -> list[float]:
+    """Advantages by loops."""
+    result = []
+    for reward, group in zip(rewards, group_ids, strict=True):
+        members = [r for r, g in zip(rewards, group_ids, strict=True) if g == group]
+        mean = sum(members) / len(members)
+        std = math.sqrt(sum((m - mean) ** 2 for m in members) / (len(members) - ddof))
+        result.append((reward - mean) / (std + eps))
+    return result
+
+
+def surrogate(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """GSPO's loss by loops over samples."""
+    total = torch.zeros(())
+    for i in range(len(advantages)):
+        ratio = torch.exp((log_prob[i] - old_log_prob[i]).mean())
+        clipped = torch.clamp(ratio, 1 - clip_range, 1 + clip_range)
+        total = total + torch.min(ratio * advantages[i], clipped * advantages[i])
+    return -total / len(advantages)
