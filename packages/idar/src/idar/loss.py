@@ -1,0 +1,98 @@
+"""Losses between attention maps and subject masks."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from idar.masks import Normalization, normalize_maps
+
+LossKind = Literal["dice", "soft_iou", "cross_entropy", "share_cross_entropy"]
+
+
+class IDARLoss(NamedTuple):
+    """``loss``: scalar, mean over the batch of the sum over subjects; ``per_subject``: (b, s), 0 where absent; ``present``: (b, s)."""
+
+    loss: Float[Tensor, ""]
+    per_subject: Float[Tensor, "b s"]
+    present: Bool[Tensor, "b s"]
+
+
+def check_masks(maps: Tensor, masks: Tensor) -> None:
+    """Raises ValueError unless maps and masks are both (b, s, n) and finite where it matters."""
+    if maps.dim() != 3 or maps.shape != masks.shape:
+        raise ValueError(f"maps and masks must both be (b, s, n), got {tuple(maps.shape)} and {tuple(masks.shape)}")
+    if not bool(torch.isfinite(maps).all()):
+        raise ValueError("maps must be finite, got NaN or infinity (are the queries finite?)")
+
+
+def dice(maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s n"], eps: float) -> Float[Tensor, "b s"]:
+    """``1 - (2 sum_j m M + eps) / (sum_j m + sum_j M + eps)`` (MultiCrafter, arXiv 2509.21953, section 3.2; V-Net, 1606.04797)."""
+    return 1 - (2 * (maps * masks).sum(-1) + eps) / (maps.sum(-1) + masks.sum(-1) + eps)
+
+
+def soft_iou(maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s n"], eps: float) -> Float[Tensor, "b s"]:
+    """``1 - (sum_j m M + eps) / (sum_j m + M - m M + eps)``."""
+    both = (maps * masks).sum(-1)
+    return 1 - (both + eps) / (maps.sum(-1) + masks.sum(-1) - both + eps)
+
+
+def cross_entropy(maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s n"], eps: float) -> Float[Tensor, "b s"]:
+    """``-log of the share of the map's mass inside the mask``; maps are first divided by their sum."""
+    inside = (maps * masks).sum(-1) / maps.sum(-1).clamp_min(eps)
+    return -(inside + eps).log()
+
+
+def share_cross_entropy(maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s n"], eps: float) -> Float[Tensor, "b s"]:
+    """``-mean over tokens of the subject of log(m_i / sum_k m_k)``: inside its mask a token should listen to its own reference.
+
+    Tokens count by their coverage. Made for maps of "image_to_reference"; with one subject it is 0.
+    """
+    share = normalize_maps(maps, "share", eps=eps)
+    return -(masks * (share + eps).log()).sum(-1) / masks.sum(-1).clamp_min(eps)
+
+
+_LOSSES = {"dice": dice, "soft_iou": soft_iou, "cross_entropy": cross_entropy, "share_cross_entropy": share_cross_entropy}
+
+
+def idar_loss(
+    maps: Float[Tensor, "b s n"],
+    masks: Float[Tensor, "b s n"],
+    *,
+    kind: LossKind = "dice",
+    normalization: Normalization = "none",
+    weight: Float[Tensor, " b"] | None = None,
+    eps: float = 1e-6,
+) -> IDARLoss:
+    """Attention loss of subjects against their masks; overlapping masks are allowed.
+
+    A subject whose mask is empty (absent from the target) is left out.
+
+    Args:
+        maps: From `subject_attention`, averaged over blocks.
+        masks: From `token_masks`, in [0, 1].
+        kind: "dice" (the paper), "soft_iou", "cross_entropy" of the map, or "share_cross_entropy" (image_to_reference).
+        normalization: Applied to the maps before the loss (`normalize_maps`).
+        weight: One factor per sample, such as a function of sigma.
+        eps: Smoothing.
+
+    Raises:
+        ValueError: Shapes differ, kind is unknown, maps are not finite, or every mask is empty.
+
+    >>> perfect = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    >>> round(idar_loss(perfect, perfect).loss.item(), 4)
+    0.0
+    """
+    check_masks(maps, masks)
+    if kind not in _LOSSES:
+        raise ValueError(f"kind must be one of {tuple(_LOSSES)}, got {kind!r}")
+    present = masks.sum(-1) > 0
+    if not bool(present.any()):
+        raise ValueError("masks must cover something for at least one subject, got only empty masks")
+    values = _LOSSES[kind](normalize_maps(maps, normalization), masks.to(maps.dtype), eps)
+    values = torch.where(present, values, torch.zeros_like(values))
+    total = values.sum(1) if weight is None else values.sum(1) * weight
+    return IDARLoss(total.mean(), values.detach(), present)
