@@ -1,0 +1,59 @@
+"""Configuration of a mixture of LoRA experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Gating = Literal["softmax_then_topk", "topk_then_softmax"]
+Dispatch = Literal["grouped", "loop", "dense"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoELoRAConfig:
+    """A mixture of LoRA experts.
+
+    Attributes:
+        rank: Rank r of every expert.
+        alpha: Scale of the update, alpha / r.
+        num_experts: Number of experts e.
+        top_k: Experts a token is sent to.
+        gating: "softmax_then_topk" (Switch Transformer: the kept probabilities are the weights, the router learns also with
+            top_k 1) or "topk_then_softmax" (MultiCrafter's letter: with top_k 1 the weight is 1 and the router's gradient zero).
+        dispatch: How experts are computed; all give the same values.
+        jitter: Half width of the uniform noise that multiplies the router's input in training, in [0, 1).
+        balance_coef: Weight of the load-balance loss.
+        z_coef: Weight of the router z-loss.
+    """
+
+    rank: int
+    alpha: float
+    num_experts: int = 4
+    top_k: int = 1
+    gating: Gating = "softmax_then_topk"
+    dispatch: Dispatch = "grouped"
+    jitter: float = 0.0
+    balance_coef: float = 0.01
+    z_coef: float = 0.001
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "num_experts", "top_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k must be at most num_experts = {self.num_experts}, got {self.top_k}")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be positive, got {self.alpha}")
+        if self.gating not in ("softmax_then_topk", "topk_then_softmax"):
+            raise ValueError(f"gating must be 'softmax_then_topk' or 'topk_then_softmax', got {self.gating!r}")
+        if self.dispatch not in ("grouped", "loop", "dense"):
+            raise ValueError(f"dispatch must be 'grouped', 'loop' or 'dense', got {self.dispatch!r}")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter must be in [0, 1), got {self.jitter}")
+        if self.balance_coef < 0 or self.z_coef < 0:
+            raise ValueError(f"balance_coef and z_coef must not be negative, got {self.balance_coef} and {self.z_coef}")
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
