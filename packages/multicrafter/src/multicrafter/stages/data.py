@@ -1,0 +1,57 @@
+"""Encoded scenes of several subjects, drawn once and shared by the runs that are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from idar import token_masks
+from torch import Tensor
+
+from multicrafter.data.synthetic import FAMILIES, WorldConfig, make_scenes
+from multicrafter.flux.model import encode_images
+from multicrafter.flux.packing import pack_latents
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+
+
+@dataclass
+class EncodedScenes:
+    """tokens (n, 64, d), references (n, m, 16, d), masks (n, m, 64), captions, identities (n, m, a), images and reference pictures."""
+
+    tokens: Tensor
+    references: Tensor
+    masks: Tensor
+    captions: list[str]
+    identities: Tensor
+    images: Tensor
+    reference_images: Tensor
+    grid: tuple[int, int]
+    reference_grid: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@torch.no_grad()
+def encode_scenes(pipe: FluxPipeline, world: WorldConfig, count: int, *, seed: int, chunk: int = 100) -> EncodedScenes:
+    """Draws ``count`` scenes with as many subjects each as the world's single number, and encodes them."""
+    if len(world.numbers) != 1:
+        raise ValueError(f"numbers must hold one number of subjects, got {world.numbers}")
+    generator = torch.Generator().manual_seed(seed)
+    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1) * 2
+    grid, reference_grid = (world.size // factor,) * 2, (world.reference_size // factor,) * 2
+    parts: list[tuple[Tensor, ...]] = []
+    captions: list[str] = []
+    for start in range(0, count, chunk):
+        scenes = make_scenes(min(chunk, count - start), world, generator)
+        captions += scenes.captions(FAMILIES[world.family])
+        references = pack_latents(encode_images(pipe.vae, scenes.references.flatten(0, 1)))
+        tokens = pack_latents(encode_images(pipe.vae, scenes.images))
+        parts.append(
+            (tokens, references.unflatten(0, scenes.references.shape[:2]), token_masks(scenes.masks.clamp(0, 1), grid), scenes.identities, scenes.images, scenes.references)
+        )
+    tokens, references, masks, identities, images, pictures = (torch.cat(p) for p in zip(*parts, strict=True))
+    return EncodedScenes(tokens, references, masks, captions, identities, images, pictures, grid, reference_grid)
