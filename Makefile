@@ -1,50 +1,78 @@
 # make demo | test | test-all | check | bench | docs | clean
 # Needs python3 >= 3.11 and a package index. Everything is installed inside this folder: hatch into .hatch/, the
-# environment into .venv/ (some 7 GB); the system Python is never touched.
+# environment into .venv/ (some 7 GB); the system Python is never touched. `make clean` removes both.
 SHELL := /bin/bash
 PYTHON ?= python3
-READY := .venv/.ready
+HATCH_VERSION := 1.18.2
+WORKERS ?= 2
 RUN := .venv/bin/python
+READY := .venv/.ready
 INPUTS := pyproject.toml constraints.txt $(wildcard packages/*/pyproject.toml)
+LEAVES := gspo idar moe_lora id_reward
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+HATCH := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+	HATCH_CONFIG=.hatch/config.toml HATCH_DATA_DIR=.hatch/data HATCH_CACHE_DIR=.hatch/cache .hatch/bin/python -m hatch
 
-.PHONY: demo test test-all check bench docs clean environment
+.PHONY: demo test test-all check bench docs clean environment help
+
+help:
+	@echo "make demo      train both stages on the shipped tiny model, evaluate, write a report into runs/demo"
+	@echo "make test      the tests that take seconds ($(WORKERS) workers; WORKERS=4 for more)"
+	@echo "make test-all  the slow ones as well"
+	@echo "make check     ruff, mypy, import rules, changelog fragments, doctests, docs"
+	@echo "make bench     all micro-benchmarks in smoke size (BENCH_SIZE=full for real figures)"
+	@echo "make docs      the site, into site/"
+	@echo "make clean     remove .venv, .hatch, runs and caches"
 
 demo: environment
 	$(RUN) -m multicrafter demo --out runs/demo
 
 test: environment
-	$(RUN) -m pytest -m "not slow and not gpu"
+	$(ONE_THREAD) $(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu"
 
 test-all: environment
-	$(RUN) -m pytest
+	$(RUN) -m pytest -m "not gpu"
 
 check: environment
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	for leaf in gspo idar moe_lora id_reward; do MYPYPATH=packages/$$leaf/src $(RUN) -m mypy --strict packages/$$leaf/src || exit 1; done
+	for leaf in $(LEAVES); do $(RUN) -m mypy --strict packages/$$leaf/src || exit 1; done
+	$(RUN) -m mypy packages/multicrafter/src
 	.venv/bin/lint-imports
 	$(RUN) tests/check_fragments.py
-	$(RUN) -m pytest -q -p no:cacheprovider --doctest-modules packages/*/src --ignore-glob='*/integrations/*' --ignore-glob='*/backends/*'
+	$(ONE_THREAD) $(RUN) -m pytest -n $(WORKERS) --doctest-modules packages/*/src
+	$(MAKE) docs
 
 bench: environment
-	$(RUN) -m pytest packages/*/benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds -o python_files='bench_*.py'
+	$(RUN) benchmarks/run.py
 
 docs: environment
-	$(RUN) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 environment: $(READY)
 
-.hatch/bin/hatch:
-	@echo "==> installing hatch into .hatch/ (once)"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; set PYTHON=python3.11 or newer" >&2; exit 2; }
-	@rm -rf .hatch && $(PYTHON) -m venv .hatch || { echo "error: $(PYTHON) has no venv module; on Debian: apt-get install python3-venv" >&2; exit 2; }
-	@.hatch/bin/python -m pip install --quiet --disable-pip-version-check hatch==1.18.2
+# Written last, so that an interrupted installation starts afresh.
+.hatch/.ready:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: $(PYTHON) is missing or older than 3.11; say make PYTHON=python3.12, for example" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+	  || { echo "error: $(PYTHON) cannot make environments; on Debian and Ubuntu: sudo apt-get install python3-venv" >&2; exit 2; }
+	@echo "==> installing hatch $(HATCH_VERSION) into .hatch/ (once)"
+	@rm -rf .hatch && $(PYTHON) -m venv .hatch
+	@.hatch/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt hatch==$(HATCH_VERSION)
+	@touch .hatch/config.toml $@
 
-$(READY): $(INPUTS) | .hatch/bin/hatch
-	@echo "==> creating the environment in .venv/ (some 7 GB, a few minutes; later runs reuse it)"
-	@rm -rf .venv
-	PIP_CONSTRAINT="$(CURDIR)/constraints.txt" .hatch/bin/python -m hatch env create default
-	@touch $(READY)
+# A complete environment is brought up to date when a pyproject.toml changed; an incomplete one, or one of other
+# constraints, is made anew (pip's cache makes that a matter of a minute or two).
+$(READY): $(INPUTS) | .hatch/.ready
+	@if [ -e $(READY) ] && cmp -s constraints.txt .venv/constraints.txt; then \
+	  echo "==> a pyproject.toml changed: bringing .venv/ up to date"; \
+	  $(HATCH) run default:python -m pip install --quiet --no-deps --no-build-isolation $(patsubst %/pyproject.toml,-e %,$(wildcard packages/*/pyproject.toml)); \
+	else \
+	  echo "==> creating the environment in .venv/ (some 7 GB, a few minutes; later runs reuse it)"; \
+	  rm -rf .venv && $(HATCH) env create default && cp constraints.txt .venv/; \
+	fi
+	@touch $@
 
 clean:
-	rm -rf .venv .hatch runs site .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .hatch runs site .benchmarks .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
