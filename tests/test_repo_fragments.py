@@ -1,0 +1,61 @@
+"""The changelog check finds what it is there for."""
+
+import subprocess
+
+import check_fragments
+import pytest
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A repository with one package, committed, without a fragment."""
+    package = tmp_path / "packages" / "thing"
+    (package / "src" / "thing").mkdir(parents=True)
+    (package / "changelog.d").mkdir()
+    (package / "pyproject.toml").write_text("")
+    (package / "src" / "thing" / "__init__.py").write_text("")
+    git(tmp_path, "init", "-q")
+    commit(tmp_path)
+    return tmp_path
+
+
+def git(root, *arguments):
+    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments], cwd=root, check=True, capture_output=True)
+
+
+def commit(root):
+    git(root, "add", "-A")
+    git(root, "commit", "-q", "--allow-empty", "-m", "x")
+
+
+def test_changed_source_needs_a_fragment(checkout):
+    assert len(check_fragments.problems(checkout)) == 1
+    (checkout / "packages/thing/changelog.d/2.feature.md").write_text("A thing.")
+    assert check_fragments.problems(checkout) == []
+
+
+def test_after_a_release_only_new_changes_need_one(checkout):
+    git(checkout, "tag", "thing-v0.1.0")
+    assert check_fragments.problems(checkout) == []
+    (checkout / "packages/thing/src/thing/__init__.py").write_text("x = 1")
+    commit(checkout)
+    assert "since thing-v0.1.0" in check_fragments.problems(checkout)[0]
+
+
+def test_the_newest_tag_counts_by_version(checkout):
+    git(checkout, "tag", "thing-v0.10.0")
+    git(checkout, "tag", "thing-v0.9.0")
+    (checkout / "packages/thing/src/thing/__init__.py").write_text("x = 1")
+    commit(checkout)
+    assert "since thing-v0.10.0" in check_fragments.problems(checkout)[0]
+
+
+@pytest.mark.parametrize("name", ["feature.md", "2.features.md", "2.feature.txt", "notes.md"])
+def test_misnamed_fragments_are_found(checkout, name):
+    (checkout / "packages/thing/changelog.d" / name).write_text("A thing.")
+    assert any(name in line for line in check_fragments.problems(checkout))
+
+
+def test_empty_fragments_are_found(checkout):
+    (checkout / "packages/thing/changelog.d/2.feature.md").write_text("\n")
+    assert "empty" in check_fragments.problems(checkout)[0]
