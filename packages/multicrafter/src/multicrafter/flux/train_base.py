@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,9 @@ class BaseConfig:
         ema: Decay of the averaged weights that are written.
         reference_share: Share of steps with a reference; the others are text to image.
         companion_share: Share of the scenes with a reference that show one more person than the reference does.
+        subject_weight: Tokens wholly covered by a subject weigh ``1 + subject_weight`` times a background token: they are few and carry the identity.
         pool: Samples kept in memory; every step draws from them and replaces a quarter of a batch.
+        autocast: Whether the forward pass runs in bfloat16 (faster on processors that have it).
         seed: Seed of weights and data.
     """
 
@@ -51,7 +53,9 @@ class BaseConfig:
     ema: float = 0.999
     reference_share: float = 0.75
     companion_share: float = 0.3
+    subject_weight: float = 3.0
     pool: int = 24_000
+    autocast: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,6 +65,15 @@ class BaseConfig:
             raise ValueError(f"minutes, batch, lr must be positive and pool at least batch, got {self}")
 
 
+class Batch(NamedTuple):
+    """images (b, 64, d) and references (b, 16, d) as tokens, coverage (b, 64) by subjects in [0, 1], captions."""
+
+    images: Tensor
+    references: Tensor | None
+    coverage: Tensor
+    captions: list[str]
+
+
 class LatentPool:
     """A rolling pool of encoded samples: packed image tokens, packed reference tokens, captions."""
 
@@ -68,6 +81,7 @@ class LatentPool:
         self.vae, self.config, self.capacity, self.generator = vae, config, capacity, generator
         self.images: list[Tensor] = []
         self.references: list[Tensor] = []
+        self.coverage: list[Tensor] = []
         self.captions: list[str] = []
         self.cursor = 0
 
@@ -78,20 +92,24 @@ class LatentPool:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             images = pack_latents(encode_images(self.vae, scenes.images)).to(torch.bfloat16)
             references = pack_latents(encode_images(self.vae, scenes.references[:, 0])).to(torch.bfloat16)
-        for image, reference, text in zip(images, references, scenes.captions(FAMILIES[self.config.family]), strict=True):
+        coverage = torch.nn.functional.adaptive_avg_pool2d(scenes.masks.sum(1).clamp(0, 1), 8).flatten(1)
+        captions = scenes.captions(FAMILIES[self.config.family])
+        for image, reference, cover, text in zip(images, references, coverage, captions, strict=True):
             if len(self.images) < self.capacity:
                 self.images.append(image)
                 self.references.append(reference)
+                self.coverage.append(cover)
                 self.captions.append(text)
             else:
-                self.images[self.cursor], self.references[self.cursor], self.captions[self.cursor] = image, reference, text
-                self.cursor = (self.cursor + 1) % self.capacity
+                at = self.cursor
+                self.images[at], self.references[at], self.coverage[at], self.captions[at] = image, reference, cover, text
+                self.cursor = (at + 1) % self.capacity
 
-    def draw(self, count: int) -> tuple[Tensor, Tensor, list[str]]:
-        """A random batch: image tokens, reference tokens, captions."""
+    def draw(self, count: int) -> Batch:
+        """A random batch."""
         rows = torch.randint(len(self.images), (count,), generator=self.generator).tolist()
-        images = torch.stack([self.images[i] for i in rows]).float()
-        return images, torch.stack([self.references[i] for i in rows]).float(), [self.captions[i] for i in rows]
+        images, references, coverage = (torch.stack([part[i] for i in rows]).float() for part in (self.images, self.references, self.coverage))
+        return Batch(images, references, coverage, [self.captions[i] for i in rows])
 
 
 def _optimizers(pipe: FluxPipeline, config: BaseConfig) -> list[tuple[torch.optim.Optimizer, float]]:
@@ -112,21 +130,23 @@ def _optimizers(pipe: FluxPipeline, config: BaseConfig) -> list[tuple[torch.opti
     return found
 
 
-def _batches(pools: list[tuple[LatentPool, float]], config: BaseConfig, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor | None, list[str]]]:
+def _batches(pools: list[tuple[LatentPool, float]], config: BaseConfig, generator: torch.Generator) -> Iterator[Batch]:
     shares = torch.tensor([share for _, share in pools])
     while True:
         index = int(torch.multinomial(shares, 1, generator=generator))
         pool = pools[index][0]
         pool.add(config.batch if len(pool.images) < pool.capacity // 4 else config.batch // 4)
-        images, references, captions = pool.draw(config.batch)
-        yield images, None if index == 0 else references, captions
+        batch = pool.draw(config.batch)
+        yield batch._replace(references=None) if index == 0 else batch
 
 
-def train(vae_folder: Path, out: Path, config: BaseConfig, *, save_minutes: float = 10.0) -> dict[str, Any]:
-    """Trains the base on the VAE in ``vae_folder``; writes a diffusers directory (averaged weights) to ``out`` now and then."""
-    from diffusers import AutoencoderKL
+def train(vae_folder: Path, out: Path, config: BaseConfig, *, start: Path | None = None, save_minutes: float = 10.0) -> dict[str, Any]:
+    """Trains the base on the VAE in ``vae_folder``, from scratch or from ``start``; writes a diffusers directory (averaged weights) to ``out`` now and then."""
+    from diffusers import AutoencoderKL, FluxPipeline
 
     pipe = build_pipeline(TinyFluxConfig(), seed=config.seed)
+    if start is not None:
+        pipe = FluxPipeline.from_pretrained(start, torch_dtype=torch.float32)
     pipe.register_modules(vae=AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False))
     generator = torch.Generator().manual_seed(config.seed)
     world = {"family": config.family}
@@ -140,7 +160,7 @@ def train(vae_folder: Path, out: Path, config: BaseConfig, *, save_minutes: floa
     history: list[dict[str, float]] = []
     running, step = 0.0, 0
     bar = tqdm(total=100, unit="%", desc="base")
-    for images, references, captions in _batches(pools, config, generator):
+    for images, references, coverage, captions in _batches(pools, config, generator):
         progress = (time.monotonic() - started) / (60 * config.minutes)
         if progress >= 1:
             break
@@ -150,16 +170,18 @@ def train(vae_folder: Path, out: Path, config: BaseConfig, *, save_minutes: floa
         noise = torch.randn(images.shape, generator=generator)
         sigma = torch.sigmoid(torch.randn(len(images), generator=generator))
         given = [] if references is None else [references]
-        velocity = predict_velocity(
-            pipe.transformer,
-            add_noise(images, noise, sigma),
-            sigma,
-            encode_prompts(pipe, captions),
-            image_grid=(8, 8),
-            references=given,
-            reference_grids=[(4, 4)] * len(given),
-        )
-        loss = (velocity - (noise - images)).square().mean()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.autocast):
+            velocity = predict_velocity(
+                pipe.transformer,
+                add_noise(images, noise, sigma),
+                sigma,
+                encode_prompts(pipe, captions),
+                image_grid=(8, 8),
+                references=given,
+                reference_grids=[(4, 4)] * len(given),
+            )
+        weight = 1 + config.subject_weight * coverage
+        loss = ((velocity.float() - (noise - images)).square().mean(2) * weight / weight.mean()).mean()
         for optimizer, _ in optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -201,12 +223,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    for name, kind in (("minutes", float), ("lr", float), ("lr-matrix", float), ("seed", int), ("pool", int), ("batch", int)):
+    parser.add_argument("--start", type=Path, help="directory of a base to go on from")
+    parser.add_argument("--autocast", action="store_true")
+    for name, kind in (("minutes", float), ("lr", float), ("lr-matrix", float), ("seed", int), ("pool", int), ("batch", int), ("ema", float), ("reference-share", float)):
         parser.add_argument(f"--{name}", type=kind, default=getattr(BaseConfig, name.replace("-", "_")))
     parser.add_argument("--family", default="people", choices=tuple(FAMILIES))
     options = vars(parser.parse_args())
-    vae, out = options.pop("vae"), options.pop("out")
-    train(vae, out, BaseConfig(**options))
+    vae, out, start = options.pop("vae"), options.pop("out"), options.pop("start")
+    train(vae, out, BaseConfig(**options), start=start)
 
 
 if __name__ == "__main__":

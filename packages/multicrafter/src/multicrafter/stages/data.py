@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class EncodedScenes:
-    """tokens (n, 64, d), references (n, m, 16, d), masks (n, m, 64), captions, identities (n, m, a), images and reference pictures."""
+    """tokens (n, 64, d), references (n, m, 16, d), masks (n, m, 64), captions, identities (n, m, a), images, reference pictures, setting and time (n,)."""
 
     tokens: Tensor
     references: Tensor
@@ -28,6 +28,8 @@ class EncodedScenes:
     identities: Tensor
     images: Tensor
     reference_images: Tensor
+    setting: Tensor
+    time: Tensor
     grid: tuple[int, int]
     reference_grid: tuple[int, int]
 
@@ -51,7 +53,16 @@ def encode_scenes(pipe: FluxPipeline, world: WorldConfig, count: int, *, seed: i
         references = pack_latents(encode_images(pipe.vae, scenes.references.flatten(0, 1)))
         tokens = pack_latents(encode_images(pipe.vae, scenes.images))
         parts.append(
-            (tokens, references.unflatten(0, scenes.references.shape[:2]), token_masks(scenes.masks.clamp(0, 1), grid), scenes.identities, scenes.images, scenes.references)
+            (
+                tokens,
+                references.unflatten(0, scenes.references.shape[:2]),
+                token_masks(scenes.masks.clamp(0, 1), grid),
+                scenes.identities,
+                scenes.images,
+                scenes.references,
+                scenes.setting,
+                scenes.time,
+            )
         )
-    tokens, references, masks, identities, images, pictures = (torch.cat(p) for p in zip(*parts, strict=True))
-    return EncodedScenes(tokens, references, masks, captions, identities, images, pictures, grid, reference_grid)
+    tokens, references, masks, identities, images, pictures, setting, time = (torch.cat(p) for p in zip(*parts, strict=True))
+    return EncodedScenes(tokens, references, masks, captions, identities, images, pictures, setting, time, grid, reference_grid)

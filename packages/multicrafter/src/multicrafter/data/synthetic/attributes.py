@@ -106,7 +106,7 @@ class Family:
         return torch.where(bucket < 8, 0, bucket - 7)
 
     def sample(
-        self, count: int, split: Split, generator: torch.Generator, *, like: Int[Tensor, "n a"] | None = None, shared: int = 0
+        self, count: int, split: Split, generator: torch.Generator, *, like: Int[Tensor, "n a"] | None = None, shared: int | Tensor = 0
     ) -> Int[Tensor, "n a"]:
         """Draws ``count`` identities of ``split`` uniformly; with ``like`` each keeps ``shared`` random attributes of that row.
 
@@ -115,7 +115,7 @@ class Family:
             split: "train", "validation" or "test".
             generator: Source of randomness.
             like: Rows ``(count, a)`` to look similar to (never equal to).
-            shared: How many of its attributes are kept, in [0, a - 1].
+            shared: How many of its attributes are kept, in [0, a - 1]; one number, or one per row (n,).
 
         Raises:
             ValueError: ``split`` is unknown or ``shared`` is out of range.
@@ -123,14 +123,15 @@ class Family:
         order = ("train", "validation", "test")
         if split not in order:
             raise ValueError(f"split must be one of {order}, got {split!r}")
-        if not 0 <= shared < len(self.sizes):
+        kept = torch.as_tensor(shared).expand(count)
+        if not bool(((kept >= 0) & (kept < len(self.sizes))).all()):
             raise ValueError(f"shared must be in [0, {len(self.sizes) - 1}], got {shared}")
         rows = torch.empty(count, len(self.sizes), dtype=torch.int64)
         todo = torch.ones(count, dtype=torch.bool)
         while bool(todo.any()):
             draw = torch.stack([torch.randint(s, (count,), generator=generator) for s in self.sizes], 1)
             if like is not None:
-                keep = torch.rand(count, len(self.sizes), generator=generator).argsort(1) < shared
+                keep = torch.rand(count, len(self.sizes), generator=generator).argsort(1) < kept[:, None]
                 draw = torch.where(keep, like, draw)
             draw = self.canonical(draw)
             good = self.split_of(draw) == order.index(split)

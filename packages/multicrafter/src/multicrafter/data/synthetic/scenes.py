@@ -183,7 +183,7 @@ def _paste(canvas: Tensor, masks: Tensor, slot: int, rgb: Tensor, alpha: Tensor,
     painted.index_put_(where, (rgb * alpha[:, None]).permute(0, 2, 3, 1), accumulate=True)
     canvas.mul_(1 - full[:, None]).add_(painted.permute(0, 3, 1, 2))
     masks.mul_(1 - full[:, None])
-    masks[:, slot] = full
+    masks[rows, slot] = full[rows]
 
 
 def make_scenes(
@@ -217,8 +217,8 @@ def make_scenes(
         first = family.sample(count, config.split, generator)
         rows = [first]
         for _ in range(most - 1):
-            shared = int(torch.randint(config.shared_attributes + 1, (1,), generator=generator))
-            rows.append(family.sample(count, config.split, generator, like=first if shared else None, shared=shared))
+            shared = torch.randint(config.shared_attributes + 1, (count,), generator=generator)
+            rows.append(family.sample(count, config.split, generator, like=first, shared=shared))
         identities = torch.stack(rows, 1)
     present = torch.arange(most)[None] < number[:, None]
     kinds = torch.tensor([len(ARRANGEMENTS[n]) for n in (1, 2, 3, 4)])[number - 1]

@@ -1,0 +1,228 @@
+"""The command line: ``multicrafter demo | pretrain | align | generate | evaluate | report``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+
+def _quiet() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.simplefilter("ignore")
+
+
+def _writable(path: Path) -> None:
+    """Fails before the work, not after it."""
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"--out {path} must be writable, but {folder} is not a folder that can be written to")
+    if path.is_dir() and path.suffix:
+        raise ValueError(f"--out {path} must be a file, but it is a folder")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """Pictures from references."""
+    from id_reward.images import open_image
+    from tqdm import tqdm
+
+    from multicrafter.pipeline import MultiCrafterPipeline
+
+    if not arguments.reference:
+        raise ValueError("--reference must be given at least once, got none")
+    if not arguments.prompt.strip():
+        raise ValueError("--prompt must not be empty")
+    if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--out must end in .png, .jpg or .webp, got {str(arguments.out)!r}")
+    _writable(arguments.out)
+    references = [open_image(path) for path in arguments.reference]
+    pipeline = MultiCrafterPipeline.from_pretrained(arguments.model, adapter=arguments.adapter)
+    if len(references) > pipeline.max_references:
+        what = "the adapter was" if arguments.adapter else "a base without adapter is"
+        print(f"warning: {len(references)} references, but {what} trained for {pipeline.max_references}; expect blending", file=sys.stderr)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=arguments.steps, desc="generate", disable=not sys.stderr.isatty()) as bar:
+        pictures = pipeline(
+            arguments.prompt, references, num_images=arguments.num_images, num_steps=arguments.steps, seed=arguments.seed,
+            guidance=arguments.guidance, progress=lambda _: bar.update(),
+        )  # fmt: skip
+    for index, picture in enumerate(pictures):
+        path = arguments.out if len(pictures) == 1 else arguments.out.with_stem(f"{arguments.out.stem}_{index}")
+        temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
+        picture.save(temporary)
+        os.replace(temporary, path)
+        print(path)
+    return 0
+
+
+def pretrain(arguments: argparse.Namespace) -> int:
+    """Stage 1."""
+    from multicrafter.pipeline import load_flux
+    from multicrafter.recipes import ablation
+    from multicrafter.stages.runs import run_pretrain
+
+    _writable(arguments.out)
+    config = ablation(seed=arguments.seed)[arguments.row].pretrain
+    changes = {"num_steps": arguments.steps, "batch": arguments.batch, "num_scenes": arguments.scenes}
+    config = replace(config, **{k: v for k, v in changes.items() if v is not None})
+    if arguments.idar_coef is not None:
+        config = replace(config, idar=replace(config.idar, coef=arguments.idar_coef))
+    if arguments.references is not None:
+        config = replace(config, world=replace(config.world, numbers=(arguments.references,)))
+    run_pretrain(load_flux(arguments.model), config, arguments.out, resume=arguments.resume)
+    print(f"adapter: {arguments.out / 'adapter'}")
+    return 0
+
+
+def align(arguments: argparse.Namespace) -> int:
+    """Stage 2."""
+    from multicrafter.pipeline import MultiCrafterPipeline
+    from multicrafter.recipes import tiny
+    from multicrafter.stages.runs import run_align
+
+    _writable(arguments.out)
+    config = tiny(seed=arguments.seed).align
+    assert config is not None
+    changes = {"num_steps": arguments.steps, "prompts": arguments.prompts, "group_size": arguments.group_size}
+    config = replace(config, **{k: v for k, v in changes.items() if v is not None})
+    loaded = MultiCrafterPipeline.from_pretrained(arguments.model, adapter=arguments.adapter)
+    assert loaded.adapters is not None
+    run_align(loaded.pipe, loaded.adapters, config, arguments.out, num_references=loaded.max_references, resume=arguments.resume)
+    print(f"adapter: {arguments.out / 'adapter'}")
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Metrics on unseen identities."""
+    from multicrafter.evaluate import METRICS, EvaluateConfig, Judges, cases, summarise, table, write_json
+    from multicrafter.evaluate import evaluate as run
+    from multicrafter.pipeline import MultiCrafterPipeline
+
+    if arguments.out is not None:
+        _writable(arguments.out)
+    loaded = MultiCrafterPipeline.from_pretrained(arguments.model, adapter=arguments.adapter)
+    config = EvaluateConfig(num_cases=arguments.cases, num_references=arguments.references or loaded.max_references, seed=arguments.seed)
+    metrics, _ = run(loaded.pipe, cases(loaded.pipe, config), Judges.load(), config)
+    summary = summarise(metrics)
+    print(table({str(arguments.adapter or "base"): summary}))
+    if arguments.out is not None:
+        write_json(arguments.out, {"summary": summary, "what": METRICS, "cases": {k: v.tolist() for k, v in metrics.items()}})
+        print(f"written to {arguments.out}")
+    return 0
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """Both stages, evaluation, report."""
+    from multicrafter.demo import DemoConfig, run
+
+    _writable(arguments.out)
+    config = DemoConfig(seed=arguments.seed)
+    for name in ("stage1_steps", "stage2_steps", "cases"):
+        value = getattr(arguments, name)
+        config = config if value is None else replace(config, **{name: value})
+    run(arguments.out, config, model=arguments.model, resume=arguments.resume)
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """The HTML report of a finished demo, written anew."""
+    from multicrafter.report import write_report
+
+    if not (arguments.run / "results.json").is_file():
+        raise ValueError(f"run must be a folder of a finished demo, but {arguments.run} has no results.json")
+    print(write_report(arguments.run))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(prog="multicrafter", description="Several given subjects in one picture, nobody blended.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, *, model: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        sub.set_defaults(function=function)
+        if model:
+            sub.add_argument("--model", help="FLUX directory in diffusers format, or hub id; default: the tiny one that ships")
+            sub.add_argument("--seed", type=int, default=0)
+        return sub
+
+    sub = command("generate", generate)
+    sub.add_argument("--reference", type=Path, action="append", default=[], metavar="PICTURE", help="once per subject; PNG, JPEG or WebP")
+    sub.add_argument("--prompt", required=True)
+    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--adapter", type=Path, help="folder written by pretrain, align or demo")
+    sub.add_argument("--num-images", type=_positive, default=1)
+    sub.add_argument("--steps", type=_positive, default=20)
+    sub.add_argument("--guidance", type=float, default=3.5)
+
+    sub = command("pretrain", pretrain)
+    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--row", default="moe", choices=("baseline", "idar", "idar_paper", "moe"), help="row of the ablation")
+    sub.add_argument("--steps", type=_positive)
+    sub.add_argument("--batch", type=_positive)
+    sub.add_argument("--scenes", type=_positive, help="training scenes drawn")
+    sub.add_argument("--references", type=int, choices=(2, 3, 4), help="subjects of a scene")
+    sub.add_argument("--idar-coef", type=float)
+    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+
+    sub = command("align", align)
+    sub.add_argument("--adapter", type=Path, required=True, help="stage-1 adapter")
+    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--steps", type=_positive)
+    sub.add_argument("--prompts", type=_positive)
+    sub.add_argument("--group-size", type=_positive)
+    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+
+    sub = command("evaluate", evaluate)
+    sub.set_defaults(seed=1000)
+    sub.add_argument("--adapter", type=Path)
+    sub.add_argument("--cases", type=_positive, default=128)
+    sub.add_argument("--references", type=int, choices=(1, 2, 3, 4))
+    sub.add_argument("--out", type=Path, help="JSON")
+
+    sub = command("demo", demo)
+    sub.add_argument("--out", type=Path, default=Path("runs/demo"))
+    sub.add_argument("--stage1-steps", type=_positive)
+    sub.add_argument("--stage2-steps", type=_positive)
+    sub.add_argument("--cases", type=_positive)
+    sub.add_argument("--resume", action="store_true")
+
+    sub = command("report", report, model=False)
+    sub.add_argument("run", type=Path)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; 2 for bad input, 130 when stopped."""
+    _quiet()
+    arguments = parser().parse_args(argv)
+    from multicrafter.loop import Interrupted
+
+    try:
+        return int(arguments.function(arguments))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
