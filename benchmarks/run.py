@@ -42,7 +42,15 @@ def circumstances() -> dict[str, object]:
 def run(package: Path, out: Path) -> int:
     """Benchmarks of one package; its JSON appears at `out` complete or not at all."""
     unfinished = out.with_suffix(".tmp")
-    command = [sys.executable, "-m", "pytest", str(package / "benchmarks"), "-o", "python_files=bench_*.py", "--benchmark-only"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(package / "benchmarks"),
+        "-o",
+        "python_files=bench_*.py",
+        "--benchmark-only",
+    ]
     command += ["--benchmark-columns=median,iqr,rounds", f"--benchmark-json={unfinished}"]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     if code == 0:

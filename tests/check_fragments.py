@@ -18,7 +18,9 @@ def problems(root: Path = ROOT) -> list[str]:
     """One sentence for each missing, empty or misnamed fragment of the checkout `root`."""
 
     def git(*arguments: str) -> list[str]:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
+        return subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
 
     found = []
     for package in sorted(path.parent for path in root.glob("packages/*/pyproject.toml")):
@@ -33,7 +35,9 @@ def problems(root: Path = ROOT) -> list[str]:
         tags = git("tag", "--list", f"{name}-v*", "--sort=-version:refname")
         since = f"{tags[0]}..HEAD" if tags else "HEAD"
         if not fragments and git("log", "--oneline", since, "--", f"packages/{name}/src"):
-            found.append(f"packages/{name}/src changed since {tags[0] if tags else 'the beginning'}, but changelog.d has no fragment")
+            found.append(
+                f"packages/{name}/src changed since {tags[0] if tags else 'the beginning'}, but changelog.d has no fragment"
+            )
     return found
 
 

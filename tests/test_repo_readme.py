@@ -29,14 +29,18 @@ def blocks(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", [d for d in DOCUMENTS if blocks(d)], ids=name)
 def test_snippets_run(path, tmp_path):
     """All blocks of a document, one after the other, in an empty folder."""
-    done = subprocess.run([sys.executable, "-c", "\n".join(blocks(path))], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks(path))], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "ARCHITECTURE.md"], ids=name)
 def test_make_targets_exist(path):
     targets = set(re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.M).group(1).split())
-    named = {t for line in re.findall(r"(?:`|^    |^)make ([a-z -]+)", path.read_text(), re.M) for t in line.split()[:1]}
+    named = {
+        t for line in re.findall(r"(?:`|^    |^)make ([a-z -]+)", path.read_text(), re.M) for t in line.split()[:1]
+    }
     assert named <= targets
 
 

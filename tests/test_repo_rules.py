@@ -27,7 +27,14 @@ def imported(path: Path) -> set[str]:
 
 
 def test_source_never_imports_tests_or_tools():
-    tests = {path.stem for path in [*ROOT.glob("packages/*/tests/**/*.py"), *ROOT.glob("packages/*/benchmarks/**/*.py"), *ROOT.glob("tests/*.py")]}
+    tests = {
+        path.stem
+        for path in [
+            *ROOT.glob("packages/*/tests/**/*.py"),
+            *ROOT.glob("packages/*/benchmarks/**/*.py"),
+            *ROOT.glob("tests/*.py"),
+        ]
+    }
     forbidden = tests | {"tests", "benchmarks", "pytest", "hypothesis", "beartype"}
     assert {str(path): found for path in SOURCES if (found := imported(path) & forbidden)} == {}
 
@@ -56,7 +63,9 @@ def test_package_has_its_parts(path):
     settings = tomllib.loads(path.read_text())
     assert settings["project"]["dynamic"] == ["version"]
     assert settings["tool"]["hatch"]["version"]["path"] == f"src/{folder.name}/__init__.py"
-    assert re.search(r'^__version__ = "\d+\.\d+\.\d+"$', (folder / "src" / folder.name / "__init__.py").read_text(), re.M)
+    assert re.search(
+        r'^__version__ = "\d+\.\d+\.\d+"$', (folder / "src" / folder.name / "__init__.py").read_text(), re.M
+    )
     assert settings["tool"]["towncrier"]["start_string"].strip() in (folder / "CHANGELOG.md").read_text()
     assert settings["tool"]["towncrier"]["package"] == folder.name
     assert (folder / "src" / folder.name / "py.typed").exists()
@@ -77,4 +86,6 @@ def test_decisions_are_numbered_once():
 def test_decisions_named_in_the_source_exist():
     for path in SOURCES:
         for named in re.findall(r"docs/adr/(\d{4})", path.read_text()):
-            assert list((ROOT / "docs" / "adr").glob(f"{named}-*.md")), f"{path} names docs/adr/{named}, which does not exist"
+            assert list((ROOT / "docs" / "adr").glob(f"{named}-*.md")), (
+                f"{path} names docs/adr/{named}, which does not exist"
+            )

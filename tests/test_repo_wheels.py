@@ -99,7 +99,11 @@ def test_wheel_contents(wheels, name):
     assert f"{info}licenses/LICENSE" in files
     strangers = [f for f in files if not f.startswith((f"{name}/", info))]
     assert strangers == []
-    assert not [f for f in files if re.search(r"(^|/)(tests?|benchmarks|changelog\.d)/|(^|/)(test|bench)_\w*\.py$|\.pyc$|\.pkl$|\.pt$", f)]
+    assert not [
+        f
+        for f in files
+        if re.search(r"(^|/)(tests?|benchmarks|changelog\.d)/|(^|/)(test|bench)_\w*\.py$|\.pyc$|\.pkl$|\.pt$", f)
+    ]
     assert sum(f.file_size for f in zipfile.ZipFile(wheels[name]).infolist()) < 30e6
 
 
@@ -117,7 +121,10 @@ def test_sibling_versions_fit(wheels):
     """multicrafter's ranges for its siblings contain their present versions."""
     from packaging.requirements import Requirement
 
-    stated = {r.name.replace("-", "_"): r.specifier for r in map(Requirement, metadata(wheels["multicrafter"]).get_all("Requires-Dist"))}
+    stated = {
+        r.name.replace("-", "_"): r.specifier
+        for r in map(Requirement, metadata(wheels["multicrafter"]).get_all("Requires-Dist"))
+    }
     for leaf in LEAVES:
         version = metadata(wheels[leaf])["Version"]
         assert version in stated[leaf], f"{leaf} {version} is outside {stated[leaf]}"
@@ -157,7 +164,13 @@ def test_leaf_in_a_clean_environment(wheels, name, tmp_path):
     python = str(tmp_path / "env" / "bin" / "python")
     install = [python, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheels[name])]
     subprocess.run(install, cwd=tmp_path, check=True)
-    found = subprocess.run([python, "-c", f"import {name}; print({name}.__version__)"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [python, "-c", f"import {name}; print({name}.__version__)"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert found.stdout.strip() == metadata(wheels[name])["Version"]
     snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / "packages" / name / "README.md").read_text(), re.M | re.S)
     subprocess.run([python, "-c", "\n".join(snippets)], cwd=tmp_path, check=True)

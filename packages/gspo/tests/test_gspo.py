@@ -7,9 +7,25 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from gspo import (
-    DanceSDE, FlowCPS, FlowODE, FlowSDE, PolicyConfig, PolicyTrainer, SlidingWindow, auto_clip_range, clipped_surrogate_loss, gaussian_kl,
-    group_advantages, group_statistics, guarded_step_importance_ratio, multi_reward_advantages, reference, rescore, rollout,
-    sequence_importance_ratio, step_importance_ratio,
+    DanceSDE,
+    FlowCPS,
+    FlowODE,
+    FlowSDE,
+    PolicyConfig,
+    PolicyTrainer,
+    SlidingWindow,
+    auto_clip_range,
+    clipped_surrogate_loss,
+    gaussian_kl,
+    group_advantages,
+    group_statistics,
+    guarded_step_importance_ratio,
+    multi_reward_advantages,
+    reference,
+    rescore,
+    rollout,
+    sequence_importance_ratio,
+    step_importance_ratio,
 )  # fmt: skip
 from hypothesis import given, settings
 
@@ -20,7 +36,15 @@ KERNELS = [FlowSDE(), FlowCPS(), DanceSDE()]
 def step(case: dict, kernel, **options):  # type: ignore[no-untyped-def]
     t = {k: torch.tensor(case[k]) for k in ("sample", "velocity", "next_sample", "mean")}
     i, sigmas = case["index"], case["sigmas"]
-    out = kernel.step(t["sample"], t["velocity"], sigmas[i], sigmas[i + 1], next_latents=t["next_sample"], sigma_max=sigmas[1], **options)
+    out = kernel.step(
+        t["sample"],
+        t["velocity"],
+        sigmas[i],
+        sigmas[i + 1],
+        next_latents=t["next_sample"],
+        sigma_max=sigmas[1],
+        **options,
+    )
     torch.testing.assert_close(out.mean, t["mean"], atol=1e-5, rtol=1e-5)
     return out, t
 
@@ -41,7 +65,12 @@ def test_flow_sde_agrees_with_flow_grpo(case: dict) -> None:
 @pytest.mark.parametrize("case", inner("flow_cps"))
 def test_flow_cps_agrees_up_to_the_variance_it_leaves_out(case: dict) -> None:
     out, t = step(case, FlowCPS(case["noise_level"]))
-    torch.testing.assert_close(reference.flow_cps_reference_log_prob(t["next_sample"], out.mean), torch.tensor(case["log_prob_mean_without_variance"]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        reference.flow_cps_reference_log_prob(t["next_sample"], out.mean),
+        torch.tensor(case["log_prob_mean_without_variance"]),
+        atol=1e-5,
+        rtol=1e-5,
+    )
     full = torch.distributions.Normal(out.mean, out.std.view(-1, 1, 1, 1)).log_prob(t["next_sample"])
     torch.testing.assert_close(out.log_prob_mean, full.flatten(1).mean(1), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(out.log_prob_sum, full.flatten(1).sum(1), atol=1e-2, rtol=1e-4)
@@ -58,20 +87,30 @@ def test_dance_sde_agrees_up_to_the_constants_it_leaves_out(case: dict) -> None:
 def test_advantages_agree_with_flow_grpo(case: dict) -> None:
     names = sorted(set(case["prompts"]))
     ids = torch.tensor([names.index(p) for p in case["prompts"]])
-    got = group_advantages(torch.tensor(case["rewards"], dtype=torch.float64), ids, scale="global" if case["global_std"] else "group")
+    got = group_advantages(
+        torch.tensor(case["rewards"], dtype=torch.float64), ids, scale="global" if case["global_std"] else "group"
+    )
     torch.testing.assert_close(got, torch.tensor(case["advantages"], dtype=torch.float64), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", ORACLES["mixgrpo_window"]["cases"])
 def test_window_equals_the_reference_wherever_that_one_is_full(case: dict) -> None:
-    ours = SlidingWindow(case["num_steps"], size=case["window"], stride=case["stride"], interval=case["iters_per_shift"])
+    ours = SlidingWindow(
+        case["num_steps"], size=case["window"], stride=case["stride"], interval=case["iters_per_shift"]
+    )
     sweep = len(ours.starts) * case["iters_per_shift"]
     for entry in case["schedule"]:
         if len(entry["window"]) == case["window"] and entry["first_iteration"] < sweep:
             assert list(ours.at(entry["first_iteration"])) == entry["window"]
 
 
-@given(n=st.integers(2, 30), size=st.integers(1, 5), stride=st.integers(1, 5), iteration=st.integers(0, 5000), kind=st.sampled_from(["progressive", "random", "exp_decay"]))
+@given(
+    n=st.integers(2, 30),
+    size=st.integers(1, 5),
+    stride=st.integers(1, 5),
+    iteration=st.integers(0, 5000),
+    kind=st.sampled_from(["progressive", "random", "exp_decay"]),
+)
 @settings(deadline=None)
 def test_window_is_never_empty_and_never_last(n: int, size: int, stride: int, iteration: int, kind: str) -> None:
     size = min(size, n - 1)
@@ -92,7 +131,9 @@ def test_rescoring_is_bit_equal_to_drawing(kernel, dtype: torch.dtype) -> None: 
 
 
 def test_kernels_equal_their_slow_twins() -> None:
-    out = FlowSDE(0.7).step(torch.tensor([[0.3]]), torch.tensor([[-1.2]]), 1.0, 0.9, next_latents=torch.tensor([[0.5]]), sigma_max=0.95)
+    out = FlowSDE(0.7).step(
+        torch.tensor([[0.3]]), torch.tensor([[-1.2]]), 1.0, 0.9, next_latents=torch.tensor([[0.5]]), sigma_max=0.95
+    )
     mean, std = reference.flow_sde_step(0.3, -1.2, 1.0, 0.9, 0.7, 0.95)
     assert out.mean.item() == pytest.approx(mean, rel=1e-5) and out.std.item() == pytest.approx(std, rel=1e-5)
     assert out.log_prob_mean is not None
@@ -127,7 +168,16 @@ def test_shared_prefix_equals_plain_rollout_and_counts() -> None:
     weight, noise = torch.eye(6) * 0.5 + 0.1, torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
     sigmas = torch.linspace(1, 0, 17)
     runs = [
-        rollout(linear_policy(weight), noise, sigmas, kernel=FlowSDE(), window=(5, 6), group_size=4, share_prefix=shared, generator=torch.Generator().manual_seed(2))
+        rollout(
+            linear_policy(weight),
+            noise,
+            sigmas,
+            kernel=FlowSDE(),
+            window=(5, 6),
+            group_size=4,
+            share_prefix=shared,
+            generator=torch.Generator().manual_seed(2),
+        )
         for shared in (True, False)
     ]
     torch.testing.assert_close(runs[0].latents, runs[1].latents)
@@ -139,12 +189,22 @@ def test_shared_prefix_equals_plain_rollout_and_counts() -> None:
     for shared in (True, False):
         window = SlidingWindow(16, interval=1)
         counts.append(sum(
-            rollout(lambda x, s, i: x, noise[:1], sigmas, kernel=FlowCPS(), window=window.at(t), group_size=12, share_prefix=shared).num_function_evaluations
+            rollout(
+                lambda x, s, i: x, noise[:1], sigmas, kernel=FlowCPS(), window=window.at(t), group_size=12, share_prefix=shared
+            ).num_function_evaluations
             for t in range(len(window.starts))
         ))  # fmt: skip
     assert counts[1] / counts[0] >= 1.55
     tail = sum(
-        rollout(lambda x, s, i: x, noise[:1], sigmas, kernel=FlowCPS(), window=w, group_size=12, tail_steps=max(1, round(0.4 * (15 - w[-1])))).num_function_evaluations
+        rollout(
+            lambda x, s, i: x,
+            noise[:1],
+            sigmas,
+            kernel=FlowCPS(),
+            window=w,
+            group_size=12,
+            tail_steps=max(1, round(0.4 * (15 - w[-1]))),
+        ).num_function_evaluations
         for w in (SlidingWindow(16, interval=1).at(t) for t in range(14))
     )
     assert counts[1] / tail >= 2.5
@@ -185,7 +245,15 @@ def test_ratio_is_one_on_policy_and_the_update_raises_the_reward(kind: str, kern
     g, sigmas, window = torch.Generator().manual_seed(0), torch.linspace(1, 0, 9), SlidingWindow(8, interval=5)
     means = []
     for iteration in range(40):
-        got = rollout(policy, torch.randn(8, 2, generator=g), sigmas, kernel=kernel, window=window.at(iteration), group_size=8, generator=g)
+        got = rollout(
+            policy,
+            torch.randn(8, 2, generator=g),
+            sigmas,
+            kernel=kernel,
+            window=window.at(iteration),
+            group_size=8,
+            generator=g,
+        )
         reward = -(got.latents - 0.0).square().sum(1)
         means.append(reward.mean().item())
         with torch.no_grad():
@@ -201,14 +269,26 @@ def test_accumulated_gradient_equals_one_backward() -> None:
     weight = torch.nn.Parameter(torch.randn(3, 3) * 0.1)
     policy = lambda x, sigma, index: x @ weight  # noqa: E731
     g = torch.Generator().manual_seed(0)
-    got = rollout(policy, torch.randn(4, 3, generator=g), torch.linspace(1, 0, 9), kernel=FlowSDE(), window=(2, 3, 4), group_size=3, generator=g)
+    got = rollout(
+        policy,
+        torch.randn(4, 3, generator=g),
+        torch.linspace(1, 0, 9),
+        kernel=FlowSDE(),
+        window=(2, 3, 4),
+        group_size=3,
+        generator=g,
+    )
     advantages = group_advantages(got.latents.sum(1), got.index)
     advantages[3] = torch.nan
     with torch.no_grad():
         weight += 0.01
     new = rescore(policy, got, FlowSDE()).log_prob_mean
-    want = torch.autograd.grad(clipped_surrogate_loss(sequence_importance_ratio(new, got.log_prob_mean), advantages, 0.5).loss, weight)[0]
-    trainer = PolicyTrainer([weight], torch.optim.SGD([weight], lr=0.0), PolicyConfig(clip_range=0.5, num_inner_epochs=1, max_grad_norm=1e9))
+    want = torch.autograd.grad(
+        clipped_surrogate_loss(sequence_importance_ratio(new, got.log_prob_mean), advantages, 0.5).loss, weight
+    )[0]
+    trainer = PolicyTrainer(
+        [weight], torch.optim.SGD([weight], lr=0.0), PolicyConfig(clip_range=0.5, num_inner_epochs=1, max_grad_norm=1e9)
+    )
     trainer.update(policy, got, advantages, FlowSDE())
     torch.testing.assert_close(weight.grad, want)
 
@@ -251,7 +331,8 @@ def test_ratios_and_surrogate_by_hand() -> None:
     got = clipped_surrogate_loss(torch.tensor([1.5, 0.5]), torch.tensor([1.0, -1.0]), 0.2)
     assert got.loss.item() == pytest.approx(-(1.2 - 0.8) / 2) and got.clip_fraction == 1
     torch.testing.assert_close(
-        clipped_surrogate_loss(sequence_importance_ratio(new, old), torch.tensor([1.0, -2.0]), 0.1).loss, reference.surrogate(new, old, torch.tensor([1.0, -2.0]), 0.1)
+        clipped_surrogate_loss(sequence_importance_ratio(new, old), torch.tensor([1.0, -2.0]), 0.1).loss,
+        reference.surrogate(new, old, torch.tensor([1.0, -2.0]), 0.1),
     )
     assert gaussian_kl(torch.ones(1, 4), torch.zeros(1, 4), torch.tensor([0.5])).item() == pytest.approx(2.0)
     assert auto_clip_range(torch.tensor([1.1, 0.8, 1.0]), 0.5) == pytest.approx(0.1)

@@ -12,7 +12,10 @@ DIRECTIONS = ["reference_to_image", "image_to_reference"]
 
 def joint(dtype: torch.dtype = torch.float32, seed: int = 0, heads: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(2, heads, 18, 8, generator=g, dtype=torch.float64).mul(2).to(dtype).requires_grad_() for _ in range(2))
+    return tuple(
+        torch.randn(2, heads, 18, 8, generator=g, dtype=torch.float64).mul(2).to(dtype).requires_grad_()
+        for _ in range(2)
+    )
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -32,7 +35,9 @@ def test_equals_materialised_attention_in_value_and_gradient(direction: str, chu
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_gradcheck(direction: str) -> None:
     q, k = joint(torch.float64)
-    assert torch.autograd.gradcheck(lambda a, b: subject_attention(a, b, SPANS, IMAGE, direction=direction, chunk_size=20), (q, k))
+    assert torch.autograd.gradcheck(
+        lambda a, b: subject_attention(a, b, SPANS, IMAGE, direction=direction, chunk_size=20), (q, k)
+    )
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -65,7 +70,6 @@ def test_extra_memory_does_not_grow_with_heads() -> None:
     """The largest tensor alive in forward or backward is a slice, not the matrix of all heads."""
     sizes: list[int] = []
 
-
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -95,7 +99,12 @@ def test_stratified_subset_is_unbiased() -> None:
 
 @pytest.mark.parametrize(
     ("spans", "image", "word"),
-    [([(9, 19)], (3, 9), "subject_spans"), ([(9, 13), (12, 18)], (3, 9), "overlap"), ([], (3, 9), "subject_spans"), ([(9, 13)], (9, 9), "image_span")],
+    [
+        ([(9, 19)], (3, 9), "subject_spans"),
+        ([(9, 13), (12, 18)], (3, 9), "overlap"),
+        ([], (3, 9), "subject_spans"),
+        ([(9, 13)], (9, 9), "image_span"),
+    ],
 )
 def test_bad_spans_are_named(spans: list[tuple[int, int]], image: tuple[int, int], word: str) -> None:
     q, k = joint()

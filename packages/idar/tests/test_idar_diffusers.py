@@ -39,13 +39,19 @@ def masks() -> torch.Tensor:
     return m
 
 
-def run(model: torch.nn.Module, direction: str, **options: object) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def run(
+    model: torch.nn.Module, direction: str, **options: object
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
     with capture_subject_attention(model, LAYOUT, direction=direction, **options) as captured:  # type: ignore[arg-type]
         output = model(**inputs(), return_dict=False)[0]
         maps = captured.maps
         (output.square().mean() + idar_loss(maps, masks()).loss).backward()
-    return output.detach(), maps.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return (
+        output.detach(),
+        maps.detach(),
+        {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+    )
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -69,13 +75,22 @@ def test_maps_are_those_of_the_models_own_attention(monkeypatch: pytest.MonkeyPa
 
     model, seen = tiny_flux(), []
     original = transformer_flux.dispatch_attention_fn
-    monkeypatch.setattr(transformer_flux, "dispatch_attention_fn", lambda q, k, v, **kw: (seen.append((q, k)), original(q, k, v, **kw))[1])
+    monkeypatch.setattr(
+        transformer_flux,
+        "dispatch_attention_fn",
+        lambda q, k, v, **kw: (seen.append((q, k)), original(q, k, v, **kw))[1],
+    )
     for direction in DIRECTIONS:
         seen.clear()
-        with torch.no_grad(), capture_subject_attention(model, LAYOUT, direction=direction, keep_blocks=True) as captured:  # type: ignore[arg-type]
+        with (
+            torch.no_grad(),
+            capture_subject_attention(model, LAYOUT, direction=direction, keep_blocks=True) as captured,
+        ):  # type: ignore[arg-type]
             model(**inputs())
         want = [
-            reference.subject_attention(q.transpose(1, 2), k.transpose(1, 2), LAYOUT.subject_spans, LAYOUT.image_span, direction=direction)
+            reference.subject_attention(
+                q.transpose(1, 2), k.transpose(1, 2), LAYOUT.subject_spans, LAYOUT.image_span, direction=direction
+            )
             for q, k in seen[:2]
         ]
         torch.testing.assert_close(torch.stack(list(captured.blocks.values())), torch.stack(want), atol=1e-6, rtol=1e-5)
@@ -98,10 +113,9 @@ def test_single_blocks_can_be_chosen_and_wrong_layouts_are_named() -> None:
     model = tiny_flux()
     _, maps, _ = run(model, "reference_to_image", blocks=lambda n: "single" in n)
     torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2))
-    with pytest.raises(ValueError, match="layout"):
-        run_layout = SubjectLayout.in_order(5, 16, [4, 400])
-        with capture_subject_attention(model, run_layout):
-            model(**inputs())
+    run_layout = SubjectLayout.in_order(5, 16, [4, 400])
+    with pytest.raises(ValueError, match="layout"), capture_subject_attention(model, run_layout):
+        model(**inputs())
     with pytest.raises(ValueError, match="double-stream"), capture_subject_attention(torch.nn.Linear(2, 2), LAYOUT):
         pass
 

@@ -18,10 +18,16 @@ def test_dice_by_hand() -> None:
 
 
 def test_other_kinds_by_hand() -> None:
-    torch.testing.assert_close(idar_loss(MAPS, MASKS, kind="soft_iou", eps=0.0).per_subject[0, 0], torch.tensor(1 - 0.8 / 2.2))
-    torch.testing.assert_close(idar_loss(MAPS, MASKS, kind="cross_entropy", eps=1e-9).per_subject[0, 0], torch.tensor(-math.log(0.8)))
+    torch.testing.assert_close(
+        idar_loss(MAPS, MASKS, kind="soft_iou", eps=0.0).per_subject[0, 0], torch.tensor(1 - 0.8 / 2.2)
+    )
+    torch.testing.assert_close(
+        idar_loss(MAPS, MASKS, kind="cross_entropy", eps=1e-9).per_subject[0, 0], torch.tensor(-math.log(0.8))
+    )
     want = -(math.log(0.6 / 0.7) + math.log(0.2 / 0.3)) / 2
-    torch.testing.assert_close(idar_loss(MAPS, MASKS, kind="share_cross_entropy", eps=1e-9).per_subject[0, 0], torch.tensor(want))
+    torch.testing.assert_close(
+        idar_loss(MAPS, MASKS, kind="share_cross_entropy", eps=1e-9).per_subject[0, 0], torch.tensor(want)
+    )
 
 
 def test_absent_subjects_are_left_out() -> None:

@@ -23,7 +23,9 @@ def _check(rewards: Tensor, group_ids: Tensor, scale: str) -> None:
     if rewards.dim() != 1 or rewards.numel() == 0:
         raise ValueError(f"rewards must be (b,) with b at least 1, got shape {tuple(rewards.shape)}")
     if group_ids.shape != rewards.shape:
-        raise ValueError(f"group_ids must have the shape of rewards {tuple(rewards.shape)}, got {tuple(group_ids.shape)}")
+        raise ValueError(
+            f"group_ids must have the shape of rewards {tuple(rewards.shape)}, got {tuple(group_ids.shape)}"
+        )
     if scale not in ("group", "global", "none"):
         raise ValueError(f"scale must be 'group', 'global' or 'none', got {scale!r}")
 
@@ -121,5 +123,7 @@ def group_statistics(rewards: Float[Tensor, " b"], group_ids: Int[Tensor, " b"])
     groups = torch.unique(all_ids)
     for group in groups:
         members = all_rewards[(all_ids == group) & valid]
-        flat += int(len(members) < 2 or bool((members - members.mean()).abs().max() <= 1e-6 * (1e-6 + members.mean().abs())))
+        flat += int(
+            len(members) < 2 or bool((members - members.mean()).abs().max() <= 1e-6 * (1e-6 + members.mean().abs()))
+        )
     return GroupStatistics(len(groups), flat, int((~valid).sum()))

@@ -68,7 +68,9 @@ def gaussian_kl(
 ) -> Float[Tensor, " b"]:
     """KL of two Gaussians with equal std, ``mean over elements of (mean - reference_mean)^2 / (2 std^2)``, (b,) nats per element."""
     if mean.shape != reference_mean.shape:
-        raise ValueError(f"reference_mean must have the shape of mean {tuple(mean.shape)}, got {tuple(reference_mean.shape)}")
+        raise ValueError(
+            f"reference_mean must have the shape of mean {tuple(mean.shape)}, got {tuple(reference_mean.shape)}"
+        )
     if std.shape != mean.shape[:1]:
         raise ValueError(f"std must be (b,) = ({mean.shape[0]},), got {tuple(std.shape)}")
     return (mean - reference_mean).float().square().flatten(1).mean(1) / (2 * std.float().square())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,7 +15,9 @@ def _check(log_prob: Tensor, old_log_prob: Tensor) -> None:
         raise ValueError("log_prob must hold at least one step, got none")
 
 
-def sequence_importance_ratio(log_prob: Float[Tensor, "b t"], old_log_prob: Float[Tensor, "b t"]) -> Float[Tensor, " b"]:
+def sequence_importance_ratio(
+    log_prob: Float[Tensor, "b t"], old_log_prob: Float[Tensor, "b t"]
+) -> Float[Tensor, " b"]:
     """GSPO: ``s_i = exp(mean over t of [log pi(x_{t+1}|x_t) - log pi_old(x_{t+1}|x_t)])`` (arXiv 2507.18071, Eq. 7).
 
     >>> sequence_importance_ratio(torch.zeros(2, 3), torch.zeros(2, 3)).tolist()

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 
-def flow_sde_step(x: float, v: float, sigma: float, sigma_next: float, noise_level: float, sigma_max: float) -> tuple[float, float]:
+def flow_sde_step(
+    x: float, v: float, sigma: float, sigma_next: float, noise_level: float, sigma_max: float
+) -> tuple[float, float]:
     """Mean and std of Flow-GRPO's step for one element."""
     s = noise_level * math.sqrt(sigma / (1 - (sigma_max if sigma == 1 else sigma)))
     dt = sigma_next - sigma
@@ -18,7 +20,10 @@ def flow_sde_step(x: float, v: float, sigma: float, sigma_next: float, noise_lev
 
 def log_prob(value: list[float], mean: list[float], std: float) -> float:
     """Gaussian log density, mean over elements."""
-    terms = [-((a - b) ** 2) / (2 * std * std) - math.log(std) - 0.5 * math.log(2 * math.pi) for a, b in zip(value, mean, strict=True)]
+    terms = [
+        -((a - b) ** 2) / (2 * std * std) - math.log(std) - 0.5 * math.log(2 * math.pi)
+        for a, b in zip(value, mean, strict=True)
+    ]
     return sum(terms) / len(terms)
 
 

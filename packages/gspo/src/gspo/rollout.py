@@ -135,8 +135,8 @@ def rollout(
         if first <= step <= last:
             out = kernel.step(x, velocity, sigma, sigma_next, generator=generator, sigma_max=levels[1])
             assert out.log_prob_mean is not None
-            kept = WindowStep(step, sigma, sigma_next, x, out.next_latents, out.mean, out.std, out.log_prob_mean)
-            trajectory.append(WindowStep(*[t.cpu() if offload and isinstance(t, Tensor) else t for t in kept]))
+            tensors = (x, out.next_latents, out.mean, out.std, out.log_prob_mean)
+            trajectory.append(WindowStep(step, sigma, sigma_next, *(t.cpu() if offload else t for t in tensors)))
         else:
             out = ode.step(x, velocity, sigma, sigma_next)
         x = out.next_latents

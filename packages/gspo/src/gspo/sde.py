@@ -73,7 +73,9 @@ def gaussian_log_prob(
 def _per_row(name: str, value: float | Tensor, latents: Tensor) -> Tensor:
     row = torch.as_tensor(value, dtype=torch.float32, device=latents.device)
     if row.dim() > 1 or (row.dim() == 1 and row.shape[0] not in (1, latents.shape[0])):
-        raise ValueError(f"{name} must be a number or have one entry per row ({latents.shape[0]}), got shape {tuple(row.shape)}")
+        raise ValueError(
+            f"{name} must be a number or have one entry per row ({latents.shape[0]}), got shape {tuple(row.shape)}"
+        )
     return row.expand(latents.shape[0])
 
 
@@ -97,20 +99,26 @@ def _finish(
         noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=torch.float32)
         next_latents = (mean.detach() + std.reshape(-1, *[1] * (mean.dim() - 1)) * noise).to(latents.dtype)
     elif next_latents.shape != mean.shape:
-        raise ValueError(f"next_latents must have the shape of latents {tuple(mean.shape)}, got {tuple(next_latents.shape)}")
+        raise ValueError(
+            f"next_latents must have the shape of latents {tuple(mean.shape)}, got {tuple(next_latents.shape)}"
+        )
     return SDEStep(next_latents, mean, std, *gaussian_log_prob(next_latents, mean, std))
 
 
 def _require_noise(sigma_next: Tensor) -> None:
     if not bool((sigma_next > 0).all()):
-        raise ValueError(f"sigma_next must be positive in a stochastic step (the last step's density explodes), got {sigma_next.tolist()}")
+        raise ValueError(
+            f"sigma_next must be positive in a stochastic step (the last step's density explodes), got {sigma_next.tolist()}"
+        )
 
 
 class _Stochastic(ABC):
     """Checks, fp32 and log densities around a kernel's `moments`."""
 
     @abstractmethod
-    def moments(self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None) -> tuple[Tensor, Tensor]:
+    def moments(
+        self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None
+    ) -> tuple[Tensor, Tensor]:
         """Mean (b, ...) and standard deviation (b,) of the step, all in fp32."""
 
     def step(
@@ -167,7 +175,9 @@ class FlowSDE(_Stochastic):
         if not self.noise_level > 0:
             raise ValueError(f"noise_level must be positive, got {self.noise_level}")
 
-    def moments(self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None) -> tuple[Tensor, Tensor]:
+    def moments(
+        self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None
+    ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the step."""
         top = sigma_next if sigma_max is None else torch.full_like(sigma, sigma_max)
         safe = torch.where(sigma >= 1, top, sigma)
@@ -192,7 +202,9 @@ class FlowCPS(_Stochastic):
         if not 0 < self.noise_level <= 1:
             raise ValueError(f"noise_level must be in (0, 1], got {self.noise_level}")
 
-    def moments(self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None) -> tuple[Tensor, Tensor]:
+    def moments(
+        self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None
+    ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the step."""
         angle = self.noise_level * math.pi / 2
         std, kept = sigma_next * math.sin(angle), sigma_next * math.cos(angle)
@@ -214,7 +226,9 @@ class DanceSDE(_Stochastic):
         if not self.eta > 0:
             raise ValueError(f"eta must be positive, got {self.eta}")
 
-    def moments(self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None) -> tuple[Tensor, Tensor]:
+    def moments(
+        self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None
+    ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the step."""
         dt, s = _wide(sigma_next - sigma, x), _wide(sigma, x)
         score_like = (x - (1 - s) * (x - s * v)) / s.square()

@@ -44,7 +44,11 @@ def tail_sigmas(levels: Sequence[float], num_steps: int) -> list[float]:
 
 
 def solve_tail(
-    velocity_fn: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, index: Tensor, levels: Sequence[float], num_steps: int
+    velocity_fn: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    index: Tensor,
+    levels: Sequence[float],
+    num_steps: int,
 ) -> tuple[Tensor, int]:
     """Integrates from ``levels[0]`` to ``levels[-1]`` in ``num_steps`` second-order steps; returns the result and the calls made."""
     if num_steps < 1:

@@ -47,7 +47,9 @@ class PolicyConfig:
         if not 0 < self.target_clip_fraction < 1:
             raise ValueError(f"target_clip_fraction must be in (0, 1), got {self.target_clip_fraction}")
         if self.kl_coef < 0 or self.num_inner_epochs < 1 or self.max_grad_norm <= 0:
-            raise ValueError(f"kl_coef must not be negative, num_inner_epochs and max_grad_norm must be positive, got {self}")
+            raise ValueError(
+                f"kl_coef must not be negative, num_inner_epochs and max_grad_norm must be positive, got {self}"
+            )
 
 
 class Rescored(NamedTuple):
@@ -82,7 +84,14 @@ def rescore(
         x = kept.latents.to(rollout.latents.device)
         with replay(position) if replay else nullcontext():
             velocity = velocity_fn(x, torch.full((len(x),), kept.sigma, device=x.device), rollout.index)
-        out = kernel.step(x, velocity, kept.sigma, kept.sigma_next, next_latents=kept.next_latents.to(x.device), sigma_max=rollout.sigma_max)
+        out = kernel.step(
+            x,
+            velocity,
+            kept.sigma,
+            kept.sigma_next,
+            next_latents=kept.next_latents.to(x.device),
+            sigma_max=rollout.sigma_max,
+        )
         assert out.log_prob_mean is not None
         scored.append((out.log_prob_mean, out.mean, out.std))
     return Rescored(*(torch.stack(parts, 1) for parts in zip(*scored, strict=True)))
@@ -141,7 +150,9 @@ class PolicyTrainer:
     since ``d s_i = s_i * mean over t of d log pi_t``.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer, config: PolicyConfig) -> None:
+    def __init__(
+        self, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer, config: PolicyConfig
+    ) -> None:
         """Keeps the parameters to clip, their optimizer and the config; `clip_range` is the measured one if "auto"."""
         self.parameters, self.optimizer, self.config = list(parameters), optimizer, config
         self.clip_range: float | None = None if config.clip_range == "auto" else config.clip_range
@@ -175,10 +186,14 @@ class PolicyTrainer:
             replay: See `rescore`.
         """
         if self.config.kl_coef and reference is None:
-            raise ValueError(f"reference must be given when kl_coef is positive, got None with kl_coef {self.config.kl_coef}")
+            raise ValueError(
+                f"reference must be given when kl_coef is positive, got None with kl_coef {self.config.kl_coef}"
+            )
         old = old_scores(rollout)
         usable = bool(((advantages != 0) & torch.isfinite(advantages)).any())
-        statistics = UpdateStatistics(clipped_surrogate_loss(torch.ones_like(advantages), advantages, 1.0), 0.0, 0.0, self.clip_range or 0.0, True)
+        statistics = UpdateStatistics(
+            clipped_surrogate_loss(torch.ones_like(advantages), advantages, 1.0), 0.0, 0.0, self.clip_range or 0.0, True
+        )
         for _ in range(self.config.num_inner_epochs if usable else 0):
             statistics = self._epoch(velocity_fn, rollout, advantages, kernel, old, reference, replay)
         return statistics
@@ -201,7 +216,9 @@ class PolicyTrainer:
         beta = self.clip_range or 1.0  # on policy nothing is clipped, whatever the range
         leaf = new.log_prob_mean.clone().requires_grad_(True)
         mean = new.mean.clone().requires_grad_(self.config.ratio == "guarded")
-        surrogate = clipped_surrogate_loss(importance_ratio(self.config.ratio, Rescored(leaf, mean, new.std), old), advantages, beta)
+        surrogate = clipped_surrogate_loss(
+            importance_ratio(self.config.ratio, Rescored(leaf, mean, new.std), old), advantages, beta
+        )
         surrogate.loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.zero_grad()
         total_kl, steps = 0.0, len(rollout.trajectory)
@@ -214,12 +231,16 @@ class PolicyTrainer:
             if self.config.kl_coef and reference is not None:
                 with torch.no_grad(), reference():
                     fixed = rescore(velocity_fn, rollout, kernel, steps=[position])
-                kl = gaussian_kl(scored.mean[:, 0], fixed.mean[:, 0], scored.std[:, 0])[torch.isfinite(advantages)].mean()
+                kl = gaussian_kl(scored.mean[:, 0], fixed.mean[:, 0], scored.std[:, 0])[
+                    torch.isfinite(advantages)
+                ].mean()
                 loss = loss + self.config.kl_coef * kl / steps
                 total_kl += kl.item() / steps
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         finite = bool(torch.isfinite(norm))
         if finite:
             self.optimizer.step()
-        return UpdateStatistics(SurrogateLoss(*(t.detach() for t in surrogate)), total_kl, float(norm), self.clip_range or 0.0, not finite)
+        return UpdateStatistics(
+            SurrogateLoss(*(t.detach() for t in surrogate)), total_kl, float(norm), self.clip_range or 0.0, not finite
+        )

@@ -1,7 +1,14 @@
 """Identity rewards by Hungarian matching, with text and aesthetic rewards."""
 
 from id_reward.aggregate import CompositeReward, CompositeScore, IdentityScorer
-from id_reward.alignment import IdentityScore, copy_paste, cosine_similarity, multi_id_alignment_reward, score_similarity, swap_matrix
+from id_reward.alignment import (
+    IdentityScore,
+    copy_paste,
+    cosine_similarity,
+    multi_id_alignment_reward,
+    score_similarity,
+    swap_matrix,
+)
 from id_reward.matching import Matching, match
 from id_reward.protocols import FaceBackend, Faces, Scorer
 

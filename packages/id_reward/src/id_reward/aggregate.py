@@ -51,7 +51,9 @@ class CompositeReward:
         if any(scale <= 0 for _, scale in self.normalization.values()):
             raise ValueError(f"normalization must have positive scales, got {self.normalization}")
 
-    def __call__(self, images: Sequence[Any], prompts: Sequence[str], references: Sequence[Sequence[Any]]) -> CompositeScore:
+    def __call__(
+        self, images: Sequence[Any], prompts: Sequence[str], references: Sequence[Sequence[Any]]
+    ) -> CompositeScore:
         """Scores a batch.
 
         Raises:
@@ -59,14 +61,18 @@ class CompositeReward:
         """
         count = len(images)
         if len(prompts) != count or len(references) != count:
-            raise ValueError(f"prompts and references must have one entry per picture ({count}), got {len(prompts)} and {len(references)}")
+            raise ValueError(
+                f"prompts and references must have one entry per picture ({count}), got {len(prompts)} and {len(references)}"
+            )
         totals, raw = np.zeros(count), {}
         for name, (scorer, weight) in self.parts.items():
             values = np.asarray(scorer(images, prompts, references), np.float64)
             if values.shape != (count,):
                 raise ValueError(f"{name} must return {count} values, got shape {values.shape}")
             if self.nan_policy == "raise" and np.isnan(values).any():
-                raise ValueError(f"{name} must return numbers, got NaN for {int(np.isnan(values).sum())} of {count} pictures")
+                raise ValueError(
+                    f"{name} must return numbers, got NaN for {int(np.isnan(values).sum())} of {count} pictures"
+                )
             shift, scale = self.normalization.get(name, (0.0, 1.0))
             part = weight * (values - shift) / scale
             totals += np.where(np.isnan(part), 0.0, part) if self.nan_policy == "zero" else part
@@ -111,7 +117,9 @@ class IdentityScorer:
                 self._cache[id(reference)] = (reference, largest(faces))
         return np.stack([self._cache[id(r)][1] for r in references])
 
-    def __call__(self, images: Sequence[Any], prompts: Sequence[str], references: Sequence[Sequence[Any]]) -> Float[np.ndarray, " b"]:
+    def __call__(
+        self, images: Sequence[Any], prompts: Sequence[str], references: Sequence[Sequence[Any]]
+    ) -> Float[np.ndarray, " b"]:
         """Reward per picture; NaN where a reference shows no face or there is none."""
         rewards = np.full(len(images), np.nan)
         for row, (faces, given) in enumerate(zip(self.backend.detect_and_embed(images), references, strict=True)):
@@ -120,7 +128,11 @@ class IdentityScorer:
             known = self.embed_references(given)
             if np.isfinite(known).all():
                 rewards[row] = multi_id_alignment_reward(
-                    known, faces.embeddings, missing_penalty=self.missing_penalty, extra_penalty=self.extra_penalty, convention=self.convention
+                    known,
+                    faces.embeddings,
+                    missing_penalty=self.missing_penalty,
+                    extra_penalty=self.extra_penalty,
+                    convention=self.convention,
                 ).reward
         return rewards
 

@@ -36,7 +36,8 @@ def cosine_similarity(a: Float[np.ndarray, "r d"], b: Float[np.ndarray, "f d"]) 
         raise ValueError("embeddings must be finite, got NaN or infinity")
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     y = y / np.maximum(np.linalg.norm(y, axis=1, keepdims=True), 1e-12)
-    return np.clip(x @ y.T, -1, 1)
+    cosine: np.ndarray = np.clip(x @ y.T, -1, 1)
+    return cosine
 
 
 def _positive_match(matrix: Float[np.ndarray, "r f"]) -> Matching:
@@ -60,7 +61,9 @@ def score_similarity(
 ) -> IdentityScore:
     """The reward of a similarity matrix; see `multi_id_alignment_reward`."""
     if missing_penalty < 0 or extra_penalty < 0:
-        raise ValueError(f"missing_penalty and extra_penalty must not be negative, got {missing_penalty} and {extra_penalty}")
+        raise ValueError(
+            f"missing_penalty and extra_penalty must not be negative, got {missing_penalty} and {extra_penalty}"
+        )
     matrix = check_similarity(similarity)
     matching = _positive_match(matrix) if convention == "multicrafter" else match(matrix)
     count, faces = matrix.shape
@@ -124,7 +127,9 @@ def _angle(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.arccos(cosine_similarity(a[None], b[None])[0, 0]))
 
 
-def copy_paste(generated: Float[np.ndarray, " d"], target: Float[np.ndarray, " d"], reference: Float[np.ndarray, " d"]) -> float:
+def copy_paste(
+    generated: Float[np.ndarray, " d"], target: Float[np.ndarray, " d"], reference: Float[np.ndarray, " d"]
+) -> float:
     """``(angle(generated, target) - angle(generated, reference)) / angle(target, reference)`` (WithAnyone, arXiv 2510.14975).
 
     1: a copy of the reference; -1: the target itself; 0 where target and reference coincide.

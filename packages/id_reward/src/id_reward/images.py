@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 MAX_PIXELS = 100_000_000
 
 
-def open_image(path: str | Path, *, background: tuple[int, int, int] = (128, 128, 128), max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Opens a picture as upright RGB: EXIF orientation applied, alpha laid over ``background``, 16 bit scaled, CMYK converted, first
-    frame of an animation.
+def open_image(
+    path: str | Path, *, background: tuple[int, int, int] = (128, 128, 128), max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Opens a picture as upright RGB.
+
+    EXIF orientation is applied, alpha laid over ``background``, 16 bit scaled, CMYK converted; of an animation the first frame.
 
     Raises:
         ValueError: The file is missing, not a picture, truncated, or larger than ``max_pixels``.
@@ -31,7 +34,9 @@ def open_image(path: str | Path, *, background: tuple[int, int, int] = (128, 128
             warnings.simplefilter("ignore")
             with Image.open(path) as picture:
                 if picture.width * picture.height > max_pixels:
-                    raise ValueError(f"{path} must have at most {max_pixels:,} pixels, got {picture.width} x {picture.height}")
+                    raise ValueError(
+                        f"{path} must have at most {max_pixels:,} pixels, got {picture.width} x {picture.height}"
+                    )
                 picture.load()
                 upright = ImageOps.exif_transpose(picture)
                 if upright.mode.startswith("I") or upright.mode == "F":

@@ -10,8 +10,10 @@ from jaxtyping import Float
 
 
 class Faces(NamedTuple):
-    """Faces (or whole subjects) found in one picture: boxes (f, 4) left, top, right, bottom in pixels; scores (f,) in [0, 1]; unit
-    embeddings (f, d), comparable by cosine."""
+    """Faces (or whole subjects) found in one picture.
+
+    boxes (f, 4): left, top, right, bottom in pixels; scores (f,) in [0, 1]; unit embeddings (f, d), comparable by cosine.
+    """
 
     boxes: Float[np.ndarray, "f 4"]
     scores: Float[np.ndarray, " f"]
@@ -30,6 +32,8 @@ class FaceBackend(Protocol):
 class Scorer(Protocol):
     """Scores pictures: (images, prompts, references) -> (b,) float array, higher is better."""
 
-    def __call__(self, images: Sequence[Any], prompts: Sequence[str], references: Sequence[Sequence[Any]]) -> Float[np.ndarray, " b"]:
+    def __call__(
+        self, images: Sequence[Any], prompts: Sequence[str], references: Sequence[Sequence[Any]]
+    ) -> Float[np.ndarray, " b"]:
         """One number per picture; NaN marks a picture that could not be scored."""
         ...

@@ -22,7 +22,10 @@ def check_spans(length: int, subject_spans: Sequence[Span], image_span: Span) ->
     """Raises ValueError unless all spans are non-empty, inside the sequence and apart from each other."""
     if not subject_spans:
         raise ValueError("subject_spans must hold at least one (start, stop), got none")
-    for name, (start, stop) in [("image_span", image_span), *[(f"subject_spans[{i}]", s) for i, s in enumerate(subject_spans)]]:
+    for name, (start, stop) in [
+        ("image_span", image_span),
+        *[(f"subject_spans[{i}]", s) for i, s in enumerate(subject_spans)],
+    ]:
         if not 0 <= start < stop <= length:
             raise ValueError(f"{name} must satisfy 0 <= start < stop <= {length}, got ({start}, {stop})")
     ordered = sorted([image_span, *subject_spans])
@@ -160,7 +163,7 @@ def subject_attention(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     image = slice(*image_span)
     if direction == "image_to_reference":
-        return _ImageToReference.apply(query[:, :, image], key, tuple(subject_spans), chunk)  # type: ignore[no-any-return, no-untyped-call]
+        return _ImageToReference.apply(query[:, :, image], key, tuple(subject_spans), chunk)  # type: ignore[no-any-return]
     if direction != "reference_to_image":
         raise ValueError(f"direction must be 'reference_to_image' or 'image_to_reference', got {direction!r}")
     maps = []
@@ -168,7 +171,7 @@ def subject_attention(
         rows = query[:, :, start:stop]
         if num_samples is not None:
             rows = rows[:, :, stratified_subset(stop - start, num_samples, generator)]
-        maps.append(_ReferenceToImage.apply(rows, key[:, :, image], chunk))  # type: ignore[no-untyped-call]
+        maps.append(_ReferenceToImage.apply(rows, key[:, :, image], chunk))
     return torch.stack(maps, 1)
 
 
@@ -178,5 +181,3 @@ def stratified_subset(length: int, num_samples: int, generator: torch.Generator 
         raise ValueError(f"num_samples must be in [1, {length}], got {num_samples}")
     edges = torch.arange(num_samples) * (length / num_samples)
     return (edges + torch.rand(num_samples, generator=generator) * (length / num_samples)).long().clamp_(max=length - 1)
-
-

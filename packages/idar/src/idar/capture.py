@@ -27,7 +27,9 @@ class SubjectLayout:
     subject_spans: tuple[Span, ...]
 
     def __post_init__(self) -> None:
-        check_spans(max(stop for _, stop in [self.image_span, *self.subject_spans]), self.subject_spans, self.image_span)
+        check_spans(
+            max(stop for _, stop in [self.image_span, *self.subject_spans]), self.subject_spans, self.image_span
+        )
         if self.num_text < 0 or self.image_span[0] < self.num_text:
             raise ValueError(f"num_text must be in [0, {self.image_span[0]}], got {self.num_text}")
 

@@ -46,7 +46,9 @@ def cross_entropy(maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s n"], e
     return -(inside + eps).log()
 
 
-def share_cross_entropy(maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s n"], eps: float) -> Float[Tensor, "b s"]:
+def share_cross_entropy(
+    maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s n"], eps: float
+) -> Float[Tensor, "b s"]:
     """``-mean over tokens of the subject of log(m_i / sum_k m_k)``: inside its mask a token should listen to its own reference.
 
     Tokens count by their coverage. Made for maps of "image_to_reference"; with one subject it is 0.
@@ -55,7 +57,12 @@ def share_cross_entropy(maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s 
     return -(masks * (share + eps).log()).sum(-1) / masks.sum(-1).clamp_min(eps)
 
 
-_LOSSES = {"dice": dice, "soft_iou": soft_iou, "cross_entropy": cross_entropy, "share_cross_entropy": share_cross_entropy}
+_LOSSES = {
+    "dice": dice,
+    "soft_iou": soft_iou,
+    "cross_entropy": cross_entropy,
+    "share_cross_entropy": share_cross_entropy,
+}
 
 
 def idar_loss(

@@ -26,7 +26,9 @@ def token_masks(masks: Float[Tensor, "b s H W"], grid: tuple[int, int]) -> Float
     return torch.nn.functional.adaptive_avg_pool2d(masks.float(), grid).flatten(2)
 
 
-def normalize_maps(maps: Float[Tensor, "b s n"], mode: Normalization = "max", *, eps: float = 1e-8) -> Float[Tensor, "b s n"]:
+def normalize_maps(
+    maps: Float[Tensor, "b s n"], mode: Normalization = "max", *, eps: float = 1e-8
+) -> Float[Tensor, "b s n"]:
     """Brings maps to [0, 1].
 
     "max": ``m / max_j m``; "minmax": ``(m - min) / (max - min)``; "share": ``m_i / sum over subjects of m``, so that the subjects

@@ -30,7 +30,9 @@ def leakage(maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s n"]) -> Floa
     return torch.stack(results, 1)
 
 
-def map_iou(maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s n"], *, threshold: float = 0.5) -> Float[Tensor, "b s"]:
+def map_iou(
+    maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s n"], *, threshold: float = 0.5
+) -> Float[Tensor, "b s"]:
     """Intersection over union of ``map >= threshold * its maximum`` and ``mask >= 0.5``; NaN where the mask is empty."""
     check_masks(maps, masks)
     hot, true = maps >= threshold * maps.amax(-1, keepdim=True), masks >= 0.5

@@ -9,7 +9,12 @@ from torch import Tensor
 
 
 def subject_attention(
-    query: Tensor, key: Tensor, subject_spans: Sequence[tuple[int, int]], image_span: tuple[int, int], *, direction: str = "reference_to_image"
+    query: Tensor,
+    key: Tensor,
+    subject_spans: Sequence[tuple[int, int]],
+    image_span: tuple[int, int],
+    *,
+    direction: str = "reference_to_image",
 ) -> Tensor:
     """The definition, with every matrix held."""
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -17,7 +22,10 @@ def subject_attention(
     image = slice(*image_span)
     scale = q.shape[-1] ** -0.5
     if direction == "reference_to_image":
-        maps = [torch.softmax(q[:, :, a:b] @ k[:, :, image].transpose(-1, -2) * scale, -1).mean((1, 2)) for a, b in subject_spans]
+        maps = [
+            torch.softmax(q[:, :, a:b] @ k[:, :, image].transpose(-1, -2) * scale, -1).mean((1, 2))
+            for a, b in subject_spans
+        ]
     else:
         full = torch.softmax(q[:, :, image] @ k.transpose(-1, -2) * scale, -1)
         maps = [full[..., a:b].sum(-1).mean(1) for a, b in subject_spans]

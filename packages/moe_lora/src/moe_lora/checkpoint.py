@@ -21,7 +21,9 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor], config: MoELoRAConfig
     folder.mkdir(parents=True, exist_ok=True)
     weights, meta = folder / "moe_lora.safetensors", folder / "moe_lora.json"
     save_file({k: t.contiguous().cpu() for k, t in tensors.items()}, f"{weights}.tmp")
-    Path(f"{meta}.tmp").write_text(json.dumps({"format": FORMAT, "config": asdict(config), "targets": targets}, indent=2) + "\n")
+    Path(f"{meta}.tmp").write_text(
+        json.dumps({"format": FORMAT, "config": asdict(config), "targets": targets}, indent=2) + "\n"
+    )
     os.replace(f"{weights}.tmp", weights)
     os.replace(f"{meta}.tmp", meta)
     return folder
@@ -59,6 +61,9 @@ def load_tensors(folder: Path, config: MoELoRAConfig, targets: list[str]) -> dic
         wrong = sorted(set(saved_targets) ^ set(targets))[:3]
         raise ValueError(f"{folder} must have the model's targets, but they differ in {wrong}")
     try:
-        return load_file(folder / "moe_lora.safetensors")
+        tensors: dict[str, Tensor] = load_file(folder / "moe_lora.safetensors")
+        return tensors
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / 'moe_lora.safetensors'} must be a readable safetensors file, got: {error}") from None
+        raise ValueError(
+            f"{folder / 'moe_lora.safetensors'} must be a readable safetensors file, got: {error}"
+        ) from None

@@ -55,5 +55,5 @@ class MoELoRAConfig:
 
     @property
     def scaling(self) -> float:
-        """alpha / rank."""
+        """Alpha / rank."""
         return self.alpha / self.rank

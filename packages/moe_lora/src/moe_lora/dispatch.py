@@ -61,6 +61,11 @@ def experts(
     """
     if dispatch == "dense":
         return _dense(h, lora_a, lora_b, gate_weights, expert_index)
-    if dispatch == "grouped" and len(h) and _grouped_mm_fits(h, lora_a, lora_b) and hasattr(torch.nn.functional, "grouped_mm"):
+    if (
+        dispatch == "grouped"
+        and len(h)
+        and _grouped_mm_fits(h, lora_a, lora_b)
+        and hasattr(torch.nn.functional, "grouped_mm")
+    ):
         return _grouped(h, lora_a, lora_b, gate_weights, expert_index)
     return _loop(h, lora_a, lora_b, gate_weights, expert_index)

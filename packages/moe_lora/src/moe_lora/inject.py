@@ -38,7 +38,9 @@ def find_targets(model: nn.Module, targets: Targets) -> list[str]:
         for pattern in targets:
             if not any(re.fullmatch(pattern, n) for n in names):
                 near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.0)
-                raise ValueError(f"targets must match modules of the model, got {pattern!r}, which matches none; nearest: {near}")
+                raise ValueError(
+                    f"targets must match modules of the model, got {pattern!r}, which matches none; nearest: {near}"
+                )
     if not found:
         raise ValueError(f"targets must match at least one module, got none of {len(names)}; for example {names[:4]}")
     for name in found:
@@ -61,7 +63,8 @@ class MoELoRA:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Keys as in the file: ``<module>.router.weight``, ``<module>.lora_a``, ``<module>.lora_b``."""
         for name, layer in self.layers.items():
-            yield f"{name}.router.weight", layer.router.weight
+            router: nn.Parameter = layer.router.weight  # type: ignore[assignment]
+            yield f"{name}.router.weight", router
             yield f"{name}.lora_a", layer.lora_a
             yield f"{name}.lora_b", layer.lora_b
 
@@ -78,7 +81,9 @@ class MoELoRA:
             if key not in own:
                 raise ValueError(f"state must hold keys of this model only, got {key!r}")
             if own[key].shape != state[key].shape:
-                raise ValueError(f"{key} must have shape {tuple(own[key].shape)}, got {tuple(state[key].shape)} (another rank, width or number of experts?)")
+                raise ValueError(
+                    f"{key} must have shape {tuple(own[key].shape)}, got {tuple(state[key].shape)} (another rank, width or number of experts?)"
+                )
         with torch.no_grad():
             for key, parameter in own.items():
                 parameter.copy_(state[key])
@@ -99,7 +104,11 @@ class MoELoRA:
 
     def stats(self) -> dict[str, RoutingStatistics]:
         """Expert load and entropy of each layer's last forward pass."""
-        return {n: routing_statistics(layer.last, layer.last_mask) for n, layer in self.layers.items() if layer.last is not None}
+        return {
+            n: routing_statistics(layer.last, layer.last_mask)
+            for n, layer in self.layers.items()
+            if layer.last is not None
+        }
 
     @contextmanager
     def disable(self) -> Iterator[None]:
@@ -129,7 +138,9 @@ class MoELoRA:
         self.load_state_dict(load_tensors(Path(path), self.config, list(self.layers)))
 
 
-def inject(model: nn.Module, config: MoELoRAConfig, targets: Targets, *, generator: torch.Generator | None = None) -> MoELoRA:
+def inject(
+    model: nn.Module, config: MoELoRAConfig, targets: Targets, *, generator: torch.Generator | None = None
+) -> MoELoRA:
     """Wraps the chosen modules of ``model`` in `MoELoRALayer`s; no output bit changes.
 
     Args:

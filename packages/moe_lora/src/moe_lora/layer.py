@@ -30,7 +30,9 @@ def infer_features(base: nn.Module) -> tuple[int, int]:
     """
     linears = [m for m in base.modules() if isinstance(m, nn.Linear)]
     if not linears:
-        raise ValueError(f"base must hold a linear layer to infer widths from, got {type(base).__name__}: give in_features and out_features")
+        raise ValueError(
+            f"base must hold a linear layer to infer widths from, got {type(base).__name__}: give in_features and out_features"
+        )
     return linears[0].in_features, linears[-1].out_features
 
 
@@ -86,11 +88,20 @@ class MoELoRALayer(nn.Module):
         weights = routing.gate_weights
         if self.token_mask is not None:
             if self.token_mask.shape != (len(h),):
-                raise ValueError(f"token_mask must hold one entry per token ({len(h)}), got {tuple(self.token_mask.shape)}")
+                raise ValueError(
+                    f"token_mask must hold one entry per token ({len(h)}), got {tuple(self.token_mask.shape)}"
+                )
             weights = weights * self.token_mask[:, None]
-        dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else self.lora_a.dtype
+        dtype = (
+            torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else self.lora_a.dtype
+        )
         out = experts(
-            h.to(dtype), self.lora_a.to(dtype), self.lora_b.to(dtype), weights * self.config.scaling, routing.expert_index, self.config.dispatch
+            h.to(dtype),
+            self.lora_a.to(dtype),
+            self.lora_b.to(dtype),
+            weights * self.config.scaling,
+            routing.expert_index,
+            self.config.dispatch,
         )
         return out.view(*hidden_states.shape[:-1], -1)
 

@@ -64,7 +64,9 @@ def replay(handle: MoELoRA, kept: RouteRecord, *, start: int = 0) -> Iterator[No
                 raise ValueError(f"record must hold pass {position[name]} of {name!r}, got {len(passes)} passes")
             chosen = passes[position[name]].to(routing.expert_index.device).long()
             if chosen.shape != routing.expert_index.shape:
-                raise ValueError(f"record of {name!r} must have shape {tuple(routing.expert_index.shape)}, got {tuple(chosen.shape)}")
+                raise ValueError(
+                    f"record of {name!r} must have shape {tuple(routing.expert_index.shape)}, got {tuple(chosen.shape)}"
+                )
             position[name] += 1
             return route(routing.gate_logits, layer.config.top_k, layer.config.gating, expert_index=chosen)
 

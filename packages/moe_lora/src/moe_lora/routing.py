@@ -44,10 +44,12 @@ def route(
 def load_balance_loss(
     gate_logits: Float[Tensor, "n e"], expert_index: Int[Tensor, "n k"], mask: Bool[Tensor, " n"] | None = None
 ) -> Float[Tensor, ""]:
-    """``e * sum_i f_i * P_i`` (Switch, arXiv 2101.03961, Eq. 4-6): f_i share of assignments, P_i mean probability of expert i; 1 when balanced."""
+    """``e * sum_i f_i * P_i`` (Switch, arXiv 2101.03961, Eq. 4-6): f_i share of assignments, P_i mean probability; 1 when balanced."""
     probabilities = gate_logits.softmax(-1)
     count = gate_logits.shape[-1]
-    assigned = torch.zeros_like(probabilities).scatter_add_(-1, expert_index, torch.ones_like(expert_index, dtype=probabilities.dtype))
+    assigned = torch.zeros_like(probabilities).scatter_add_(
+        -1, expert_index, torch.ones_like(expert_index, dtype=probabilities.dtype)
+    )
     if mask is not None:
         probabilities, assigned = probabilities[mask], assigned[mask]
     if not len(probabilities):

@@ -12,8 +12,11 @@ from moe_lora.routing import Routing
 
 
 class RoutingStatistics(NamedTuple):
-    """load (e,): share of assignments per expert, sums to 1; load_entropy: its entropy in nats, at most log e; gate_entropy: mean entropy
-    of a token's probabilities in nats."""
+    """How tokens were routed.
+
+    load (e,): share of assignments per expert, sums to 1; load_entropy: its entropy in nats, at most log e; gate_entropy: mean
+    entropy of a token's probabilities in nats.
+    """
 
     load: Float[Tensor, " e"]
     load_entropy: float
@@ -21,7 +24,8 @@ class RoutingStatistics(NamedTuple):
 
 
 def _entropy(p: Tensor) -> Tensor:
-    return torch.special.entr(p).sum(-1)
+    result: Tensor = torch.special.entr(p).sum(-1)
+    return result
 
 
 def routing_statistics(routing: Routing, mask: Bool[Tensor, " n"] | None = None) -> RoutingStatistics:

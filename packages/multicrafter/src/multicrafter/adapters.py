@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 FORMAT = 1
 ATTENTION = r"(single_)?transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
 FFN_LINEARS = r"transformer_blocks\.\d+\.ff(_context)?\.net\.(0\.proj|2)|single_transformer_blocks\.\d+\.proj_mlp"
-FFN_BLOCKS = (r"transformer_blocks\.\d+\.ff", r"transformer_blocks\.\d+\.ff_context", r"single_transformer_blocks\.\d+\.proj_mlp")
+FFN_BLOCKS = (
+    r"transformer_blocks\.\d+\.ff",
+    r"transformer_blocks\.\d+\.ff_context",
+    r"single_transformer_blocks\.\d+\.proj_mlp",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +132,13 @@ class Adapters:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: t.contiguous() for k, t in self.state_dict().items()}
         save_file(tensors, folder / "adapter.safetensors.tmp")
-        meta = {"format": FORMAT, "config": asdict(self.config), "base": fingerprint(self.transformer), "code": __version__, **notes}
+        meta = {
+            "format": FORMAT,
+            "config": asdict(self.config),
+            "base": fingerprint(self.transformer),
+            "code": __version__,
+            **notes,
+        }
         (folder / "adapter.json.tmp").write_text(json.dumps(meta, indent=2) + "\n")
         os.replace(folder / "adapter.safetensors.tmp", folder / "adapter.safetensors")
         os.replace(folder / "adapter.json.tmp", folder / "adapter.json")
@@ -154,10 +164,22 @@ class Adapters:
             if meta["format"] != FORMAT:
                 raise ValueError(f"format must be {FORMAT}, got {meta['format']!r}")
             state = load_file(folder / "adapter.safetensors")
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, SafetensorError, OSError) as error:
-            raise ValueError(f"adapter {folder} must be written by multicrafter, got {type(error).__name__}: {error}") from None
+        except (
+            json.JSONDecodeError,
+            UnicodeDecodeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            SafetensorError,
+            OSError,
+        ) as error:
+            raise ValueError(
+                f"adapter {folder} must be written by multicrafter, got {type(error).__name__}: {error}"
+            ) from None
         if meta.get("base") != fingerprint(transformer):
-            raise ValueError(f"adapter {folder} must belong to this base {fingerprint(transformer)}, got {meta.get('base')}")
+            raise ValueError(
+                f"adapter {folder} must belong to this base {fingerprint(transformer)}, got {meta.get('base')}"
+            )
         adapters = cls(transformer, config)
         adapters.load_state_dict(state)
         return adapters, meta

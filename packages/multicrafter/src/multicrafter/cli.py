@@ -55,7 +55,10 @@ def generate(arguments: argparse.Namespace) -> int:
     pipeline = MultiCrafterPipeline.from_pretrained(arguments.model, adapter=arguments.adapter)
     if len(references) > pipeline.max_references:
         what = "the adapter was" if arguments.adapter else "a base without adapter is"
-        print(f"warning: {len(references)} references, but {what} trained for {pipeline.max_references}; expect blending", file=sys.stderr)
+        print(
+            f"warning: {len(references)} references, but {what} trained for {pipeline.max_references}; expect blending",
+            file=sys.stderr,
+        )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=arguments.steps, desc="generate", disable=not sys.stderr.isatty()) as bar:
         pictures = pipeline(
@@ -103,7 +106,14 @@ def align(arguments: argparse.Namespace) -> int:
     config = replace(config, **{k: v for k, v in changes.items() if v is not None})
     loaded = MultiCrafterPipeline.from_pretrained(arguments.model, adapter=arguments.adapter)
     assert loaded.adapters is not None
-    run_align(loaded.pipe, loaded.adapters, config, arguments.out, num_references=loaded.max_references, resume=arguments.resume)
+    run_align(
+        loaded.pipe,
+        loaded.adapters,
+        config,
+        arguments.out,
+        num_references=loaded.max_references,
+        resume=arguments.resume,
+    )
     print(f"adapter: {arguments.out / 'adapter'}")
     return 0
 
@@ -117,12 +127,16 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         _writable(arguments.out)
     loaded = MultiCrafterPipeline.from_pretrained(arguments.model, adapter=arguments.adapter)
-    config = EvaluateConfig(num_cases=arguments.cases, num_references=arguments.references or loaded.max_references, seed=arguments.seed)
+    config = EvaluateConfig(
+        num_cases=arguments.cases, num_references=arguments.references or loaded.max_references, seed=arguments.seed
+    )
     metrics, _ = run(loaded.pipe, cases(loaded.pipe, config), Judges.load(), config)
     summary = summarise(metrics)
     print(table({str(arguments.adapter or "base"): summary}))
     if arguments.out is not None:
-        write_json(arguments.out, {"summary": summary, "what": METRICS, "cases": {k: v.tolist() for k, v in metrics.items()}})
+        write_json(
+            arguments.out, {"summary": summary, "what": METRICS, "cases": {k: v.tolist() for k, v in metrics.items()}}
+        )
         print(f"written to {arguments.out}")
     return 0
 
@@ -152,19 +166,30 @@ def report(arguments: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    top = argparse.ArgumentParser(prog="multicrafter", description="Several given subjects in one picture, nobody blended.")
+    top = argparse.ArgumentParser(
+        prog="multicrafter", description="Several given subjects in one picture, nobody blended."
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, function: Any, *, model: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         sub.set_defaults(function=function)
         if model:
-            sub.add_argument("--model", help="FLUX directory in diffusers format, or hub id; default: the tiny one that ships")
+            sub.add_argument(
+                "--model", help="FLUX directory in diffusers format, or hub id; default: the tiny one that ships"
+            )
             sub.add_argument("--seed", type=int, default=0)
         return sub
 
     sub = command("generate", generate)
-    sub.add_argument("--reference", type=Path, action="append", default=[], metavar="PICTURE", help="once per subject; PNG, JPEG or WebP")
+    sub.add_argument(
+        "--reference",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PICTURE",
+        help="once per subject; PNG, JPEG or WebP",
+    )
     sub.add_argument("--prompt", required=True)
     sub.add_argument("--out", type=Path, required=True)
     sub.add_argument("--adapter", type=Path, help="folder written by pretrain, align or demo")
@@ -174,7 +199,9 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("pretrain", pretrain)
     sub.add_argument("--out", type=Path, required=True)
-    sub.add_argument("--row", default="moe", choices=("baseline", "idar", "idar_paper", "moe"), help="row of the ablation")
+    sub.add_argument(
+        "--row", default="moe", choices=("baseline", "idar", "idar_paper", "moe"), help="row of the ablation"
+    )
     sub.add_argument("--steps", type=_positive)
     sub.add_argument("--batch", type=_positive)
     sub.add_argument("--scenes", type=_positive, help="training scenes drawn")

@@ -14,7 +14,17 @@ import torch
 
 from multicrafter import figures, judges
 from multicrafter.adapters import Adapters
-from multicrafter.evaluate import METRICS, EvaluateConfig, Judges, cases, difference, evaluate, summarise, table, write_json
+from multicrafter.evaluate import (
+    METRICS,
+    EvaluateConfig,
+    Judges,
+    cases,
+    difference,
+    evaluate,
+    summarise,
+    table,
+    write_json,
+)
 from multicrafter.pipeline import MultiCrafterPipeline, load_flux
 from multicrafter.recipes import ablation
 from multicrafter.report import write_report
@@ -129,7 +139,9 @@ def run(out: Path, config: DemoConfig, *, model: str | None = None, resume: bool
         history = run_align(loaded.pipe, loaded.adapters, stage2, out / "stage2", resume=resume)
     with clock.measure("evaluate stage 2"):
         metrics["stage 2"], pictures["stage 2"], maps["stage 2"] = score(loaded.pipe)
-    differences = {f"{a} - {b}": difference(metrics[a], metrics[b]) for a, b in (("stage 1", "baseline"), ("stage 2", "stage 1"))}
+    differences = {
+        f"{a} - {b}": difference(metrics[a], metrics[b]) for a, b in (("stage 1", "baseline"), ("stage 2", "stage 1"))
+    }
     with clock.measure("draw figures"):
         figures.picture_grid(out / "pictures.png", unseen, pictures, shown)
         figures.attention_figure(out / "attention.png", unseen, maps, shown)
@@ -143,14 +155,25 @@ def run(out: Path, config: DemoConfig, *, model: str | None = None, resume: bool
         "metrics": {**METRICS, "reward": "weighted sum of text, aesthetics and Multi-ID, what stage 2 is trained on"},
         "judges": judge_reports(),
         "seconds": clock.total(),
-        "config": {**asdict(config), "stage1": asdict(stage1["stage 1"]), "stage2": asdict(stage2), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "config": {
+            **asdict(config),
+            "stage1": asdict(stage1["stage 1"]),
+            "stage2": asdict(stage2),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
     }
     write_json(out / "results.json", results)
     page = write_report(out)
     print(table(summary))
-    for text, claim in results["claims"].items():
+    for text, claim in claims(differences).items():
         print(f"{'holds    ' if claim['holds'] else 'not shown'}  {text}")
-    for label, path in (("pictures", "pictures.png"), ("attention maps", "attention.png"), ("reward curve", "reward.png"), ("numbers", "results.json")):
+    for label, path in (
+        ("pictures", "pictures.png"),
+        ("attention maps", "attention.png"),
+        ("reward curve", "reward.png"),
+        ("numbers", "results.json"),
+    ):
         print(f"{label}: {out / path}")
     print(f"report: {page}")
     return results

@@ -6,8 +6,9 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from multicrafter import judges
 from multicrafter.data.synthetic import FAMILIES, Family, WorldConfig
-from multicrafter.flux.model import decode_latents, encode_prompts, predict_velocity, sample, sigma_schedule
+from multicrafter.flux.model import Text, decode_latents, encode_prompts, predict_velocity, sample, sigma_schedule
 from multicrafter.flux.packing import unpack_latents
 from multicrafter.judges.aesthetics import aesthetics
 from multicrafter.judges.clip import ClipScorer
@@ -80,7 +81,11 @@ class Judges(NamedTuple):
     def load(cls, folder: Path | None = None) -> Judges:
         """From ``folder``, the shipped ones by default."""
         folder = folder or judges.shipped()
-        return cls(Reader.from_pretrained(folder), PeopleBackend.from_pretrained(folder), ClipScorer.from_pretrained(folder / "clip"))
+        return cls(
+            Reader.from_pretrained(folder),
+            PeopleBackend.from_pretrained(folder),
+            ClipScorer.from_pretrained(folder / "clip"),
+        )
 
 
 class AttributeScore(NamedTuple):
@@ -127,6 +132,10 @@ def score_attributes(truth: Tensor, read: Tensor, family: Family, stranger: Tens
     )
 
 
+def _velocity(pipe: FluxPipeline, text: Text, context: dict[str, Any], x: Tensor, sigma: Tensor) -> Tensor:
+    return predict_velocity(pipe.transformer, x, sigma, text, **context)
+
+
 @torch.no_grad()
 def generate_cases(pipe: FluxPipeline, scenes: EncodedScenes, config: EvaluateConfig, *, batch: int = 64) -> Tensor:
     """One picture (n, 3, H, W) per case; the noise depends on the seed and the case alone."""
@@ -134,23 +143,22 @@ def generate_cases(pipe: FluxPipeline, scenes: EncodedScenes, config: EvaluateCo
     pictures = []
     for start in range(0, len(scenes), batch):
         part = slice(start, min(start + batch, len(scenes)))
-        text, references = encode_prompts(pipe, scenes.captions[part]), list(scenes.references[part].unbind(1))
-
-        def velocity(x: Tensor, sigma: Tensor, text=text, references=references) -> Tensor:  # type: ignore[no-untyped-def]
-            return predict_velocity(
-                pipe.transformer, x, sigma, text, image_grid=scenes.grid, references=references, reference_grids=[scenes.reference_grid] * len(references)
-            )
-
+        velocity = partial(_velocity, pipe, encode_prompts(pipe, scenes.captions[part]), scenes.context(part))
         tokens = sample(velocity, noise[part], sigma_schedule(config.num_sampling_steps))
         pictures.append(decode_latents(pipe.vae, unpack_latents(tokens, scenes.grid)))
     return torch.cat(pictures)
 
 
-def score_pictures(pictures: Tensor, scenes: EncodedScenes, judges: Judges, *, family: str = "people") -> dict[str, np.ndarray]:
+def score_pictures(
+    pictures: Tensor, scenes: EncodedScenes, judges: Judges, *, family: str = "people"
+) -> dict[str, np.ndarray]:
     """Metrics per case, all but leakage; see `METRICS`."""
     readings: list[Reading] = judges.reader.read(pictures)
     strangers = scenes.identities.roll(1, 0)[:, 0]
-    rows = [score_attributes(scenes.identities[i], r.identities, FAMILIES[family], strangers[i]) for i, r in enumerate(readings)]
+    rows = [
+        score_attributes(scenes.identities[i], r.identities, FAMILIES[family], strangers[i])
+        for i, r in enumerate(readings)
+    ]
     references = [list(x) for x in scenes.reference_images]
     return {
         "identity": IdentityScorer(judges.people)(list(pictures), scenes.captions, references),
@@ -158,18 +166,27 @@ def score_pictures(pictures: Tensor, scenes: EncodedScenes, judges: Judges, *, f
         "swaps": np.array([r.swaps for r in rows]),
         "swaps_by_chance": np.array([r.swaps_by_chance for r in rows]),
         "count": np.array([float(len(r.identities) == scenes.identities.shape[1]) for r in readings]),
-        "setting": np.array([float(r.setting == s and r.time == t) for r, s, t in zip(readings, scenes.setting.tolist(), scenes.time.tolist(), strict=True)]),
+        "setting": np.array(
+            [
+                float(r.setting == s and r.time == t)
+                for r, s, t in zip(readings, scenes.setting.tolist(), scenes.time.tolist(), strict=True)
+            ]
+        ),
         "text": judges.clip(pictures, scenes.captions),
         "aesthetics": aesthetics(pictures).double().numpy(),
     }
 
 
-def evaluate(pipe: FluxPipeline, scenes: EncodedScenes, judges: Judges, config: EvaluateConfig) -> tuple[dict[str, np.ndarray], Tensor]:
+def evaluate(
+    pipe: FluxPipeline, scenes: EncodedScenes, judges: Judges, config: EvaluateConfig
+) -> tuple[dict[str, np.ndarray], Tensor]:
     """Generates and scores every case; returns metrics per case and the pictures."""
     pictures = generate_cases(pipe, scenes, config)
     metrics = score_pictures(pictures, scenes, judges)
     if scenes.references.shape[1] > 1:
-        metrics["leakage"] = measure_leakage(pipe, scenes, direction="image_to_reference", seed=config.seed + 2).double().numpy()
+        metrics["leakage"] = (
+            measure_leakage(pipe, scenes, direction="image_to_reference", seed=config.seed + 2).double().numpy()
+        )
     return metrics, pictures
 
 

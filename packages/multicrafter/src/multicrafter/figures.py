@@ -47,18 +47,19 @@ def picture_grid(path: Path, scenes: EncodedScenes, pictures: Mapping[str, Tenso
 
 
 @torch.no_grad()
-def subject_maps(pipe: Any, scenes: EncodedScenes, cases: Sequence[int], *, sigma: float = 0.6, seed: int = 0) -> Tensor:
-    """Where each image token looks for each subject, (case, subject, rows, columns): mass on that reference, as a share of all references'."""
+def subject_maps(
+    pipe: Any, scenes: EncodedScenes, cases: Sequence[int], *, sigma: float = 0.6, seed: int = 0
+) -> Tensor:
+    """Where each image token looks: its attention mass on each reference as a share of all references', (case, subject, rows, columns)."""
     rows = torch.tensor(list(cases))
     latents = scenes.tokens[rows]
     level = torch.full((len(rows),), sigma)
     text = encode_prompts(pipe, [scenes.captions[i] for i in cases])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-    with capture_subject_attention(pipe.transformer, layout_of(scenes, text.embeds.shape[1]), direction="image_to_reference") as captured:
-        predict_velocity(
-            pipe.transformer, add_noise(latents, noise, level), level, text,
-            image_grid=scenes.grid, references=list(scenes.references[rows].unbind(1)), reference_grids=[scenes.reference_grid] * scenes.references.shape[1],
-        )  # fmt: skip
+    with capture_subject_attention(
+        pipe.transformer, layout_of(scenes, text.embeds.shape[1]), direction="image_to_reference"
+    ) as captured:
+        predict_velocity(pipe.transformer, add_noise(latents, noise, level), level, text, **scenes.context(rows))
     maps = captured.maps
     return (maps / maps.sum(1, keepdim=True).clamp_min(1e-8)).unflatten(2, scenes.grid)
 
@@ -70,9 +71,13 @@ def attention_figure(path: Path, scenes: EncodedScenes, maps: Mapping[str, Tenso
     for column, case in enumerate(cases):
         _show(axes[0, column], scenes.images[case])
         mask = scenes.masks[case].unflatten(1, scenes.grid)
-        axes[1, column].imshow((mask[0] - mask[1:].sum(0)).numpy(), cmap="coolwarm", vmin=-1, vmax=1, interpolation="nearest")
+        axes[1, column].imshow(
+            (mask[0] - mask[1:].sum(0)).numpy(), cmap="coolwarm", vmin=-1, vmax=1, interpolation="nearest"
+        )
         for row, of in enumerate(maps.values()):
-            axes[2 + row, column].imshow((2 * of[column, 0] - 1).numpy(), cmap="coolwarm", vmin=-1, vmax=1, interpolation="nearest")
+            axes[2 + row, column].imshow(
+                (2 * of[column, 0] - 1).numpy(), cmap="coolwarm", vmin=-1, vmax=1, interpolation="nearest"
+            )
     for row, label in enumerate(labels):
         axes[row, 0].set_ylabel(label, fontsize=8)
     figure.savefig(path, dpi=110)

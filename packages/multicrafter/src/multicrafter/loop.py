@@ -86,7 +86,14 @@ def load_checkpoint(folder: Path, *, say: Callable[[str], None] = print) -> tupl
 
 
 def run(
-    stage: Stage, *, num_steps: int, out: Path, resume: bool = False, save_every: int = 500, description: str = "train", config: dict[str, Any] | None = None
+    stage: Stage,
+    *,
+    num_steps: int,
+    out: Path,
+    resume: bool = False,
+    save_every: int = 500,
+    description: str = "train",
+    config: dict[str, Any] | None = None,
 ) -> list[dict[str, float]]:
     """Runs ``stage`` to ``num_steps``; metrics go to ``out/metrics.jsonl``, checkpoints to ``out/checkpoints``.
 
@@ -101,25 +108,41 @@ def run(
     if resume and (found := load_checkpoint(checkpoints)) is not None:
         start = found[0]
         stage.restore(found[1])
-        history = [json.loads(line) for line in metrics_path.read_text().splitlines()][:start] if metrics_path.exists() else []
+        history = (
+            [json.loads(line) for line in metrics_path.read_text().splitlines()][:start]
+            if metrics_path.exists()
+            else []
+        )
     elif not resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
     metrics_path.write_text("".join(json.dumps(m) + "\n" for m in history))
     stop: list[int] = []
-    handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)} if _main_thread() else {}
+    handlers = (
+        {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+        if _main_thread()
+        else {}
+    )
     try:
-        with metrics_path.open("a") as log, tqdm(total=num_steps, initial=start, desc=description, mininterval=1.0) as bar:
+        with (
+            metrics_path.open("a") as log,
+            tqdm(total=num_steps, initial=start, desc=description, mininterval=1.0) as bar,
+        ):
             for index in range(start, num_steps):
                 metrics = {"step": index + 1, **stage.step(index)}
                 history.append(metrics)
                 log.write(json.dumps(metrics) + "\n")
                 bar.update()
-                bar.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if k in ("loss", "reward", "attention_loss")}, refresh=False)
+                bar.set_postfix(
+                    {k: f"{v:.4g}" for k, v in metrics.items() if k in ("loss", "reward", "attention_loss")},
+                    refresh=False,
+                )
                 if (index + 1) % save_every == 0 or index + 1 == num_steps or stop:
                     log.flush()
                     save_checkpoint(checkpoints, index + 1, stage.tensors())
                 if stop and index + 1 < num_steps:
-                    raise Interrupted(f"stopped at step {index + 1} of {num_steps}; saved in {checkpoints}; go on with --resume")
+                    raise Interrupted(
+                        f"stopped at step {index + 1} of {num_steps}; saved in {checkpoints}; go on with --resume"
+                    )
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

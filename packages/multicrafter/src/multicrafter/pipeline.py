@@ -14,13 +14,29 @@ from torch import Tensor
 
 from multicrafter import flux
 from multicrafter.adapters import Adapters
-from multicrafter.flux.model import decode_latents, encode_images, encode_prompts, predict_velocity, sample, sigma_schedule
+from multicrafter.flux.model import (
+    decode_latents,
+    encode_images,
+    encode_prompts,
+    predict_velocity,
+    sample,
+    sigma_schedule,
+)
 from multicrafter.flux.packing import pack_latents, unpack_latents
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
-PARTS = ("model_index.json", "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+PARTS = (
+    "model_index.json",
+    "transformer",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "scheduler",
+)
 
 
 def load_flux(model: str | Path | None = None, *, dtype: torch.dtype = torch.float32) -> FluxPipeline:
@@ -42,7 +58,9 @@ def load_flux(model: str | Path | None = None, *, dtype: torch.dtype = torch.flo
         pipe = FluxPipeline.from_pretrained(source if source.exists() else str(model), torch_dtype=dtype)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"model {model or source} must be a readable FLUX directory or hub id, got {type(error).__name__}: {reason}") from None
+        raise ValueError(
+            f"model {model or source} must be a readable FLUX directory or hub id, got {type(error).__name__}: {reason}"
+        ) from None
     finally:
         logging.enable_progress_bar()
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
@@ -67,7 +85,9 @@ class MultiCrafterPipeline:
     >>> # MultiCrafterPipeline.from_pretrained(adapter="runs/demo/stage2/adapter")("two people in the park", references=[a, b])[0]
     """
 
-    def __init__(self, pipe: FluxPipeline, adapters: Adapters | None = None, notes: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, pipe: FluxPipeline, adapters: Adapters | None = None, notes: dict[str, Any] | None = None
+    ) -> None:
         """Takes a loaded FLUX, with adapters already attached."""
         self.pipe, self.adapters, self.notes = pipe, adapters, notes or {}
 
@@ -105,7 +125,7 @@ class MultiCrafterPipeline:
         num_steps: int = 20,
         seed: int = 0,
         guidance: float = 3.5,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> list[Image.Image]:
         """Draws ``num_images`` pictures.
 
@@ -133,7 +153,9 @@ class MultiCrafterPipeline:
         pictures = torch.stack([to_tensor(r, self.size // 2) for r in references]).to(device)
         tokens = [t.expand(num_images, -1, -1) for t in pack_latents(encode_images(vae, pictures)).split(1)]
         text = encode_prompts(self.pipe, [prompt] * num_images)
-        noise = torch.randn(num_images, grid[0] * grid[1], tokens[0].shape[2], generator=torch.Generator().manual_seed(seed)).to(device)
+        noise = torch.randn(
+            num_images, grid[0] * grid[1], tokens[0].shape[2], generator=torch.Generator().manual_seed(seed)
+        ).to(device)
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             return predict_velocity(

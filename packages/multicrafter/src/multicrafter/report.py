@@ -39,7 +39,8 @@ def _table(rows: Mapping[str, Mapping[str, Any]], *, sign: bool = False) -> str:
     names = list(dict.fromkeys(n for row in rows.values() for n in row))
     head = "".join(f"<th>{html.escape(label)}</th>" for label in rows)
     body = "".join(
-        f"<tr><td>{html.escape(name)}</td>{''.join(_cell(row[name], sign=sign) if name in row else '<td></td>' for row in rows.values())}</tr>" for name in names
+        f"<tr><td>{html.escape(name)}</td>{''.join(_cell(row[name], sign=sign) if name in row else '<td></td>' for row in rows.values())}</tr>"
+        for name in names
     )
     return f"<table><tr><th></th>{head}</tr>{body}</table>"
 
@@ -51,8 +52,9 @@ def _picture(path: Path, alt: str) -> str:
 
 def _claims(claims: Mapping[str, Mapping[str, Any]]) -> str:
     rows = "".join(
-        f'<tr class="{"yes" if c["holds"] else "no"}"><td>{html.escape(text)}</td><td>{"holds" if c["holds"] else "not shown"} in this run</td></tr>'
-        for text, c in claims.items()
+        f'<tr class="{"yes" if claim["holds"] else "no"}"><td>{html.escape(text)}</td>'
+        f"<td>{'holds' if claim['holds'] else 'not shown'} in this run</td></tr>"
+        for text, claim in claims.items()
     )
     return f"<table>{rows}</table>"
 
@@ -62,7 +64,10 @@ def write_report(run: Path) -> Path:
     results = json.loads((run / "results.json").read_text())
     figures = {
         "pictures.png": ("Pictures", "Unseen identities, the same noise for every model. The references on top."),
-        "attention.png": ("Attention", "Where image tokens look for reference A rather than the other: red A, blue the other, white undecided. Noise level 0.6."),
+        "attention.png": (
+            "Attention",
+            "Where image tokens look for reference A rather than the other: red A, blue the other, white undecided. Noise level 0.6.",
+        ),
         "training.png": ("Stage 1", "Losses on the training scenes."),
         "reward.png": ("Stage 2", "Reward of the rollouts, which are noisier than pictures drawn for you."),
     }
@@ -74,13 +79,17 @@ def write_report(run: Path) -> Path:
         "<h2>Claims</h2>", _claims(results["claims"]),
         "<h2>Metrics</h2>", _table(results["summary"]),
         "<h2>Differences, case by case</h2>", _table(results["differences"], sign=True),
-        "<h3>What the metrics are</h3><ul>", *(f"<li><b>{html.escape(k)}</b>: {html.escape(v)}</li>" for k, v in results["metrics"].items()), "</ul>",
+        "<h3>What the metrics are</h3><ul>",
+        *(f"<li><b>{html.escape(k)}</b>: {html.escape(v)}</li>" for k, v in results["metrics"].items()),
+        "</ul>",
     ]  # fmt: skip
     for name, (title, text) in figures.items():
         if (run / name).is_file():
             parts.append(f"<h2>{title}</h2><p>{text}</p>{_picture(run / name, title)}")
     judges = json.dumps(results["judges"], indent=1)
-    parts.append(f"<h2>How good the judges are</h2><p>On pictures of the world, unseen identities.</p><pre>{html.escape(judges)}</pre>")
+    parts.append(
+        f"<h2>How good the judges are</h2><p>On pictures of the world, unseen identities.</p><pre>{html.escape(judges)}</pre>"
+    )
     parts.append(f"<h2>Seconds</h2><pre>{html.escape(json.dumps(results['seconds'], indent=1))}</pre>")
     parts.append(f"<h2>Configuration</h2><pre>{html.escape(json.dumps(results['config'], indent=1))}</pre></html>")
     path, temporary = run / "report.html", run / ".report.html.tmp"

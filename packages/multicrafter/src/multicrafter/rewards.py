@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from id_reward import CompositeReward, IdentityScorer
+from id_reward import CompositeReward, IdentityScorer, Scorer
 
 from multicrafter import judges
 from multicrafter.judges.aesthetics import aesthetics_scorer
@@ -41,8 +41,12 @@ class RewardConfig:
 def tiny_reward(config: RewardConfig | None = None, *, folder: Path | None = None) -> CompositeReward:
     """The reward from the judges in ``folder`` (the shipped ones by default)."""
     config, folder = config or RewardConfig(), folder or judges.shipped()
-    identity = IdentityScorer(PeopleBackend.from_pretrained(folder), missing_penalty=config.missing_penalty, extra_penalty=config.extra_penalty)
-    parts = {
+    identity = IdentityScorer(
+        PeopleBackend.from_pretrained(folder),
+        missing_penalty=config.missing_penalty,
+        extra_penalty=config.extra_penalty,
+    )
+    parts: dict[str, tuple[Scorer, float]] = {
         "text": (ClipScorer.from_pretrained(folder / "clip"), config.text),
         "aesthetics": (aesthetics_scorer, config.aesthetics),
         "multi_id": (identity, config.multi_id),

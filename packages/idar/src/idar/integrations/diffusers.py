@@ -67,7 +67,9 @@ def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None, start: int, stop: i
     return rows.transpose(1, 2)
 
 
-def _maps(query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor] | None, layout: SubjectLayout, direction: Direction) -> Tensor:
+def _maps(
+    query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor] | None, layout: SubjectLayout, direction: Direction
+) -> Tensor:
     """Maps from the rows that matter: image and references, or everything where the softmax needs all keys."""
     length = query.shape[1]
     last = max(stop for _, stop in [layout.image_span, *layout.subject_spans])
@@ -81,7 +83,9 @@ def _maps(query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor] | None, layo
     return subject_attention(q, k, spans, image, direction=direction)
 
 
-def attention_blocks(transformer: nn.Module, blocks: Callable[[str], bool] | Sequence[str] | None = None) -> dict[str, nn.Module]:
+def attention_blocks(
+    transformer: nn.Module, blocks: Callable[[str], bool] | Sequence[str] | None = None
+) -> dict[str, nn.Module]:
     """Attention modules by name: of the double-stream blocks by default, else of the named or accepted ones.
 
     Raises:
@@ -102,7 +106,9 @@ def attention_blocks(transformer: nn.Module, blocks: Callable[[str], bool] | Seq
             raise ValueError(f"blocks must name attention modules of the transformer {sorted(found)}, got {missing}")
         chosen = {n: found[n] for n in blocks}
     if not chosen:
-        raise ValueError(f"transformer must have double-stream blocks with an `attn`, got {type(transformer).__name__} without any chosen")
+        raise ValueError(
+            f"transformer must have double-stream blocks with an `attn`, got {type(transformer).__name__} without any chosen"
+        )
     return chosen
 
 
@@ -141,4 +147,4 @@ def capture_subject_attention(
     finally:
         hook.remove()
         for name, module in chosen.items():
-            module.processor = before[name]  # type: ignore[assignment]
+            module.processor = before[name]

@@ -47,7 +47,11 @@ def encode_prompts(pipe: FluxPipeline, prompts: Sequence[str]) -> Text:
     ).input_ids
     embeds = pipe.text_encoder_2(ids.to(device))[0]
     clip_ids = pipe.tokenizer(
-        list(prompts), padding="max_length", max_length=min(pipe.tokenizer.model_max_length, 77), truncation=True, return_tensors="pt"
+        list(prompts),
+        padding="max_length",
+        max_length=min(pipe.tokenizer.model_max_length, 77),
+        truncation=True,
+        return_tensors="pt",
     ).input_ids
     return Text(embeds, pipe.text_encoder(clip_ids.to(device)).pooler_output)
 
@@ -98,9 +102,13 @@ def predict_velocity(
     """
     sizes = [r.shape[1] for r in references]
     if sizes != [rows * columns for rows, columns in reference_grids]:
-        raise ValueError(f"reference_grids must match the references' token counts {sizes}, got {list(reference_grids)}")
+        raise ValueError(
+            f"reference_grids must match the references' token counts {sizes}, got {list(reference_grids)}"
+        )
     ids = diagonal_ids(image_grid, reference_grids).to(tokens.device)
-    embedded = torch.full((len(tokens),), guidance, device=tokens.device) if transformer.config.guidance_embeds else None
+    embedded = (
+        torch.full((len(tokens),), guidance, device=tokens.device) if transformer.config.guidance_embeds else None
+    )
     output = transformer(
         hidden_states=torch.cat([tokens, *references], dim=1),
         encoder_hidden_states=text.embeds,
@@ -122,8 +130,8 @@ def sigma_schedule(num_steps: int, *, shift: float = 1.0) -> Float[Tensor, " t"]
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    s = torch.linspace(1, 0, num_steps + 1)
-    return shift * s / (1 + (shift - 1) * s)
+    s = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    return (shift * s / (1 + (shift - 1) * s)).float()
 
 
 def sample(
@@ -131,7 +139,7 @@ def sample(
     noise: Float[Tensor, "b n d"],
     sigmas: Float[Tensor, " t"],
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Float[Tensor, "b n d"]:
     """Euler steps of the probability-flow ODE: ``x += (sigma_next - sigma) * velocity(x, sigma)``.
 

@@ -32,7 +32,11 @@ def unpack_latents(tokens: Float[Tensor, "b n d"], grid: Grid) -> Float[Tensor, 
     b, n, d = tokens.shape
     if n != rows * columns:
         raise ValueError(f"tokens must hold {rows}x{columns} = {rows * columns} patches, got {n}")
-    return tokens.reshape(b, rows, columns, d // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, d // 4, 2 * rows, 2 * columns)
+    return (
+        tokens.reshape(b, rows, columns, d // 4, 2, 2)
+        .permute(0, 3, 1, 4, 2, 5)
+        .reshape(b, d // 4, 2 * rows, 2 * columns)
+    )
 
 
 def grid_ids(grid: Grid, offset: Grid = (0, 0)) -> Float[Tensor, "n 3"]:

@@ -122,12 +122,18 @@ def build_tokenizers(captions: Sequence[str]) -> tuple[CLIPTokenizer, T5Tokenize
 
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(
         captions,
         trainers.BpeTrainer(
-            vocab_size=1024, special_tokens=["<|startoftext|>", "<|endoftext|>"], initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+            vocab_size=1024,
+            special_tokens=["<|startoftext|>", "<|endoftext|>"],
+            initial_alphabet=alphabet,
+            end_of_word_suffix="</w>",
+            show_progress=False,
         ),
     )
     model = json.loads(bpe.to_str())["model"]
@@ -141,12 +147,18 @@ def build_tokenizers(captions: Sequence[str]) -> tuple[CLIPTokenizer, T5Tokenize
         clip = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_TOKENS + 2, pad_token="<|endoftext|>")
     words = sorted({w for c in captions for w in c.split()})
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
-    pieces += [("▁" + w, -4.0) for w in words] + [("▁", -8.0)] + [(c, -10.0) for c in "abcdefghijklmnopqrstuvwxyz0123456789.,'-"]
+    pieces += (
+        [("▁" + w, -4.0) for w in words]
+        + [("▁", -8.0)]
+        + [(c, -10.0) for c in "abcdefghijklmnopqrstuvwxyz0123456789.,'-"]
+    )
     t5 = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=TEXT_TOKENS)
     return clip, t5
 
 
-def build_text_encoders(config: TinyFluxConfig, clip: CLIPTokenizer, t5: T5TokenizerFast) -> tuple[CLIPTextModel, T5EncoderModel]:
+def build_text_encoders(
+    config: TinyFluxConfig, clip: CLIPTokenizer, t5: T5TokenizerFast
+) -> tuple[CLIPTextModel, T5EncoderModel]:
     """Randomly initialised text encoders for these tokenizers."""
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -166,7 +178,17 @@ def build_text_encoders(config: TinyFluxConfig, clip: CLIPTokenizer, t5: T5Token
         )
     )
     encoder = T5EncoderModel(
-        T5Config(vocab_size=len(t5), d_model=width, d_kv=width // 2, d_ff=2 * width, num_layers=2, num_heads=2, dropout_rate=0.0, is_encoder_decoder=False, use_cache=False)
+        T5Config(
+            vocab_size=len(t5),
+            d_model=width,
+            d_kv=width // 2,
+            d_ff=2 * width,
+            num_layers=2,
+            num_heads=2,
+            dropout_rate=0.0,
+            is_encoder_decoder=False,
+            use_cache=False,
+        )
     )
     return text, encoder
 

@@ -39,7 +39,7 @@ class BaseConfig:
         ema: Decay of the averaged weights that are written.
         reference_share: Share of steps with a reference; the others are text to image.
         companion_share: Share of the scenes with a reference that show one more person than the reference does.
-        subject_weight: Tokens wholly covered by a subject weigh ``1 + subject_weight`` times a background token: they are few and carry the identity.
+        subject_weight: A token covered by a subject weighs ``1 + subject_weight`` times one of the background: few tokens carry the identity.
         pool: Samples kept in memory; every step draws from them and replaces a quarter of a batch.
         autocast: Whether the forward pass runs in bfloat16 (faster on processors that have it).
         seed: Seed of weights and data.
@@ -102,13 +102,20 @@ class LatentPool:
                 self.captions.append(text)
             else:
                 at = self.cursor
-                self.images[at], self.references[at], self.coverage[at], self.captions[at] = image, reference, cover, text
+                self.images[at], self.references[at], self.coverage[at], self.captions[at] = (
+                    image,
+                    reference,
+                    cover,
+                    text,
+                )
                 self.cursor = (at + 1) % self.capacity
 
     def draw(self, count: int) -> Batch:
         """A random batch."""
         rows = torch.randint(len(self.images), (count,), generator=self.generator).tolist()
-        images, references, coverage = (torch.stack([part[i] for i in rows]).float() for part in (self.images, self.references, self.coverage))
+        images, references, coverage = (
+            torch.stack([part[i] for i in rows]).float() for part in (self.images, self.references, self.coverage)
+        )
         return Batch(images, references, coverage, [self.captions[i] for i in rows])
 
 
@@ -125,7 +132,9 @@ def _optimizers(pipe: FluxPipeline, config: BaseConfig) -> list[tuple[torch.opti
         (torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True), config.lr)
     ]
     if hidden:
-        muon = torch.optim.Muon(hidden, lr=config.lr_matrix, weight_decay=0.01, ns_steps=4, adjust_lr_fn="match_rms_adamw")
+        muon = torch.optim.Muon(
+            hidden, lr=config.lr_matrix, weight_decay=0.01, ns_steps=4, adjust_lr_fn="match_rms_adamw"
+        )
         found.append((muon, config.lr_matrix))
     return found
 
@@ -140,8 +149,10 @@ def _batches(pools: list[tuple[LatentPool, float]], config: BaseConfig, generato
         yield batch._replace(references=None) if index == 0 else batch
 
 
-def train(vae_folder: Path, out: Path, config: BaseConfig, *, start: Path | None = None, save_minutes: float = 10.0) -> dict[str, Any]:
-    """Trains the base on the VAE in ``vae_folder``, from scratch or from ``start``; writes a diffusers directory (averaged weights) to ``out`` now and then."""
+def train(
+    vae_folder: Path, out: Path, config: BaseConfig, *, start: Path | None = None, save_minutes: float = 10.0
+) -> dict[str, Any]:
+    """Trains the base on a VAE, from scratch or from ``start``; writes a diffusers directory of averaged weights now and then."""
     from diffusers import AutoencoderKL, FluxPipeline
 
     pipe = build_pipeline(TinyFluxConfig(), seed=config.seed)
@@ -149,24 +160,33 @@ def train(vae_folder: Path, out: Path, config: BaseConfig, *, start: Path | None
         pipe = FluxPipeline.from_pretrained(start, torch_dtype=torch.float32)
     pipe.register_modules(vae=AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False))
     generator = torch.Generator().manual_seed(config.seed)
-    world = {"family": config.family}
-    text_only = LatentPool(pipe.vae, WorldConfig(numbers=(1, 2, 3, 4), weights=(2, 4, 1, 1), **world), config.pool // 4, generator)
-    numbers = WorldConfig(numbers=(1, 2), weights=(1 - config.companion_share, config.companion_share), **world)
-    pools = [(text_only, 1 - config.reference_share), (LatentPool(pipe.vae, numbers, config.pool, generator), config.reference_share)]
+    text_only = LatentPool(
+        pipe.vae,
+        WorldConfig(numbers=(1, 2, 3, 4), weights=(2, 4, 1, 1), family=config.family),
+        config.pool // 4,
+        generator,
+    )
+    numbers = WorldConfig(
+        numbers=(1, 2), weights=(1 - config.companion_share, config.companion_share), family=config.family
+    )
+    pools = [
+        (text_only, 1 - config.reference_share),
+        (LatentPool(pipe.vae, numbers, config.pool, generator), config.reference_share),
+    ]
     optimizers = _optimizers(pipe, config)
     trained = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
     averaged = [copy.deepcopy(m).requires_grad_(False) for m in trained]
     started = saved = time.monotonic()
     history: list[dict[str, float]] = []
-    running, step = 0.0, 0
+    running = 0.0
     bar = tqdm(total=100, unit="%", desc="base")
-    for images, references, coverage, captions in _batches(pools, config, generator):
+    for step, (images, references, coverage, captions) in enumerate(_batches(pools, config, generator), start=1):
         progress = (time.monotonic() - started) / (60 * config.minutes)
         if progress >= 1:
             break
         for optimizer, peak in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = peak * min(1, (step + 1) / 100) * min(1.0, (1 - progress) / 0.6) ** 1.0
+                group["lr"] = peak * min(1, step / 100) * min(1.0, (1 - progress) / 0.6) ** 1.0
         noise = torch.randn(images.shape, generator=generator)
         sigma = torch.sigmoid(torch.randn(len(images), generator=generator))
         given = [] if references is None else [references]
@@ -188,7 +208,6 @@ def train(vae_folder: Path, out: Path, config: BaseConfig, *, start: Path | None
         torch.nn.utils.clip_grad_norm_([p for m in trained for p in m.parameters()], 1.0)
         for optimizer, _ in optimizers:
             optimizer.step()
-        step += 1
         decay = min(config.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             for average, module in zip(averaged, trained, strict=True):
@@ -205,7 +224,9 @@ def train(vae_folder: Path, out: Path, config: BaseConfig, *, start: Path | None
     return _save(pipe, averaged, out, config, history)
 
 
-def _save(pipe: FluxPipeline, averaged: list[torch.nn.Module], out: Path, config: BaseConfig, history: list[dict[str, float]]) -> dict[str, Any]:
+def _save(
+    pipe: FluxPipeline, averaged: list[torch.nn.Module], out: Path, config: BaseConfig, history: list[dict[str, float]]
+) -> dict[str, Any]:
     halves = [copy.deepcopy(m).half() for m in averaged]
     names = ("transformer", "text_encoder", "text_encoder_2")
     original = {name: getattr(pipe, name) for name in names}
@@ -213,7 +234,11 @@ def _save(pipe: FluxPipeline, averaged: list[torch.nn.Module], out: Path, config
     pipe.register_modules(**dict(zip(names, halves, strict=True)), vae=copy.deepcopy(vae).half())
     pipe.save_pretrained(out)
     pipe.register_modules(**original, vae=vae)
-    report = {"config": asdict(config), "samples": history[-1]["step"] * config.batch if history else 0, "history": history[:: max(1, len(history) // 60)]}
+    report = {
+        "config": asdict(config),
+        "samples": history[-1]["step"] * config.batch if history else 0,
+        "history": history[:: max(1, len(history) // 60)],
+    }
     (out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
@@ -225,7 +250,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="directory of a base to go on from")
     parser.add_argument("--autocast", action="store_true")
-    for name, kind in (("minutes", float), ("lr", float), ("lr-matrix", float), ("seed", int), ("pool", int), ("batch", int), ("ema", float), ("reference-share", float)):
+    for name, kind in (
+        ("minutes", float),
+        ("lr", float),
+        ("lr-matrix", float),
+        ("seed", int),
+        ("pool", int),
+        ("batch", int),
+        ("ema", float),
+        ("reference-share", float),
+    ):
         parser.add_argument(f"--{name}", type=kind, default=getattr(BaseConfig, name.replace("-", "_")))
     parser.add_argument("--family", default="people", choices=tuple(FAMILIES))
     options = vars(parser.parse_args())

@@ -21,7 +21,9 @@ from multicrafter.flux.tiny import TinyFluxConfig, build_vae
 KL_COEF = 1e-4  # nats per latent element; keeps the latents near unit scale and smooth
 
 
-def vae_loss(pictures: Float[Tensor, "b 3 h w"], reconstruction: Float[Tensor, "b 3 h w"], mean: Tensor, logvar: Tensor) -> Tensor:
+def vae_loss(
+    pictures: Float[Tensor, "b 3 h w"], reconstruction: Float[Tensor, "b 3 h w"], mean: Tensor, logvar: Tensor
+) -> Tensor:
     """``L1 + L2 + L1 of finite differences + KL_COEF * KL(q || N(0, 1))``, pictures in [-1, 1]."""
     error = reconstruction - pictures
     edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
@@ -36,7 +38,9 @@ def draw_pictures(count: int, generator: torch.Generator) -> tuple[Tensor, Tenso
     return scenes.images * 2 - 1, scenes.references[:, 0] * 2 - 1
 
 
-def train(out: Path, *, minutes: float, seed: int = 0, batch: int = 24, start: Path | None = None, lr: float = 2e-3) -> dict[str, Any]:
+def train(
+    out: Path, *, minutes: float, seed: int = 0, batch: int = 24, start: Path | None = None, lr: float = 2e-3
+) -> dict[str, Any]:
     """Trains the VAE for ``minutes`` (from ``start`` if given), writes it to ``out`` with its scaling factor, and returns what was measured."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -53,7 +57,9 @@ def train(out: Path, *, minutes: float, seed: int = 0, batch: int = 24, start: P
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 posterior = vae.encode(pictures).latent_dist
                 reconstruction = vae.decode(posterior.sample(generator)).sample
-            loss = loss + share * vae_loss(pictures, reconstruction.float(), posterior.mean.float(), posterior.logvar.float())
+            loss = loss + share * vae_loss(
+                pictures, reconstruction.float(), posterior.mean.float(), posterior.logvar.float()
+            )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -96,7 +102,19 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="a VAE to go on from")
     parser.add_argument("--lr", type=float, default=2e-3)
     arguments = parser.parse_args()
-    print(json.dumps(train(arguments.out, minutes=arguments.minutes, seed=arguments.seed, batch=arguments.batch, start=arguments.start, lr=arguments.lr), indent=2))
+    print(
+        json.dumps(
+            train(
+                arguments.out,
+                minutes=arguments.minutes,
+                seed=arguments.seed,
+                batch=arguments.batch,
+                start=arguments.start,
+                lr=arguments.lr,
+            ),
+            indent=2,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from multicrafter.judges.people import as_tensor
 
 
 def colourfulness(pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
-    """``sqrt(var rg + var yb) + 0.3 sqrt(mean rg^2 + mean yb^2)``, rg = R - G, yb = (R + G) / 2 - B (Hasler and Suesstrunk, 2003), pictures in [0, 1]."""
+    """``sqrt(var rg + var yb) + 0.3 sqrt(mean rg^2 + mean yb^2)``, rg = R - G, yb = (R + G) / 2 - B (Hasler and Suesstrunk, 2003)."""
     red, green, blue = pictures.unbind(1)
     rg, yb = (red - green).flatten(1), ((red + green) / 2 - blue).flatten(1)
     spread = (rg.var(1, correction=0) + yb.var(1, correction=0)).sqrt()
@@ -35,6 +35,8 @@ def aesthetics(pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
     return (torch.tanh(2 * colourfulness(pictures)) + sharpness(pictures)) / 2
 
 
-def aesthetics_scorer(images: Sequence[Any] | Tensor, prompts: Sequence[str], references: Sequence[Sequence[Any]]) -> np.ndarray:
+def aesthetics_scorer(
+    images: Sequence[Any] | Tensor, prompts: Sequence[str], references: Sequence[Sequence[Any]]
+) -> np.ndarray:
     """`aesthetics` with id_reward's scorer signature."""
     return np.array([aesthetics(p[None]).item() for p in as_tensor(images)])

@@ -52,17 +52,28 @@ class ClipScorer:
 
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
         """Unit text embeddings (b, d)."""
-        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=TEXT_TOKENS + 2, return_tensors="pt")
+        tokens = self.tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=TEXT_TOKENS + 2, return_tensors="pt"
+        )
         return torch.nn.functional.normalize(self.model.get_text_features(**tokens).pooler_output, dim=1)
 
     def embed_pictures(self, images: Sequence[Any] | Tensor) -> Tensor:
         """Unit picture embeddings (b, d); pictures are resized to 64x64."""
         pixels = torch.stack(
-            [p if p.shape[1:] == (64, 64) else torch.nn.functional.interpolate(p[None], (64, 64), mode="bilinear", antialias=True)[0] for p in as_tensor(images)]
+            [
+                p
+                if p.shape[1:] == (64, 64)
+                else torch.nn.functional.interpolate(p[None], (64, 64), mode="bilinear", antialias=True)[0]
+                for p in as_tensor(images)
+            ]
         )
-        return torch.nn.functional.normalize(self.model.get_image_features(pixel_values=(pixels - MEAN) / STD).pooler_output, dim=1)
+        return torch.nn.functional.normalize(
+            self.model.get_image_features(pixel_values=(pixels - MEAN) / STD).pooler_output, dim=1
+        )
 
     @torch.inference_mode()
-    def __call__(self, images: Sequence[Any] | Tensor, prompts: Sequence[str], references: Sequence[Sequence[Any]] = ()) -> np.ndarray:
+    def __call__(
+        self, images: Sequence[Any] | Tensor, prompts: Sequence[str], references: Sequence[Sequence[Any]] = ()
+    ) -> np.ndarray:
         """One score per picture."""
         return ((1 + (self.embed_pictures(images) * self.embed_text(prompts)).sum(1)) / 2).numpy().astype(np.float64)

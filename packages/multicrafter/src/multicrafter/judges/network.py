@@ -44,11 +44,15 @@ class SubjectNetwork(nn.Module):
     def __init__(self, width: int, dilations: tuple[int, ...], num_features: int, num_scene: int) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(3, width // 2, 4, stride=2, padding=1), nn.SiLU(), nn.Conv2d(width // 2, width, 4, stride=2, padding=1)
+            nn.Conv2d(3, width // 2, 4, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width // 2, width, 4, stride=2, padding=1),
         )
         self.blocks = nn.Sequential(*[_Residual(width, d) for d in dilations], nn.GroupNorm(8, width), nn.SiLU())
         self.centre = nn.Conv2d(width, 5, 1)
-        self.features = nn.Sequential(nn.Conv2d(width, 2 * width, 3, padding=1), nn.SiLU(), nn.Conv2d(2 * width, num_features, 1))
+        self.features = nn.Sequential(
+            nn.Conv2d(width, 2 * width, 3, padding=1), nn.SiLU(), nn.Conv2d(2 * width, num_features, 1)
+        )
         self.scene = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, num_scene))
 
     def forward(self, pictures: Tensor) -> Maps:
@@ -75,7 +79,9 @@ def find(maps: Maps, *, threshold: float = 0.5) -> Found:
     picture, row, column = torch.where(peak & (heat > threshold))
     offsets = maps.boxes.float()[picture, :, row, column]
     cells = torch.stack([column, row, column, row], 1) + 0.5
-    return Found(picture, (cells + offsets) * STRIDE, heat[picture, row, column], maps.features.float()[picture, :, row, column])
+    return Found(
+        picture, (cells + offsets) * STRIDE, heat[picture, row, column], maps.features.float()[picture, :, row, column]
+    )
 
 
 def centre_cells(boxes: Float[Tensor, "b m 4"], size: int) -> tuple[Tensor, Tensor]:
@@ -91,7 +97,9 @@ def detection_loss(maps: Maps, boxes: Float[Tensor, "b m 4"], present: Tensor, s
     cells = maps.heat.shape[-1]
     grid = torch.arange(cells, dtype=torch.float32) + 0.5
     cx, cy = (boxes[..., 0] + boxes[..., 2]) / 2 / STRIDE, (boxes[..., 1] + boxes[..., 3]) / 2 / STRIDE
-    distance = (grid[None, None, None, :] - cx[..., None, None]) ** 2 + (grid[None, None, :, None] - cy[..., None, None]) ** 2
+    distance = (grid[None, None, None, :] - cx[..., None, None]) ** 2 + (
+        grid[None, None, :, None] - cy[..., None, None]
+    ) ** 2
     target = ((-distance / 1.5).exp() * present[..., None, None]).amax(1)
     row, column = centre_cells(boxes, size)
     batch = torch.arange(len(boxes))[:, None].expand_as(row)
@@ -100,7 +108,9 @@ def detection_loss(maps: Maps, boxes: Float[Tensor, "b m 4"], present: Tensor, s
     heat = maps.heat.float()
     p = heat.sigmoid()
     log_p, log_q = nn.functional.logsigmoid(heat), nn.functional.logsigmoid(-heat)
-    focal = torch.where(exact, -((1 - p) ** 2) * log_p, -((1 - target) ** 4) * p**2 * log_q).sum() / exact.sum().clamp_min(1)
+    focal = torch.where(
+        exact, -((1 - p) ** 2) * log_p, -((1 - target) ** 4) * p**2 * log_q
+    ).sum() / exact.sum().clamp_min(1)
     want = boxes / STRIDE - (torch.stack([column, row, column, row], -1) + 0.5)
     got = maps.boxes.float()[batch, :, row, column]
     return focal + 0.1 * (got - want).abs().sum(-1)[present].mean()

@@ -33,7 +33,9 @@ def as_tensor(images: Sequence[Any] | Tensor) -> list[Tensor]:
             result.append(image)
             continue
         array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
-        result.append(torch.from_numpy(array.astype(np.float32) / (255 if array.dtype == np.uint8 else 1)).permute(2, 0, 1))
+        result.append(
+            torch.from_numpy(array.astype(np.float32) / (255 if array.dtype == np.uint8 else 1)).permute(2, 0, 1)
+        )
     return result
 
 
@@ -64,5 +66,7 @@ class PeopleBackend:
                 unit = torch.nn.functional.normalize(found.features, dim=1)
                 for position, row in enumerate(part):
                     mine = found.picture == position
-                    results[row] = Faces(found.boxes[mine].numpy(), found.scores[mine].numpy(), unit[mine].numpy().astype(np.float64))
+                    results[row] = Faces(
+                        found.boxes[mine].numpy(), found.scores[mine].numpy(), unit[mine].numpy().astype(np.float64)
+                    )
         return results

@@ -59,5 +59,7 @@ class Reader:
             for row in range(len(part)):
                 mine = torch.where(found.picture == row)[0]
                 mine = mine[found.boxes[mine, 0].argsort()]
-                readings.append(Reading(identities[mine], found.boxes[mine], int(setting[row].argmax()), int(time[row].argmax())))
+                readings.append(
+                    Reading(identities[mine], found.boxes[mine], int(setting[row].argmax()), int(time[row].argmax()))
+                )
         return readings

@@ -28,7 +28,10 @@ def soften(pictures: Tensor, generator: torch.Generator) -> Tensor:
     blurred = nn.functional.avg_pool2d(nn.functional.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     size = pictures.shape[-1]
     small = nn.functional.interpolate(
-        nn.functional.interpolate(pictures, size // 2, mode="bilinear", antialias=True, align_corners=False), size, mode="bilinear", align_corners=False
+        nn.functional.interpolate(pictures, size // 2, mode="bilinear", antialias=True, align_corners=False),
+        size,
+        mode="bilinear",
+        align_corners=False,
     )
     kind = torch.rand(b, 1, 1, 1, generator=generator)
     strength = torch.rand(b, 1, 1, 1, generator=generator)
@@ -60,9 +63,13 @@ def fit(modules: nn.Module, loss_fn: Callable[[], Tensor], *, minutes: float, lr
     return {"steps": step, "seconds": round(time.monotonic() - started), "final_loss": round(running, 4)}
 
 
-def _scenes(generator: torch.Generator, count: int, numbers: tuple[int, ...] = (1, 2, 3, 4), split: Any = "train") -> Scenes:
+def _scenes(
+    generator: torch.Generator, count: int, numbers: tuple[int, ...] = (1, 2, 3, 4), split: Any = "train"
+) -> Scenes:
     weights = (2.0, 4.0, 1.0, 1.0)[: len(numbers)] if numbers == (1, 2, 3, 4) else ()
-    return make_scenes(count, WorldConfig(split=split, numbers=numbers, weights=weights, shared_attributes=6), generator)
+    return make_scenes(
+        count, WorldConfig(split=split, numbers=numbers, weights=weights, shared_attributes=6), generator
+    )
 
 
 def train_reader(out: Path, *, minutes: float, seed: int, batch: int = 48) -> dict[str, Any]:
@@ -85,7 +92,9 @@ def train_reader(out: Path, *, minutes: float, seed: int, batch: int = 48) -> di
             if bool(seen[:, i].any()):
                 loss = loss + nn.functional.cross_entropy(part[seen[:, i]], truth[seen[:, i], i])
         setting, when = maps.scene.float().split([len(SETTINGS), len(TIMES)], 1)
-        return loss + 0.3 * (nn.functional.cross_entropy(setting, scenes.setting) + nn.functional.cross_entropy(when, scenes.time))
+        return loss + 0.3 * (
+            nn.functional.cross_entropy(setting, scenes.setting) + nn.functional.cross_entropy(when, scenes.time)
+        )
 
     report = fit(network, loss_fn, minutes=minutes, lr=2e-3, name="reader")
     _write(out, "reader", network)
@@ -173,7 +182,11 @@ def measure_reader(reader: Reader, *, count: int = 400) -> dict[str, float]:
                 wanted = (scenes.boxes[i, : len(truth), :2] + scenes.boxes[i, : len(truth), 2:]) / 2
                 nearest = torch.cdist(wanted, centre).argmin(1)
                 right += int(((reading.identities[nearest] == truth) & seen).sum())
-        result |= {f"attributes{label}": right / total, f"count{label}": counted / count, f"setting_and_time{label}": placed / count}
+        result |= {
+            f"attributes{label}": right / total,
+            f"count{label}": counted / count,
+            f"setting_and_time{label}": placed / count,
+        }
     return {k: round(v, 4) for k, v in result.items()}
 
 
@@ -216,8 +229,18 @@ def measure_clip(scorer: ClipScorer, *, count: int = 300) -> dict[str, float]:
     result = {}
     for what in ("number", "setting", "time"):
         wrong = []
-        for n, s, t, a in zip(scenes.number.tolist(), scenes.setting.tolist(), scenes.time.tolist(), scenes.arrangement.tolist(), strict=True):
-            n, s, t = (n % 4 + 1 if what == "number" else n), ((s + 1) % 6 if what == "setting" else s), ((t + 1) % 3 if what == "time" else t)
+        for n, s, t, a in zip(
+            scenes.number.tolist(),
+            scenes.setting.tolist(),
+            scenes.time.tolist(),
+            scenes.arrangement.tolist(),
+            strict=True,
+        ):
+            n, s, t = (
+                (n % 4 + 1 if what == "number" else n),
+                ((s + 1) % 6 if what == "setting" else s),
+                ((t + 1) % 3 if what == "time" else t),
+            )
             wrong.append(caption(n, s, t, a % len(ARRANGEMENTS[n])))
         result[what] = round(float((own > scorer(scenes.images, wrong)).mean()), 4)
     return result

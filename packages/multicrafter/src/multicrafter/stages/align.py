@@ -83,7 +83,14 @@ class AlignConfig:
 class Align:
     """Stage 2 as a `loop.Stage`."""
 
-    def __init__(self, pipe: FluxPipeline, adapters: Adapters, config: AlignConfig, scenes: EncodedScenes, reward: CompositeReward) -> None:
+    def __init__(
+        self,
+        pipe: FluxPipeline,
+        adapters: Adapters,
+        config: AlignConfig,
+        scenes: EncodedScenes,
+        reward: CompositeReward,
+    ) -> None:
         """Trains ``adapters``, which sit on the pipeline's transformer; only prompts and references of ``scenes`` are used."""
         self.config, self.scenes, self.reward, self.pipe, self.adapters = config, scenes, reward, pipe, adapters
         self.kernel, self.window = config.make_kernel(), config.window()
@@ -97,18 +104,10 @@ class Align:
         """The policy for the prompts ``rows``: (latents, sigma, index into rows) -> velocity."""
         with torch.no_grad():
             text = encode_prompts(self.pipe, [self.scenes.captions[r] for r in rows.tolist()])
-        references = self.scenes.references[rows]
 
         def velocity_fn(x: Tensor, sigma: Tensor, index: Tensor) -> Tensor:
-            return predict_velocity(
-                self.pipe.transformer,
-                x,
-                sigma,
-                Text(text.embeds[index], text.pooled[index]),
-                image_grid=self.scenes.grid,
-                references=list(references[index].unbind(1)),
-                reference_grids=[self.scenes.reference_grid] * references.shape[1],
-            )
+            rowwise = Text(text.embeds[index], text.pooled[index])
+            return predict_velocity(self.pipe.transformer, x, sigma, rowwise, **self.scenes.context(rows[index]))
 
         return velocity_fn
 
@@ -130,10 +129,14 @@ class Align:
         with torch.no_grad():
             pictures = decode_latents(self.pipe.vae, unpack_latents(drawn.latents, self.scenes.grid))
         members = rows[drawn.index].tolist()
-        score = self.reward(list(pictures), [self.scenes.captions[r] for r in members], [self.reference_pictures[r] for r in members])
+        score = self.reward(
+            list(pictures), [self.scenes.captions[r] for r in members], [self.reference_pictures[r] for r in members]
+        )
         rewards = torch.from_numpy(score.totals).float()
         advantages = group_advantages(rewards, drawn.index)
-        statistics = self.trainer.update(self.velocity(rows), drawn, advantages, self.kernel, reference=self.adapters.disable)
+        statistics = self.trainer.update(
+            self.velocity(rows), drawn, advantages, self.kernel, reference=self.adapters.disable
+        )
         finite = rewards[torch.isfinite(rewards)]
         return {
             "reward": float(finite.mean()) if len(finite) else float("nan"),
@@ -157,7 +160,11 @@ class Align:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Restores `tensors`."""
-        self.adapters.load_state_dict({k.removeprefix("adapters."): v for k, v in tensors.items() if k.startswith("adapters.")})
+        self.adapters.load_state_dict(
+            {k.removeprefix("adapters."): v for k, v in tensors.items() if k.startswith("adapters.")}
+        )
         restore_optimizer(self.optimizer, tensors)
-        self.trainer.load_state_dict({k.removeprefix("trainer."): float(v) for k, v in tensors.items() if k.startswith("trainer.")})
+        self.trainer.load_state_dict(
+            {k.removeprefix("trainer."): float(v) for k, v in tensors.items() if k.startswith("trainer.")}
+        )
         self.generator.set_state(tensors["generator"])

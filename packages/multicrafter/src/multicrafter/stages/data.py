@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from idar import token_masks
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class EncodedScenes:
-    """tokens (n, 64, d), references (n, m, 16, d), masks (n, m, 64), captions, identities (n, m, a), images, reference pictures, setting and time (n,)."""
+    """tokens (n, 64, d), references (n, m, 16, d), masks (n, m, 64), identities (n, m, a), setting and time (n,), pictures."""
 
     tokens: Tensor
     references: Tensor
@@ -35,6 +35,15 @@ class EncodedScenes:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def context(self, rows: Tensor | slice) -> dict[str, Any]:
+        """References and grids of some rows, as `predict_velocity` takes them."""
+        references = list(self.references[rows].unbind(1))
+        return {
+            "image_grid": self.grid,
+            "references": references,
+            "reference_grids": [self.reference_grid] * len(references),
+        }
 
 
 @torch.no_grad()
@@ -64,5 +73,9 @@ def encode_scenes(pipe: FluxPipeline, world: WorldConfig, count: int, *, seed: i
                 scenes.time,
             )
         )
-    tokens, references, masks, identities, images, pictures, setting, time = (torch.cat(p) for p in zip(*parts, strict=True))
-    return EncodedScenes(tokens, references, masks, captions, identities, images, pictures, setting, time, grid, reference_grid)
+    tokens, references, masks, identities, images, pictures, setting, time = (
+        torch.cat(p) for p in zip(*parts, strict=True)
+    )
+    return EncodedScenes(
+        tokens, references, masks, captions, identities, images, pictures, setting, time, grid, reference_grid
+    )

@@ -96,7 +96,9 @@ class Pretrain:
         """Attaches adapters to the pipeline's transformer."""
         self.config, self.scenes, self.transformer = config, scenes, pipe.transformer
         self.adapters = Adapters(pipe.transformer, config.adapters, seed=config.seed)
-        self.optimizer = torch.optim.AdamW(self.adapters.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.adapters.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0
+        )
         self.generator = torch.Generator().manual_seed(config.seed)
         unique = sorted(set(scenes.captions))
         with torch.no_grad():
@@ -116,7 +118,10 @@ class Pretrain:
         supervise = config.idar.coef > 0
         capture = (
             capture_subject_attention(
-                self.transformer, self.layout, direction=config.idar.direction, blocks=(lambda _: True) if config.idar.all_blocks else None
+                self.transformer,
+                self.layout,
+                direction=config.idar.direction,
+                blocks=(lambda _: True) if config.idar.all_blocks else None,
             )
             if supervise
             else nullcontext()
@@ -127,16 +132,20 @@ class Pretrain:
                 add_noise(latents, noise, sigma),
                 sigma,
                 Text(self.text.embeds[self.text_row[rows]], self.text.pooled[self.text_row[rows]]),
-                image_grid=scenes.grid,
-                references=list(scenes.references[rows].unbind(1)),
-                reference_grids=[scenes.reference_grid] * scenes.references.shape[1],
+                **scenes.context(rows),
             )
         diffusion = (velocity - (noise - latents)).square().mean()
         loss = diffusion + self.adapters.aux_loss()
         metrics = {"diffusion_loss": diffusion.item()}
         if captured is not None:
             weight = (sigma <= config.idar.sigma_max).float()
-            attention = idar_loss(captured.maps, scenes.masks[rows], kind=config.idar.kind, normalization=config.idar.normalization, weight=weight).loss
+            attention = idar_loss(
+                captured.maps,
+                scenes.masks[rows],
+                kind=config.idar.kind,
+                normalization=config.idar.normalization,
+                weight=weight,
+            ).loss
             loss = loss + config.idar.coef * attention
             metrics["attention_loss"] = attention.item()
         self.optimizer.zero_grad()
@@ -155,16 +164,24 @@ class Pretrain:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Restores `tensors`."""
-        self.adapters.load_state_dict({k.removeprefix("adapters."): v for k, v in tensors.items() if k.startswith("adapters.")})
+        self.adapters.load_state_dict(
+            {k.removeprefix("adapters."): v for k, v in tensors.items() if k.startswith("adapters.")}
+        )
         restore_optimizer(self.optimizer, tensors)
         self.generator.set_state(tensors["generator"])
 
 
 @torch.no_grad()
 def measure_leakage(
-    pipe: FluxPipeline, scenes: EncodedScenes, *, direction: Direction, sigmas: tuple[float, ...] = (0.3, 0.6, 0.8), seed: int = 0, batch: int = 64
+    pipe: FluxPipeline,
+    scenes: EncodedScenes,
+    *,
+    direction: Direction,
+    sigmas: tuple[float, ...] = (0.3, 0.6, 0.8),
+    seed: int = 0,
+    batch: int = 64,
 ) -> Tensor:
-    """Attention leakage (n,) on scenes with known masks, mean over subjects, double blocks and sigmas; NaN where masks hide each other."""
+    """Attention leakage (n,), mean over subjects, double blocks and sigmas; NaN where masks hide each other."""
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(len(scenes))
     for sigma in sigmas:
@@ -174,10 +191,11 @@ def measure_leakage(
             noise = torch.randn(latents.shape, generator=generator)
             level = torch.full((len(latents),), sigma)
             text = encode_prompts(pipe, scenes.captions[part])
-            with capture_subject_attention(pipe.transformer, layout_of(scenes, text.embeds.shape[1]), direction=direction) as captured:
+            with capture_subject_attention(
+                pipe.transformer, layout_of(scenes, text.embeds.shape[1]), direction=direction
+            ) as captured:
                 predict_velocity(
-                    pipe.transformer, add_noise(latents, noise, level), level, text,
-                    image_grid=scenes.grid, references=list(scenes.references[part].unbind(1)), reference_grids=[scenes.reference_grid] * scenes.references.shape[1],
-                )  # fmt: skip
+                    pipe.transformer, add_noise(latents, noise, level), level, text, **scenes.context(part)
+                )
             total[part] += leakage(captured.maps, scenes.masks[part]).nanmean(1)
     return total / len(sigmas)

@@ -30,13 +30,23 @@ def _check_resume(out: Path, config: dict[str, Any]) -> None:
         raise ValueError(f"--resume needs the configuration of {path}, but {', '.join(changed)} changed")
 
 
-def run_pretrain(pipe: FluxPipeline, config: PretrainConfig, out: Path, *, scenes: EncodedScenes | None = None, resume: bool = False) -> Adapters:
+def run_pretrain(
+    pipe: FluxPipeline, config: PretrainConfig, out: Path, *, scenes: EncodedScenes | None = None, resume: bool = False
+) -> Adapters:
     """Stage 1 into ``out``: config.json, metrics.jsonl, checkpoints/, adapter/. ``scenes`` spares drawing them anew."""
     if resume:
         _check_resume(out, asdict(config))
     scenes = scenes or encode_scenes(pipe, config.world, config.num_scenes, seed=config.data_seed)
     stage = Pretrain(pipe, config, scenes)
-    loop.run(stage, num_steps=config.num_steps, out=out, resume=resume, save_every=200, description="stage 1", config=asdict(config))
+    loop.run(
+        stage,
+        num_steps=config.num_steps,
+        out=out,
+        resume=resume,
+        save_every=200,
+        description="stage 1",
+        config=asdict(config),
+    )
     stage.adapters.save(out / "adapter", stage=1, num_references=config.world.numbers[0], steps=config.num_steps)
     return stage.adapters
 
@@ -57,6 +67,14 @@ def run_align(
     world = WorldConfig(numbers=(num_references,), shared_attributes=4)
     scenes = scenes or encode_scenes(pipe, world, 512, seed=config.seed + 10_000)
     stage = Align(pipe, adapters, config, scenes, tiny_reward(config.reward))
-    history = loop.run(stage, num_steps=config.num_steps, out=out, resume=resume, save_every=10, description="stage 2", config=asdict(config))
+    history = loop.run(
+        stage,
+        num_steps=config.num_steps,
+        out=out,
+        resume=resume,
+        save_every=10,
+        description="stage 2",
+        config=asdict(config),
+    )
     adapters.save(out / "adapter", stage=2, num_references=num_references, steps=config.num_steps)
     return history

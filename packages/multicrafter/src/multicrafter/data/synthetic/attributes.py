@@ -106,7 +106,13 @@ class Family:
         return torch.where(bucket < 8, 0, bucket - 7)
 
     def sample(
-        self, count: int, split: Split, generator: torch.Generator, *, like: Int[Tensor, "n a"] | None = None, shared: int | Tensor = 0
+        self,
+        count: int,
+        split: Split,
+        generator: torch.Generator,
+        *,
+        like: Int[Tensor, "n a"] | None = None,
+        shared: int | Tensor = 0,
     ) -> Int[Tensor, "n a"]:
         """Draws ``count`` identities of ``split`` uniformly; with ``like`` each keeps ``shared`` random attributes of that row.
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from multicrafter.data.synthetic.attributes import COLOURS, OBJECTS, PEOPLE, SKINS, Family
+from multicrafter.data.synthetic.attributes import COLOURS, PEOPLE, SKINS, Family
 
 ABSENT = -9.0
 POSE_SIZE = 5  # lean, left arm, right arm, head turn, leg spread; each in [-1, 1]
@@ -129,13 +129,15 @@ def _paint_people(canvas: _Canvas, x: Tensor, y: Tensor, identities: Tensor, pos
     canvas.paint(black, circle((x - face).abs(), y, 0.085, cy + 0.02, 0.032))
     canvas.paint(black, box(x, y, face, cy + 0.125, 0.055, 0.014))
     band = _palette({"none": COLOURS["black"], "sunglasses": (0.03, 0.03, 0.03), "goggles": (1.0, 0.45, 0.05)}, glasses)
-    canvas.paint(band, box(x, y, face, cy + 0.02, _column([ABSENT, 0.165, 0.2], glasses), _column([0.0, 0.05, 0.062], glasses)))
+    canvas.paint(
+        band, box(x, y, face, cy + 0.02, _column([ABSENT, 0.165, 0.2], glasses), _column([0.0, 0.05, 0.062], glasses))
+    )
     # hats: cap (half disc and visor), top hat (tall box and brim), cone
     top = torch.maximum(circle(x, y, 0.0, cy, _column([ABSENT, 0.25, ABSENT, ABSENT], hat)), y - (cy - 0.1))
     top = torch.minimum(top, box(x, y, 0.14, cy - 0.105, _column([ABSENT, 0.2, ABSENT, ABSENT], hat), 0.026))
     top = torch.minimum(top, box(x, y, 0.0, cy - 0.26, _column([ABSENT, ABSENT, 0.16, ABSENT], hat), 0.14))
     top = torch.minimum(top, box(x, y, 0.0, cy - 0.115, _column([ABSENT, ABSENT, 0.285, ABSENT], hat), 0.03))
-    slope = (side * 0.86 + (cy - 0.1 - y) * 0.5 - _column([ABSENT, ABSENT, ABSENT, 0.185], hat))
+    slope = side * 0.86 + (cy - 0.1 - y) * 0.5 - _column([ABSENT, ABSENT, ABSENT, 0.185], hat)
     top = torch.minimum(top, torch.maximum(slope, y - (cy - 0.1)))
     canvas.paint(hat_colour, top)
 
@@ -152,7 +154,9 @@ def _paint_objects(canvas: _Canvas, x: Tensor, y: Tensor, identities: Tensor, po
     canvas.paint(colour, torch.where(only == 0, torch.maximum(ring, -x), ring))
     body = box(x, y, 0.0, 0.58, _column([0.27, ABSENT, ABSENT, ABSENT], shape), 0.31)
     bottle = torch.minimum(box(x, y, 0.0, 0.66, 0.22, 0.23), box(x, y, 0.0, 0.36, 0.1, 0.12))
-    body = torch.minimum(body, torch.where(_column([0.0, 1.0, 0.0, 0.0], shape) > 0, bottle, torch.full_like(bottle, 9.0)))
+    body = torch.minimum(
+        body, torch.where(_column([0.0, 1.0, 0.0, 0.0], shape) > 0, bottle, torch.full_like(bottle, 9.0))
+    )
     body = torch.minimum(body, box(x, y, 0.0, 0.62, _column([ABSENT, ABSENT, 0.34, ABSENT], shape), 0.26))
     body = torch.minimum(body, circle(x, y, 0.0, 0.58, _column([ABSENT, ABSENT, ABSENT, 0.32], shape)))
     canvas.paint(colour, body)
@@ -165,5 +169,3 @@ def _paint_objects(canvas: _Canvas, x: Tensor, y: Tensor, identities: Tensor, po
     cover = box(x, y, 0.0, rim, _column([ABSENT, 0.24, ABSENT], lid), 0.05)
     dome = torch.maximum(circle(x, y, 0.0, rim + 0.04, _column([ABSENT, ABSENT, 0.2], lid)), y - rim - 0.04)
     canvas.paint(lid_colour, torch.minimum(cover, dome))
-
-

@@ -97,7 +97,9 @@ class Scenes(NamedTuple):
 
     def captions(self, family: Family = PEOPLE) -> list[str]:
         """One caption per scene from the grammar."""
-        rows = zip(self.number.tolist(), self.setting.tolist(), self.time.tolist(), self.arrangement.tolist(), strict=True)
+        rows = zip(
+            self.number.tolist(), self.setting.tolist(), self.time.tolist(), self.arrangement.tolist(), strict=True
+        )
         return [caption(n, s, t, a, family) for n, s, t, a in rows]
 
 
@@ -117,17 +119,30 @@ def _uniform(generator: torch.Generator, *shape: int, low: float = 0.0, high: fl
     return low + (high - low) * torch.rand(*shape, generator=generator)
 
 
-def _layout(number: Tensor, arrangement: Tensor, most: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Feet (x, y) and heights of up to ``most`` subjects, as fractions of the scene's side: three tensors (b, most)."""
+def _layout(
+    number: Tensor, arrangement: Tensor, most: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Feet (x, y) and heights of up to ``most`` subjects, as fractions of the scene's side: three tensors (b, most).
+
+    Subjects take the places in random order: the order of the references does not say who stands where.
+    """
     b = len(number)
-    slot = torch.arange(most)[None].expand(b, most)
     n, kind = number[:, None], arrangement[:, None]
+    absent = (torch.arange(most)[None] >= n) * 2.0
+    slot = (torch.rand(b, most, generator=generator) + absent).argsort(1).argsort(1)
     jitter = _uniform(generator, b, most, low=-1.0)
-    height = torch.where(n <= 2, _uniform(generator, b, most, low=0.56, high=0.76), _uniform(generator, b, most, low=0.42, high=0.52))
+    height = torch.where(
+        n <= 2, _uniform(generator, b, most, low=0.56, high=0.76), _uniform(generator, b, most, low=0.42, high=0.52)
+    )
     foot_y = _uniform(generator, b, most, low=0.86, high=0.97)
     one = 0.25 + 0.25 * kind + 0.06 * jitter
     apart = torch.where(kind == 1, 0.27, torch.where(kind == 0, 0.17, 0.135))
-    two = 0.5 + (2 * slot - 1) * apart + 0.03 * jitter + _uniform(generator, b, 1, low=-1.0) * torch.where(kind == 1, 0.03, 0.1)
+    two = (
+        0.5
+        + (2 * slot - 1) * apart
+        + 0.03 * jitter
+        + _uniform(generator, b, 1, low=-1.0) * torch.where(kind == 1, 0.03, 0.1)
+    )
     behind = (n == 2) & (kind == 2)
     height = torch.where(behind, torch.where(slot == 0, 0.85, 1.0) * height, height)
     foot_y = torch.where(behind, torch.where(slot == 0, 0.80, 0.965), foot_y)
@@ -141,9 +156,13 @@ def _layout(number: Tensor, arrangement: Tensor, most: int, generator: torch.Gen
 def _background(setting: Tensor, time: Tensor, size: int, generator: torch.Generator) -> Tensor:
     b = len(setting)
     sky = torch.tensor([_BACKDROPS[s][0] for s in SETTINGS])[setting] * torch.tensor([_SKIES[t] for t in TIMES])[time]
-    indoor = torch.tensor([_BACKDROPS[s][0] for s in SETTINGS])[setting] * torch.tensor([_LIGHTS[t] for t in TIMES])[time]
+    indoor = (
+        torch.tensor([_BACKDROPS[s][0] for s in SETTINGS])[setting] * torch.tensor([_LIGHTS[t] for t in TIMES])[time]
+    )
     sky = torch.where((setting == SETTINGS.index("room"))[:, None], indoor, sky).clamp(0, 1)
-    ground = torch.tensor([_BACKDROPS[s][1] for s in SETTINGS])[setting] * torch.tensor([_LIGHTS[t] for t in TIMES])[time]
+    ground = (
+        torch.tensor([_BACKDROPS[s][1] for s in SETTINGS])[setting] * torch.tensor([_LIGHTS[t] for t in TIMES])[time]
+    )
     horizon = torch.tensor([_BACKDROPS[s][2] for s in SETTINGS])[setting] + _uniform(generator, b, low=-0.05, high=0.05)
     y = ((torch.arange(size) + 0.5) / size)[None, :, None]
     x = ((torch.arange(size) + 0.5) / size)[None, None, :]
@@ -155,20 +174,28 @@ def _background(setting: Tensor, time: Tensor, size: int, generator: torch.Gener
     level = horizon[:, None, None]
     shapes = torch.stack(
         [
-            torch.minimum(circle(x, y, place, level - 0.22, 0.13), box(x, y, place, level - 0.06, 0.02, 0.08)).expand(b, size, size),
+            torch.minimum(circle(x, y, place, level - 0.22, 0.13), box(x, y, place, level - 0.06, 0.02, 0.08)).expand(
+                b, size, size
+            ),
             circle(x, y, place, level - 0.02, 0.11).maximum(y - level).expand(b, size, size),
             box(x, y, place, 0.3, 0.11, 0.13).expand(b, size, size),
             box(x, y, place, level - 0.2, 0.13, 0.22).maximum(y - level).expand(b, size, size),
-            torch.minimum(box(x, y, place, level - 0.05, 0.025, 0.14), box(x, y, place, level - 0.06, 0.08, 0.022)).expand(b, size, size),
+            torch.minimum(
+                box(x, y, place, level - 0.05, 0.025, 0.14), box(x, y, place, level - 0.06, 0.08, 0.022)
+            ).expand(b, size, size),
             circle(x, y, place, level + 0.22, 0.33).maximum(y - level).expand(b, size, size),
         ]
     )[setting, torch.arange(b)]
-    colours = torch.tensor([(0.20, 0.48, 0.22), (1.0, 0.92, 0.6), (0.72, 0.9, 1.0), (0.5, 0.34, 0.32), (0.3, 0.5, 0.28), (0.86, 0.9, 0.96)])
+    colours = torch.tensor(
+        [(0.20, 0.48, 0.22), (1.0, 0.92, 0.6), (0.72, 0.9, 1.0), (0.5, 0.34, 0.32), (0.3, 0.5, 0.28), (0.86, 0.9, 0.96)]
+    )
     tint = colours[setting] * torch.tensor([_LIGHTS[t] for t in TIMES])[time]
     return picture.lerp(tint[:, :, None, None], (0.5 - shapes * size).clamp(0, 1)[:, None])
 
 
-def _paste(canvas: Tensor, masks: Tensor, slot: int, rgb: Tensor, alpha: Tensor, left: Tensor, top: Tensor, rows: Tensor) -> None:
+def _paste(
+    canvas: Tensor, masks: Tensor, slot: int, rgb: Tensor, alpha: Tensor, left: Tensor, top: Tensor, rows: Tensor
+) -> None:
     """Paints boxes (n, ., h, w) into canvases ``rows`` at integer corners; everything outside the canvas is cut."""
     h, w = alpha.shape[1:]
     size = canvas.shape[-1]
@@ -203,7 +230,9 @@ def make_scenes(
         config: What is drawn.
         generator: Source of all randomness: equal generators give equal scenes.
         identities: Subjects to draw instead of random ones; then every scene has m of them.
-        setting, time, arrangement: Indices to use instead of random ones.
+        setting: Indices to use instead of random ones.
+        time: The same.
+        arrangement: The same.
 
     Returns:
         Scenes with subjects padded to the largest number.
@@ -222,7 +251,10 @@ def make_scenes(
         identities = torch.stack(rows, 1)
     present = torch.arange(most)[None] < number[:, None]
     kinds = torch.tensor([len(ARRANGEMENTS[n]) for n in (1, 2, 3, 4)])[number - 1]
-    drawn = (torch.rand(count, 3, generator=generator) * torch.stack([torch.full_like(kinds, 6), torch.full_like(kinds, 3), kinds], 1)).long()
+    drawn = (
+        torch.rand(count, 3, generator=generator)
+        * torch.stack([torch.full_like(kinds, 6), torch.full_like(kinds, 3), kinds], 1)
+    ).long()
     setting = drawn[:, 0] if setting is None else setting
     time = drawn[:, 1] if time is None else time
     arrangement = drawn[:, 2] if arrangement is None else arrangement
@@ -240,16 +272,20 @@ def make_scenes(
         slot = order[:, rank]
         chosen = torch.nonzero(present.gather(1, slot[:, None])[:, 0])[:, 0]
         for subject in range(most):
-            rows = chosen[slot[chosen] == subject]
-            if not len(rows):
+            here = chosen[slot[chosen] == subject]
+            if not len(here):
                 continue
-            fx, fy, ht = foot_x[rows, subject], foot_y[rows, subject], height[rows, subject]
+            fx, fy, ht = foot_x[here, subject], foot_y[here, subject], height[here, subject]
             left = (fx - columns_px / 2).floor().long()
             top = (fy - rows_px + 2).floor().long()
-            sprite = draw(family, identities[rows, subject], poses[rows, subject], fx - left, fy - top, ht, (rows_px, columns_px))
-            _paste(images, masks, subject, sprite.rgb * light[rows][:, :, None, None], sprite.alpha, left, top, rows)
-            boxes[rows, subject] = torch.stack([fx - 0.31 * ht, fy - 1.02 * ht, fx + 0.31 * ht, fy], 1)
-    references = make_references(family, identities.flatten(0, 1), config.reference_size, generator).unflatten(0, (count, most))
+            sprite = draw(
+                family, identities[here, subject], poses[here, subject], fx - left, fy - top, ht, (rows_px, columns_px)
+            )
+            _paste(images, masks, subject, sprite.rgb * light[here][:, :, None, None], sprite.alpha, left, top, here)
+            boxes[here, subject] = torch.stack([fx - 0.31 * ht, fy - 1.02 * ht, fx + 0.31 * ht, fy], 1)
+    references = make_references(family, identities.flatten(0, 1), config.reference_size, generator).unflatten(
+        0, (count, most)
+    )
     absent = ~present
     return Scenes(
         images=images.clamp_(0, 1),
@@ -266,7 +302,9 @@ def make_scenes(
     )
 
 
-def make_references(family: Family, identities: Int[Tensor, "n a"], size: int, generator: torch.Generator) -> Float[Tensor, "n 3 h w"]:
+def make_references(
+    family: Family, identities: Int[Tensor, "n a"], size: int, generator: torch.Generator
+) -> Float[Tensor, "n 3 h w"]:
     """Portraits (n, 3, size, size) on plain grounds, each with a pose, a scale and a light of its own."""
     n = len(identities)
     pose = _uniform(generator, n, POSE_SIZE, low=-1.0)

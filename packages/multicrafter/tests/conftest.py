@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+
+@pytest.fixture
+def seed_torch():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def pipe():
+    """A fresh, untrained FLUX of the smallest size; its zero-initialised output layer is filled so that everything matters."""
+    from multicrafter.flux.tiny import TinyFluxConfig, build_pipeline
+
+    made = build_pipeline(
+        TinyFluxConfig(num_heads=2, head_dim=16, num_double=1, num_single=1, vae_channels=(8, 8, 8), text_width=16)
+    )
+    generator = torch.Generator().manual_seed(1)
+    for part in (made.transformer, made.vae, made.text_encoder, made.text_encoder_2):
+        part.requires_grad_(False).eval()
+    for parameter in made.transformer.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return made
+
+
+@pytest.fixture
+def scenes(pipe):
+    from multicrafter.data.synthetic import WorldConfig
+    from multicrafter.stages.data import encode_scenes
+
+    return encode_scenes(pipe, WorldConfig(numbers=(2,), shared_attributes=4), 12, seed=3)

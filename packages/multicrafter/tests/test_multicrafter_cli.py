@@ -1,0 +1,272 @@
+"""The command line: whole runs on a small model, and one sentence for everything that can be wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from multicrafter.adapters import AdapterConfig, Adapters
+from multicrafter.cli import main
+from PIL import Image
+
+
+@pytest.fixture
+def model(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.new("RGB", (40, 60), (200, 40, 40)).save(tmp_path / "a.png")
+    return str(tmp_path / "a.png")
+
+
+@pytest.fixture
+def adapter(pipe, tmp_path):
+    return str(
+        Adapters(pipe.transformer, AdapterConfig(rank=2, alpha=2.0, num_experts=2)).save(
+            tmp_path / "adapter", num_references=2
+        )
+    )
+
+
+def fails(capsys, *words, argv):
+    """Exit code 2, one line that holds all the words, nothing on stdout."""
+    code = main(argv)
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert "Traceback" not in captured.err
+    assert all(w in lines[0] for w in words), lines[0]
+
+
+def test_generate_writes_a_picture(model, picture, tmp_path, capsys):
+    out = tmp_path / "new" / "out.png"
+    assert (
+        main(
+            [
+                "generate",
+                "--model",
+                model,
+                "--reference",
+                picture,
+                "--prompt",
+                "one person",
+                "--out",
+                str(out),
+                "--steps",
+                "2",
+            ]
+        )
+        == 0
+    )
+    assert Image.open(out).size == (64, 64)
+    assert capsys.readouterr().out.strip() == str(out)
+    assert [p.name for p in out.parent.iterdir()] == ["out.png"]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_generate_reads_and_writes_other_formats(model, tmp_path, suffix):
+    rgba = Image.new("RGBA", (30, 30), (0, 255, 0, 0))
+    rgba.save(tmp_path / "alpha.webp")
+    out = tmp_path / f"out{suffix}"
+    argv = [
+        "generate",
+        "--model",
+        model,
+        "--reference",
+        str(tmp_path / "alpha.webp"),
+        "--prompt",
+        "x",
+        "--out",
+        str(out),
+        "--steps",
+        "1",
+        "--num-images",
+        "2",
+    ]
+    assert main(argv) == 0
+    assert sorted(p.name for p in tmp_path.glob(f"out*{suffix}")) == [f"out_0{suffix}", f"out_1{suffix}"]
+
+
+def test_too_many_references_warn_and_work(model, picture, adapter, tmp_path, capsys):
+    argv = [
+        "generate",
+        "--model",
+        model,
+        "--adapter",
+        adapter,
+        *["--reference", picture] * 3,
+        "--prompt",
+        "x",
+        "--out",
+        str(tmp_path / "o.png"),
+        "--steps",
+        "1",
+    ]
+    assert main(argv) == 0
+    assert "warning: 3 references" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"--reference": "/nowhere/a.png"}, ["/nowhere/a.png", "no such file"]),
+        ({"--reference": __file__}, ["readable picture"]),
+        ({"--reference": None}, ["--reference"]),
+        ({"--prompt": "  "}, ["--prompt", "empty"]),
+        ({"--out": f"{__file__}/o.png"}, ["--out", "writ"]),
+        ({"--out": "o.txt"}, ["--out", ".png"]),
+        ({"--adapter": "/nowhere"}, ["adapter", "missing"]),
+    ],
+)
+def test_bad_input_gets_one_sentence(model, picture, tmp_path, capsys, monkeypatch, change, words):
+    monkeypatch.chdir(tmp_path)
+    options = {
+        "--model": model,
+        "--reference": picture,
+        "--prompt": "one person",
+        "--out": "o.png",
+        "--steps": "1",
+        **change,
+    }
+    fails(capsys, *words, argv=["generate", *[x for k, v in options.items() if v is not None for x in (k, v)]])
+    assert not list(tmp_path.glob("o.*"))
+
+
+def test_a_broken_adapter_gets_one_sentence(model, picture, adapter, tmp_path, capsys):
+    (Path(adapter) / "adapter.safetensors").write_bytes(b"broken")
+    argv = [
+        "generate",
+        "--model",
+        model,
+        "--adapter",
+        adapter,
+        "--reference",
+        picture,
+        "--prompt",
+        "x",
+        "--out",
+        str(tmp_path / "o.png"),
+    ]
+    fails(capsys, "adapter", argv=argv)
+
+
+def test_a_model_without_a_part_gets_one_sentence(model, picture, tmp_path, capsys):
+    (Path(model) / "model_index.json").unlink()
+    fails(
+        capsys,
+        "model_index.json",
+        argv=["generate", "--model", model, "--reference", picture, "--prompt", "x", "--out", str(tmp_path / "o.png")],
+    )
+
+
+@pytest.mark.parametrize("argv", [[], ["generate"], ["pretrain"], ["generate", "--steps", "0"], ["nonsense"]])
+def test_usage_errors_exit_2(argv):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["", "generate", "pretrain", "align", "evaluate", "demo", "report"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*([command] if command else []), "--help"])
+    assert stop.value.code == 0
+    assert "usage: multicrafter" in capsys.readouterr().out
+
+
+def test_both_stages_evaluation_and_resume(model, tmp_path, capsys):
+    stage1, stage2 = str(tmp_path / "s1"), str(tmp_path / "s2")
+    first = ["pretrain", "--model", model, "--out", stage1, "--steps", "2", "--batch", "2", "--scenes", "6"]
+    assert main(first) == 0
+    assert main([*first, "--resume"]) == 0
+    fails(
+        capsys_reset(capsys),
+        "num_steps",
+        argv=[
+            "pretrain",
+            "--model",
+            model,
+            "--out",
+            stage1,
+            "--steps",
+            "3",
+            "--batch",
+            "2",
+            "--scenes",
+            "6",
+            "--resume",
+        ],
+    )
+    assert (
+        main(
+            [
+                "align",
+                "--model",
+                model,
+                "--adapter",
+                f"{stage1}/adapter",
+                "--out",
+                stage2,
+                "--steps",
+                "1",
+                "--prompts",
+                "1",
+                "--group-size",
+                "2",
+            ]
+        )
+        == 0
+    )
+    notes = json.loads(Path(stage2, "adapter", "adapter.json").read_text())
+    assert notes["stage"] == 2
+    assert notes["num_references"] == 2
+    out = tmp_path / "e.json"
+    assert (
+        main(["evaluate", "--model", model, "--adapter", f"{stage2}/adapter", "--cases", "3", "--out", str(out)]) == 0
+    )
+    summary = json.loads(out.read_text())["summary"]
+    assert {"identity", "attributes", "swaps", "text", "aesthetics", "leakage"} <= summary.keys()
+
+
+def capsys_reset(capsys):
+    capsys.readouterr()
+    return capsys
+
+
+def test_demo_writes_everything(model, tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert (
+        main(
+            ["demo", "--model", model, "--out", str(out), "--stage1-steps", "2", "--stage2-steps", "1", "--cases", "4"]
+        )
+        == 0
+    )
+    printed = capsys.readouterr().out
+    for name in ("pictures.png", "attention.png", "reward.png", "results.json", "report.html"):
+        assert (out / name).stat().st_size > 0
+        assert str(out / name) in printed
+    results = json.loads((out / "results.json").read_text())
+    assert results["summary"].keys() == {"baseline", "stage 1", "stage 2"}
+    page = (out / "report.html").read_text()
+    assert f"{results['summary']['stage 1']['text']['mean']:.3f}" in page
+    assert main(["report", str(out)]) == 0
+    fails(capsys_reset(capsys), "results.json", argv=["report", str(tmp_path)])
+
+
+def test_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "multicrafter", "generate", "--prompt", "x", "--out", "o.png"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: --reference")

@@ -1,0 +1,282 @@
+"""Adapters, both stages, the loop: they start at the base, learn, resume exactly, and feel every switch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import fields, replace
+
+import gspo
+import numpy as np
+import pytest
+import torch
+from gspo import rescore, sequence_importance_ratio
+from multicrafter import loop
+from multicrafter.adapters import AdapterConfig, Adapters
+from multicrafter.flux.model import Text, encode_prompts, predict_velocity
+from multicrafter.stages.align import Align, AlignConfig
+from multicrafter.stages.pretrain import IDARConfig, Pretrain, PretrainConfig, measure_leakage
+
+SMALL = AdapterConfig(rank=4, alpha=4.0, num_experts=2)
+STAGE1 = PretrainConfig(num_steps=6, batch=4, num_scenes=12, adapters=SMALL)
+STAGE2 = AlignConfig(num_steps=3, prompts=2, group_size=3, num_sampling_steps=5, tail_steps=None, lr=1e-3)
+
+
+class Brightness:
+    """A reward that needs no judge."""
+
+    def __call__(self, images, prompts, references):
+        values = np.array([float(i.mean()) for i in images])
+        return type("Score", (), {"totals": values, "parts": {"brightness": values}})()
+
+
+def velocity(pipe, scenes, rows=slice(0, 3)):
+    x = torch.randn(scenes.tokens[rows].shape, generator=torch.Generator().manual_seed(0))
+    text = encode_prompts(pipe, scenes.captions[rows])
+    with torch.no_grad():
+        return predict_velocity(
+            pipe.transformer, x, torch.full((len(x),), 0.5), text, image_grid=scenes.grid,
+            references=list(scenes.references[rows].unbind(1)), reference_grids=[scenes.reference_grid] * 2,
+        )  # fmt: skip
+
+
+def shake(adapters, scale=0.1):
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for p in adapters.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=generator))
+
+
+@pytest.mark.parametrize("experts", [0, 2])
+def test_adapters_start_at_the_base_and_switch_off_exactly(pipe, scenes, experts):
+    base = velocity(pipe, scenes)
+    adapters = Adapters(pipe.transformer, replace(SMALL, num_experts=experts))
+    assert torch.allclose(velocity(pipe, scenes), base, atol=1e-6)
+    shake(adapters)
+    assert not torch.allclose(velocity(pipe, scenes), base, atol=1e-3)
+    with adapters.disable():
+        assert torch.equal(velocity(pipe, scenes), base)
+    assert not torch.allclose(velocity(pipe, scenes), base, atol=1e-3)
+
+
+@pytest.mark.parametrize("experts", [0, 2])
+def test_only_adapters_train_and_all_of_them_do(pipe, scenes, experts):
+    frozen = {n: p.clone() for n, p in pipe.transformer.named_parameters()}
+    stage = Pretrain(pipe, replace(STAGE1, adapters=replace(SMALL, num_experts=experts)), scenes)
+    names = {n for n, _ in stage.adapters.named_parameters()}
+    assert names
+    assert all("lora" in n or "expert" in n or "router" in n for n in names)
+    assert any(".attn." in n for n in names)
+    assert any(".ff" in n for n in names)
+    assert any("proj_mlp" in n for n in names)
+    before = stage.adapters.state_dict()
+    for index in range(4):
+        stage.step(index)
+    after = stage.adapters.state_dict()
+    still = [n for n in before if torch.equal(before[n], after[n])]
+    assert not still
+    for name, parameter in pipe.transformer.named_parameters():
+        base = name.replace(".base_layer", "").replace(".base", "")
+        if base in frozen:
+            assert torch.equal(parameter, frozen[base]), name
+
+
+def test_attention_loss_reaches_the_adapters_and_leakage_falls(pipe, scenes):
+    """Two scenes, learned by heart with hardly anything but supervision: attention must come to tell their subjects apart."""
+    two = replace(scenes, **{f.name: getattr(scenes, f.name)[:2] for f in fields(scenes) if "grid" not in f.name})
+    before = measure_leakage(pipe, two, direction="image_to_reference").nanmean()
+    config = replace(
+        STAGE1,
+        num_steps=150,
+        batch=8,
+        lr=1e-2,
+        adapters=replace(SMALL, rank=8, num_experts=0),
+        idar=IDARConfig(coef=20.0, all_blocks=True),
+    )
+    stage = Pretrain(pipe, config, two)
+    losses = [stage.step(i)["attention_loss"] for i in range(150)]
+    after = measure_leakage(pipe, two, direction="image_to_reference").nanmean()
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
+    assert after < before - 0.02
+
+
+def test_without_the_coefficient_nothing_is_captured(pipe, scenes):
+    stage = Pretrain(pipe, replace(STAGE1, idar=IDARConfig(coef=0.0)), scenes)
+    assert "attention_loss" not in stage.step(0)
+
+
+@pytest.mark.parametrize("idar", [IDARConfig.paper(), IDARConfig(sigma_max=0.5), IDARConfig(all_blocks=True)])
+def test_forms_of_the_attention_loss_run(pipe, scenes, idar):
+    metrics = Pretrain(pipe, replace(STAGE1, idar=idar), scenes).step(0)
+    assert np.isfinite(metrics["attention_loss"])
+
+
+def test_adapters_survive_the_disk(pipe, scenes, tmp_path):
+    adapters = Adapters(pipe.transformer, SMALL)
+    shake(adapters)
+    want = velocity(pipe, scenes)
+    adapters.save(tmp_path / "a", num_references=2)
+    shake(adapters)
+    fresh_pipe = _same(pipe)
+    _, notes = Adapters.load(fresh_pipe.transformer, tmp_path / "a")
+    assert notes["num_references"] == 2
+    assert torch.allclose(velocity(fresh_pipe, scenes), want, atol=1e-6)
+
+
+def _same(pipe):
+    """The same base without adapters."""
+    from multicrafter.flux.tiny import TinyFluxConfig, build_pipeline
+
+    made = build_pipeline(
+        TinyFluxConfig(num_heads=2, head_dim=16, num_double=1, num_single=1, vae_channels=(8, 8, 8), text_width=16)
+    )
+    generator = torch.Generator().manual_seed(1)
+    made.transformer.requires_grad_(False).eval()
+    for parameter in made.transformer.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return made
+
+
+@pytest.mark.parametrize("damage", ["missing", "json", "tensor", "shape", "base"])
+def test_broken_adapters_are_named(pipe, tmp_path, damage):
+    from safetensors.torch import load_file, save_file
+
+    folder = Adapters(pipe.transformer, SMALL).save(tmp_path / "a")
+    meta = json.loads((folder / "adapter.json").read_text())
+    if damage == "missing":
+        (folder / "adapter.safetensors").unlink()
+    elif damage == "json":
+        (folder / "adapter.json").write_text("{")
+    elif damage == "tensor":
+        (folder / "adapter.safetensors").write_bytes(b"no tensors")
+    elif damage == "shape":
+        tensors = load_file(folder / "adapter.safetensors")
+        first = sorted(tensors)[0]
+        save_file({**tensors, first: torch.zeros(1)}, folder / "adapter.safetensors")
+    else:
+        meta["base"]["num_layers"] = 19
+        (folder / "adapter.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="adapter"):
+        Adapters.load(_same(pipe).transformer, folder)
+
+
+def test_stage1_resumes_exactly(pipe, scenes, tmp_path):
+    straight = Pretrain(pipe, STAGE1, scenes)
+    loop.run(straight, num_steps=6, out=tmp_path / "straight")
+    other = _same(pipe)
+    other.register_modules(text_encoder=pipe.text_encoder, text_encoder_2=pipe.text_encoder_2)
+    half = Pretrain(other, STAGE1, scenes)
+    loop.run(half, num_steps=3, out=tmp_path / "half")
+    third = _same(pipe)
+    third.register_modules(text_encoder=pipe.text_encoder, text_encoder_2=pipe.text_encoder_2)
+    resumed = Pretrain(third, STAGE1, scenes)
+    history = loop.run(resumed, num_steps=6, out=tmp_path / "half", resume=True)
+    want, got = straight.adapters.state_dict(), resumed.adapters.state_dict()
+    assert all(torch.equal(want[k], got[k]) for k in want)
+    assert [h["step"] for h in history] == [1, 2, 3, 4, 5, 6]
+
+
+def test_stage2_resumes_exactly(pipe, scenes, tmp_path):
+    def make(base):
+        base.register_modules(text_encoder=pipe.text_encoder, text_encoder_2=pipe.text_encoder_2, vae=pipe.vae)
+        adapters = Adapters(base.transformer, SMALL)
+        shake(adapters, 0.02)
+        return Align(base, adapters, STAGE2, scenes, Brightness())
+
+    straight, half, resumed = (make(_same(pipe)) for _ in range(3))
+    loop.run(straight, num_steps=3, out=tmp_path / "straight")
+    loop.run(half, num_steps=1, out=tmp_path / "half")
+    loop.run(resumed, num_steps=3, out=tmp_path / "half", resume=True)
+    want, got = straight.adapters.state_dict(), resumed.adapters.state_dict()
+    assert all(torch.equal(want[k], got[k]) for k in want)
+
+
+def test_a_corrupt_checkpoint_is_skipped_and_said(tmp_path, capsys):
+    for step in (1, 2):
+        loop.save_checkpoint(tmp_path, step, {"x": torch.full((1,), float(step))})
+    (tmp_path / "step_000002" / "state.safetensors").write_bytes(b"half a file")
+    step, tensors = loop.load_checkpoint(tmp_path)
+    assert (step, tensors["x"].item()) == (1, 1.0)
+    assert "step_000002" in capsys.readouterr().out
+
+
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path):
+    class Counter:
+        def __init__(self):
+            self.count = torch.zeros(1)
+
+        def step(self, index):
+            self.count += 1
+            if index == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return {"loss": 0.0}
+
+        def tensors(self):
+            return {"count": self.count}
+
+        def restore(self, tensors):
+            self.count = tensors["count"]
+
+    with pytest.raises(loop.Interrupted, match="--resume"):
+        loop.run(Counter(), num_steps=10, out=tmp_path)
+    again = Counter()
+    loop.run(again, num_steps=3, out=tmp_path, resume=True)
+    assert again.count.item() == 3
+
+
+def test_ratio_is_exactly_one_before_the_first_update(pipe, scenes):
+    adapters = Adapters(pipe.transformer, SMALL)
+    shake(adapters, 0.02)
+    stage = Align(pipe, adapters, STAGE2, scenes, Brightness())
+    rows = torch.tensor([0, 5])
+    drawn = stage.rollout(rows, 0)
+    with torch.no_grad():
+        again = rescore(stage.velocity(rows), drawn, stage.kernel)
+    assert torch.equal(sequence_importance_ratio(again.log_prob_mean, drawn.log_prob_mean), torch.ones(6))
+    shake(adapters, 0.02)
+    with torch.no_grad():
+        moved = rescore(stage.velocity(rows), drawn, stage.kernel)
+    assert not torch.equal(sequence_importance_ratio(moved.log_prob_mean, drawn.log_prob_mean), torch.ones(6))
+
+
+def test_stage2_raises_a_reward_it_can_reach(pipe, scenes, monkeypatch):
+    """Brightness, with the first three latent channels as the picture: an untrained decoder hides what the latents say."""
+    monkeypatch.setattr("multicrafter.stages.align.decode_latents", lambda vae, latents: latents[:, :3])
+    adapters = Adapters(pipe.transformer, SMALL)
+    policy = gspo.PolicyConfig(num_inner_epochs=2)
+    config = replace(
+        STAGE2, num_steps=40, prompts=3, group_size=8, lr=1e-2, noise_level=1.0, window_interval=100, policy=policy
+    )
+    stage = Align(pipe, adapters, config, scenes, Brightness())
+    steps = [stage.step(i) for i in range(40)]
+    gain = np.mean([s["reward"] for s in steps[-8:]]) - np.mean([s["reward"] for s in steps[:8]])
+    assert gain > 2 * np.mean([s["reward_spread"] for s in steps[:8]])
+
+
+def test_kl_needs_the_base_and_uses_it(pipe, scenes):
+    adapters = Adapters(pipe.transformer, SMALL)
+    shake(adapters, 0.05)
+    stage = Align(pipe, adapters, replace(STAGE2, policy=gspo.PolicyConfig(kl_coef=0.1)), scenes, Brightness())
+    assert stage.step(0)["kl"] > 0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: IDARConfig(coef=-1.0),
+        lambda: IDARConfig(sigma_max=0.0),
+        lambda: PretrainConfig(lr=0.0),
+        lambda: AlignConfig(kernel="x"),
+    ],
+)
+def test_wrong_configurations_are_refused(make):
+    with pytest.raises(ValueError, match=r"must"):
+        make()
+
+
+def test_text_rows(pipe):
+    text = encode_prompts(pipe, ["one person", "two people"])
+    part = text[torch.tensor([1])]
+    assert isinstance(part, Text)
+    assert torch.equal(part.embeds[0], text.embeds[1])
