@@ -245,7 +245,21 @@ def test_demo_writes_everything(model, tmp_path, capsys):
     out = tmp_path / "demo"
     assert (
         main(
-            ["demo", "--model", model, "--out", str(out), "--stage1-steps", "2", "--stage2-steps", "1", "--cases", "4"]
+            [
+                "demo",
+                "--model",
+                model,
+                "--out",
+                str(out),
+                "--stage1-steps",
+                "2",
+                "--stage2-steps",
+                "1",
+                "--cases",
+                "4",
+                "--scenes",
+                "8",
+            ]
         )
         == 0
     )

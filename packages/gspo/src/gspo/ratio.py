@@ -20,6 +20,7 @@ def sequence_importance_ratio(
 ) -> Float[Tensor, " b"]:
     """GSPO: ``s_i = exp(mean over t of [log pi(x_{t+1}|x_t) - log pi_old(x_{t+1}|x_t)])`` (arXiv 2507.18071, Eq. 7).
 
+    >>> import torch
     >>> sequence_importance_ratio(torch.zeros(2, 3), torch.zeros(2, 3)).tolist()
     [1.0, 1.0]
     """

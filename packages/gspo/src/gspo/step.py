@@ -122,8 +122,8 @@ def auto_clip_range(ratio: Tensor, target_clip_fraction: float = 0.1) -> float:
     Measured on the ratio after the first update of a rollout, it follows the scale of the log-ratio, which differs by orders of
     magnitude between kernels, window positions and numbers of elements (docs/adr/0010-clip-range.md).
 
-    >>> round(auto_clip_range(torch.tensor([0.9, 1.0, 1.05, 1.2]), 0.25), 2)
-    0.12
+    >>> round(auto_clip_range(torch.tensor([0.9, 1.0, 1.05, 1.2]), 0.25), 3)
+    0.125
     """
     spread = (ratio.detach().float() - 1).abs().flatten()
     spread = spread[torch.isfinite(spread)]

@@ -147,7 +147,7 @@ def demo(arguments: argparse.Namespace) -> int:
 
     _writable(arguments.out)
     config = DemoConfig(seed=arguments.seed)
-    for name in ("stage1_steps", "stage2_steps", "cases"):
+    for name in ("stage1_steps", "stage2_steps", "scenes", "cases"):
         value = getattr(arguments, name)
         config = config if value is None else replace(config, **{name: value})
     run(arguments.out, config, model=arguments.model, resume=arguments.resume)
@@ -228,6 +228,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, default=Path("runs/demo"))
     sub.add_argument("--stage1-steps", type=_positive)
     sub.add_argument("--stage2-steps", type=_positive)
+    sub.add_argument("--scenes", type=_positive, help="training scenes drawn")
     sub.add_argument("--cases", type=_positive)
     sub.add_argument("--resume", action="store_true")
 
