@@ -45,7 +45,7 @@ class DemoConfig:
         seed: Of everything.
     """
 
-    stage1_steps: int = 240
+    stage1_steps: int = 320
     stage2_steps: int = 24
     scenes: int = 2500
     cases: int = 128

@@ -50,7 +50,9 @@ Do not use it for anything but tests and experiments: it knows six places and pe
 def measure(folder: Path, *, num_cases: int = 300) -> dict[str, Any]:
     """Single-reference quality on unseen identities, and the reader's own accuracy on the same scenes."""
     pipe, judges = load_flux(folder), Judges.load()
-    config = EvaluateConfig(num_cases=num_cases, num_references=1, shared_attributes=0, num_sampling_steps=20, seed=5000)
+    config = EvaluateConfig(
+        num_cases=num_cases, num_references=1, shared_attributes=0, num_sampling_steps=20, seed=5000
+    )
     scenes = cases(pipe, config)
     drawn = summarise(score_pictures(generate_cases(pipe, scenes, config), scenes, judges))
     truth = summarise(score_pictures(scenes.images, scenes, judges))
@@ -64,7 +66,10 @@ def write_card(folder: Path, measured: dict[str, Any]) -> Path:
     recipe = ""
     for number, leg in enumerate(legs):
         config, start = leg["config"], f"--start base{number - 1} " if number else ""
-        options = " ".join(f"--{k.replace('_', '-')} {config[k]}" for k in ("minutes", "batch", "lr", "lr_matrix", "reference_share", "seed"))
+        options = " ".join(
+            f"--{k.replace('_', '-')} {config[k]}"
+            for k in ("minutes", "batch", "lr", "lr_matrix", "reference_share", "seed")
+        )
         recipe += f"    python -m multicrafter.flux.train_base --vae vae {start}--out base{number} {options}\n"
 
     def cell(name: str) -> str:
