@@ -1,4 +1,4 @@
-"""The command line: ``multicrafter demo | pretrain | align | generate | evaluate | report``."""
+"""The command line: ``multicrafter demo | pretrain | align | generate | evaluate | ablation | report``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+ROWS = (
+    "baseline",
+    "idar",
+    "idar_paper",
+    "moe",
+    "ippo",
+)  # keys of `recipes.ablation`, which is not imported for --help alone
 
 
 def _quiet() -> None:
@@ -154,6 +162,20 @@ def demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def ablation(arguments: argparse.Namespace) -> int:
+    """Rows of the ablation over seeds, compared with the baseline."""
+    from multicrafter.study import as_markdown, run_study
+
+    _writable(arguments.out)
+    results = run_study(
+        arguments.out, arguments.rows, arguments.seeds,
+        steps=arguments.steps, num_scenes=arguments.scenes, num_cases=arguments.cases, model=arguments.model,
+    )  # fmt: skip
+    print(as_markdown(results))
+    print(f"written to {arguments.out / 'study.json'}")
+    return 0
+
+
 def report(arguments: argparse.Namespace) -> int:
     """The HTML report of a finished demo, written anew."""
     from multicrafter.report import write_report
@@ -231,6 +253,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--scenes", type=_positive, help="training scenes drawn")
     sub.add_argument("--cases", type=_positive)
     sub.add_argument("--resume", action="store_true")
+
+    sub = command("ablation", ablation)
+    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--rows", nargs="+", default=["baseline", "idar", "idar_paper", "moe"], choices=ROWS)
+    sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    sub.add_argument("--steps", type=_positive, default=240)
+    sub.add_argument("--scenes", type=_positive, default=2500)
+    sub.add_argument("--cases", type=_positive, default=128)
 
     sub = command("report", report, model=False)
     sub.add_argument("run", type=Path)
