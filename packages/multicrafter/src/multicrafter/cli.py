@@ -128,6 +128,7 @@ def align(arguments: argparse.Namespace) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Metrics on unseen identities."""
+    from multicrafter import judges
     from multicrafter.evaluate import METRICS, EvaluateConfig, Judges, cases, summarise, table, write_json
     from multicrafter.evaluate import evaluate as run
     from multicrafter.pipeline import MultiCrafterPipeline
@@ -141,6 +142,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     metrics, _ = run(loaded.pipe, cases(loaded.pipe, config), Judges.load(), config)
     summary = summarise(metrics)
     print(table({str(arguments.adapter or "base"): summary}))
+    for judge, measured in judges.accuracy().items():
+        print(f"judge {judge}: " + ", ".join(f"{k} {v:.3f}" for k, v in measured.items()))
     if arguments.out is not None:
         write_json(
             arguments.out, {"summary": summary, "what": METRICS, "cases": {k: v.tolist() for k, v in metrics.items()}}

@@ -78,15 +78,6 @@ class Clock:
         return {**self.seconds, "total": round(time.monotonic() - self.started, 1)}
 
 
-def judge_reports() -> dict[str, Any]:
-    """How accurate the shipped judges are, as their recipes measured."""
-    folder = judges.shipped()
-    return {
-        name: json.loads((folder / path).read_text())["measured"]
-        for name, path in (("reader", "reader.json"), ("people", "people.json"), ("clip", "clip/training.json"))
-    }
-
-
 def claims(differences: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """What this run shows; an interval that includes 0 shows nothing."""
     stage1, stage2 = differences["stage 1 - baseline"], differences["stage 2 - stage 1"]
@@ -153,7 +144,7 @@ def run(out: Path, config: DemoConfig, *, model: str | None = None, resume: bool
         "differences": differences,
         "claims": claims(differences),
         "metrics": {**METRICS, "reward": "weighted sum of text, aesthetics and Multi-ID, what stage 2 is trained on"},
-        "judges": judge_reports(),
+        "judges": judges.accuracy(),
         "seconds": clock.total(),
         "config": {
             **asdict(config),
