@@ -242,7 +242,7 @@ def test_ratio_is_exactly_one_before_the_first_update(pipe, scenes):
 
 def test_stage2_raises_a_reward_it_can_reach(pipe, scenes, monkeypatch):
     """Brightness, with the first three latent channels as the picture: an untrained decoder hides what the latents say."""
-    monkeypatch.setattr("multicrafter.stages.align.decode_latents", lambda vae, latents: latents[:, :3])
+    monkeypatch.setattr("multicrafter.backbones.base.decode_latents", lambda vae, latents: latents[:, :3])
     adapters = Adapters(pipe.transformer, SMALL)
     policy = gspo.PolicyConfig(num_inner_epochs=2)
     config = replace(

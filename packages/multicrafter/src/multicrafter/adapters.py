@@ -18,18 +18,12 @@ from moe_lora import MoELoRA, MoELoRAConfig, inject
 from torch import Tensor, nn
 
 from multicrafter import __version__
+from multicrafter.backbones import Backbone, backbone_of
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
 FORMAT = 1
-ATTENTION = r"(single_)?transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
-FFN_LINEARS = r"transformer_blocks\.\d+\.ff(_context)?\.net\.(0\.proj|2)|single_transformer_blocks\.\d+\.proj_mlp"
-FFN_BLOCKS = (
-    r"transformer_blocks\.\d+\.ff",
-    r"transformer_blocks\.\d+\.ff_context",
-    r"single_transformer_blocks\.\d+\.proj_mlp",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,17 +66,31 @@ class AdapterConfig:
 class Adapters:
     """Adapters attached to one transformer."""
 
-    def __init__(self, transformer: FluxTransformer2DModel, config: AdapterConfig, *, seed: int = 0) -> None:
-        """Freezes the transformer and adds zero-initialised adapters: no output changes."""
+    def __init__(
+        self,
+        transformer: FluxTransformer2DModel,
+        config: AdapterConfig,
+        *,
+        seed: int = 0,
+        backbone: Backbone | None = None,
+    ) -> None:
+        """Freezes the transformer and adds zero-initialised adapters: no output changes.
+
+        The backbone says where attention and FFNs are; by default it follows from the transformer's class.
+        """
         from peft import LoraConfig
 
         self.transformer, self.config = transformer, config
+        self.backbone = backbone or backbone_of(transformer)
         transformer.requires_grad_(False)
-        targets = ATTENTION if config.num_experts else f"{ATTENTION}|{FFN_LINEARS}"
+        attention, ffn_linears = self.backbone.attention, self.backbone.ffn_linears
+        targets = attention if config.num_experts else f"{attention}|{ffn_linears}"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             transformer.add_adapter(LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=f"^({targets})$"))
-            self.experts: MoELoRA | None = inject(transformer, config.moe(), FFN_BLOCKS) if config.num_experts else None
+            self.experts: MoELoRA | None = (
+                inject(transformer, config.moe(), self.backbone.ffn_blocks) if config.num_experts else None
+            )
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trainable parameters only."""

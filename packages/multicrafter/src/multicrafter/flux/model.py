@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 class Text(NamedTuple):
-    """Encoded prompts: token embeddings (b, n, d) of T5 and the pooled vector (b, p) of CLIP."""
+    """Encoded prompts: token embeddings (b, n, d) and, where the model has one, a pooled vector (b, p) (FLUX.1: T5 and CLIP)."""
 
     embeds: Float[Tensor, "b n d"]
-    pooled: Float[Tensor, "b p"]
+    pooled: Float[Tensor, "b p"] | None
 
     def __getitem__(self, index: Tensor | slice | int) -> Text | Tensor:  # type: ignore[override]
         """Rows ``index`` of both (a plain int keeps the tuple's meaning)."""
         if isinstance(index, int):
             return tuple.__getitem__(self, index)
-        return Text(self.embeds[index], self.pooled[index])
+        return Text(self.embeds[index], None if self.pooled is None else self.pooled[index])
 
 
 def text_length(pipe: FluxPipeline) -> int:
@@ -84,8 +84,9 @@ def predict_velocity(
     references: Sequence[Float[Tensor, "b m d"]] = (),
     reference_grids: Sequence[Grid] = (),
     guidance: float = 1.0,
+    position_ids: Float[Tensor, "m 3"] | None = None,
 ) -> Float[Tensor, "b n d"]:
-    """Velocity of the image tokens, given text and clean reference tokens (UNO layout, see `flux.packing`).
+    """Velocity of the image tokens of a FLUX.1, given text and clean reference tokens (other models: `multicrafter.backbones`).
 
     Args:
         transformer: The FLUX transformer, adapters included.
@@ -96,6 +97,7 @@ def predict_velocity(
         references: Packed latents of each reference.
         reference_grids: Token rows and columns of each reference.
         guidance: Distilled guidance, used where the transformer embeds it (FLUX.1-dev).
+        position_ids: Of image and references; by default the UNO layout (`flux.packing.diagonal_ids`).
 
     Raises:
         ValueError: ``references`` and ``reference_grids`` differ in number or size.
@@ -105,7 +107,7 @@ def predict_velocity(
         raise ValueError(
             f"reference_grids must match the references' token counts {sizes}, got {list(reference_grids)}"
         )
-    ids = diagonal_ids(image_grid, reference_grids).to(tokens.device)
+    ids = (diagonal_ids(image_grid, reference_grids) if position_ids is None else position_ids).to(tokens.device)
     embedded = (
         torch.full((len(tokens),), guidance, device=tokens.device) if transformer.config.guidance_embeds else None
     )

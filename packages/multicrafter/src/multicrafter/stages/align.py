@@ -13,8 +13,7 @@ from id_reward import CompositeReward
 from torch import Tensor
 
 from multicrafter.adapters import Adapters
-from multicrafter.flux.model import Text, decode_latents, encode_prompts, predict_velocity, sigma_schedule
-from multicrafter.flux.packing import unpack_latents
+from multicrafter.backbones import backbone_of
 from multicrafter.loop import optimizer_tensors, restore_optimizer
 from multicrafter.rewards import RewardConfig
 from multicrafter.stages.data import EncodedScenes
@@ -97,17 +96,18 @@ class Align:
         self.optimizer = torch.optim.AdamW(adapters.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
         self.trainer = PolicyTrainer(list(adapters.parameters()), self.optimizer, config.policy)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.sigmas = sigma_schedule(config.num_sampling_steps)
+        self.backbone = backbone_of(pipe)
+        self.sigmas = self.backbone.sigmas(pipe, config.num_sampling_steps, scenes.tokens.shape[1])
         self.reference_pictures = [list(pictures) for pictures in scenes.reference_images]
 
     def velocity(self, rows: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """The policy for the prompts ``rows``: (latents, sigma, index into rows) -> velocity."""
         with torch.no_grad():
-            text = encode_prompts(self.pipe, [self.scenes.captions[r] for r in rows.tolist()])
+            text = self.backbone.encode_prompts(self.pipe, [self.scenes.captions[r] for r in rows.tolist()])
 
         def velocity_fn(x: Tensor, sigma: Tensor, index: Tensor) -> Tensor:
-            rowwise = Text(text.embeds[index], text.pooled[index])
-            return predict_velocity(self.pipe.transformer, x, sigma, rowwise, **self.scenes.context(rows[index]))
+            context = self.scenes.context(rows[index])
+            return self.backbone.velocity(self.pipe.transformer, x, sigma, text[index], **context)
 
         return velocity_fn
 
@@ -127,7 +127,7 @@ class Align:
         rows = torch.randint(len(self.scenes), (config.prompts,), generator=self.generator)
         drawn = self.rollout(rows, index)
         with torch.no_grad():
-            pictures = decode_latents(self.pipe.vae, unpack_latents(drawn.latents, self.scenes.grid))
+            pictures = self.backbone.decode_pictures(self.pipe, drawn.latents, self.scenes.grid)
         members = rows[drawn.index].tolist()
         score = self.reward(
             list(pictures), [self.scenes.captions[r] for r in members], [self.reference_pictures[r] for r in members]

@@ -9,9 +9,8 @@ import torch
 from idar import token_masks
 from torch import Tensor
 
+from multicrafter.backbones import backbone_of
 from multicrafter.data.synthetic import FAMILIES, WorldConfig, make_scenes
-from multicrafter.flux.model import encode_images
-from multicrafter.flux.packing import pack_latents
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -52,15 +51,16 @@ def encode_scenes(pipe: FluxPipeline, world: WorldConfig, count: int, *, seed: i
     if len(world.numbers) != 1:
         raise ValueError(f"numbers must hold one number of subjects, got {world.numbers}")
     generator = torch.Generator().manual_seed(seed)
-    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1) * 2
+    backbone = backbone_of(pipe)
+    factor = backbone.token_side(pipe)
     grid, reference_grid = (world.size // factor,) * 2, (world.reference_size // factor,) * 2
     parts: list[tuple[Tensor, ...]] = []
     captions: list[str] = []
     for start in range(0, count, chunk):
         scenes = make_scenes(min(chunk, count - start), world, generator)
         captions += scenes.captions(FAMILIES[world.family])
-        references = pack_latents(encode_images(pipe.vae, scenes.references.flatten(0, 1)))
-        tokens = pack_latents(encode_images(pipe.vae, scenes.images))
+        references = backbone.encode_pictures(pipe, scenes.references.flatten(0, 1))
+        tokens = backbone.encode_pictures(pipe, scenes.images)
         parts.append(
             (
                 tokens,

@@ -12,8 +12,9 @@ from idar.integrations.diffusers import capture_subject_attention
 from torch import Tensor
 
 from multicrafter.adapters import AdapterConfig, Adapters
+from multicrafter.backbones import Backbone, backbone_of
 from multicrafter.data.synthetic import WorldConfig
-from multicrafter.flux.model import Text, add_noise, encode_prompts, predict_velocity
+from multicrafter.flux.model import add_noise
 from multicrafter.loop import optimizer_tensors, restore_optimizer
 from multicrafter.stages.data import EncodedScenes
 
@@ -83,10 +84,9 @@ class PretrainConfig:
             raise ValueError(f"lr must be positive, got {self.lr}")
 
 
-def layout_of(scenes: EncodedScenes, num_text: int) -> SubjectLayout:
+def layout_of(backbone: Backbone, scenes: EncodedScenes, num_text: int) -> SubjectLayout:
     """Where everything is in the joint sequence."""
-    m = scenes.references.shape[1]
-    return SubjectLayout.in_order(num_text, scenes.tokens.shape[1], [scenes.references.shape[2]] * m)
+    return backbone.layout(num_text, scenes.grid, [scenes.reference_grid] * scenes.references.shape[1])
 
 
 class Pretrain:
@@ -95,16 +95,17 @@ class Pretrain:
     def __init__(self, pipe: FluxPipeline, config: PretrainConfig, scenes: EncodedScenes) -> None:
         """Attaches adapters to the pipeline's transformer."""
         self.config, self.scenes, self.transformer = config, scenes, pipe.transformer
-        self.adapters = Adapters(pipe.transformer, config.adapters, seed=config.seed)
+        self.backbone = backbone_of(pipe)
+        self.adapters = Adapters(pipe.transformer, config.adapters, seed=config.seed, backbone=self.backbone)
         self.optimizer = torch.optim.AdamW(
             self.adapters.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0
         )
         self.generator = torch.Generator().manual_seed(config.seed)
         unique = sorted(set(scenes.captions))
         with torch.no_grad():
-            self.text = encode_prompts(pipe, unique)
+            self.text = self.backbone.encode_prompts(pipe, unique)
         self.text_row = torch.tensor([unique.index(c) for c in scenes.captions])
-        self.layout = layout_of(scenes, self.text.embeds.shape[1])
+        self.layout = layout_of(self.backbone, scenes, self.text.embeds.shape[1])
 
     def step(self, index: int) -> dict[str, float]:
         """One optimizer step on one batch."""
@@ -127,11 +128,11 @@ class Pretrain:
             else nullcontext()
         )
         with capture as captured:
-            velocity = predict_velocity(
+            velocity = self.backbone.velocity(
                 self.transformer,
                 add_noise(latents, noise, sigma),
                 sigma,
-                Text(self.text.embeds[self.text_row[rows]], self.text.pooled[self.text_row[rows]]),
+                self.text[self.text_row[rows]],
                 **scenes.context(rows),
             )
         diffusion = (velocity - (noise - latents)).square().mean()
@@ -183,18 +184,18 @@ def measure_leakage(
 ) -> Tensor:
     """Attention leakage (n,), mean over subjects, double blocks and sigmas; NaN where masks hide each other."""
     generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros(len(scenes))
+    total, backbone = torch.zeros(len(scenes)), backbone_of(pipe)
     for sigma in sigmas:
         for start in range(0, len(scenes), batch):
             part = slice(start, min(start + batch, len(scenes)))
             latents = scenes.tokens[part]
             noise = torch.randn(latents.shape, generator=generator)
             level = torch.full((len(latents),), sigma)
-            text = encode_prompts(pipe, scenes.captions[part])
+            text = backbone.encode_prompts(pipe, scenes.captions[part])
             with capture_subject_attention(
-                pipe.transformer, layout_of(scenes, text.embeds.shape[1]), direction=direction
+                pipe.transformer, layout_of(backbone, scenes, text.embeds.shape[1]), direction=direction
             ) as captured:
-                predict_velocity(
+                backbone.velocity(
                     pipe.transformer, add_noise(latents, noise, level), level, text, **scenes.context(part)
                 )
             total[part] += leakage(captured.maps, scenes.masks[part]).nanmean(1)
