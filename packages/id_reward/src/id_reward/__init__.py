@@ -9,6 +9,7 @@ from id_reward.alignment import (
     score_similarity,
     swap_matrix,
 )
+from id_reward.backends.faces import get_face_backend
 from id_reward.matching import Matching, match
 from id_reward.protocols import FaceBackend, Faces, Scorer
 
@@ -25,6 +26,7 @@ __all__ = [
     "Scorer",
     "copy_paste",
     "cosine_similarity",
+    "get_face_backend",
     "match",
     "multi_id_alignment_reward",
     "score_similarity",

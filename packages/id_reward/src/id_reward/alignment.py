@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Float
 
-from id_reward.matching import Matching, check_similarity, match
+from id_reward.matching import Matching, check_similarity, match, match_with_penalties
 
-Convention = Literal["multicrafter", "umo", "xverse", "multihuman"]
+Convention = Literal["multicrafter", "umo", "xverse", "multihuman", "withanyone"]
+CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 
 
 class IdentityScore(NamedTuple):
@@ -20,36 +21,33 @@ class IdentityScore(NamedTuple):
     matching: Matching
 
 
+def _unit(vectors: np.ndarray, name: str) -> np.ndarray:
+    rows = np.atleast_2d(np.asarray(vectors, np.float64))
+    if not np.isfinite(rows).all():
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+    # the largest entry first, so that squares neither overflow nor vanish
+    rows = rows / np.maximum(np.abs(rows).max(1, keepdims=True, initial=0.0), 1e-300)
+    result: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return result
+
+
 def cosine_similarity(a: Float[np.ndarray, "r d"], b: Float[np.ndarray, "f d"]) -> Float[np.ndarray, "r f"]:
-    """Cosines between the rows of a and of b; a zero row has cosine 0 with everything.
+    """``c[r, f] = <a_r, b_f> / (|a_r| |b_f|)``; a zero row has cosine 0 with everything, an empty side gives an empty matrix.
 
     Raises:
         ValueError: Shapes do not fit, or an embedding is not finite.
+
+    >>> cosine_similarity(np.array([[1.0, 0.0], [2.0, 2.0]]), np.array([[3.0, 0.0]])).round(3).tolist()
+    [[1.0], [0.707]]
     """
-    x, y = np.atleast_2d(np.asarray(a, np.float64)), np.asarray(b, np.float64)
-    if y.size == 0:
-        return np.zeros((len(x), 0))
-    y = np.atleast_2d(y)
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if x.size == 0 or y.size == 0:
+        return np.zeros((0 if x.size == 0 else len(np.atleast_2d(x)), 0 if y.size == 0 else len(np.atleast_2d(y))))
+    x, y = _unit(x, "embeddings"), _unit(y, "embeddings")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"embeddings must have equal width, got {x.shape[1]} and {y.shape[1]}")
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise ValueError("embeddings must be finite, got NaN or infinity")
-    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    y = y / np.maximum(np.linalg.norm(y, axis=1, keepdims=True), 1e-12)
     cosine: np.ndarray = np.clip(x @ y.T, -1, 1)
     return cosine
-
-
-def _positive_match(matrix: Float[np.ndarray, "r f"]) -> Matching:
-    """The optimal matching of ``max(similarity, 0)``; a pair that is worth nothing is no pair: its reference is missing, its face extra."""
-    best = match(np.maximum(matrix, 0.0))
-    pairs = tuple((r, f) for r, f in best.pairs if matrix[r, f] > 0)
-    return Matching(
-        pairs=pairs,
-        unmatched_references=tuple(sorted(set(range(matrix.shape[0])) - {r for r, _ in pairs})),
-        unmatched_faces=tuple(sorted(set(range(matrix.shape[1])) - {f for _, f in pairs})),
-        total=best.total,
-    )
 
 
 def score_similarity(
@@ -58,33 +56,40 @@ def score_similarity(
     missing_penalty: float = 0.0,
     extra_penalty: float = 0.0,
     convention: Convention = "multicrafter",
+    min_similarity: float = 0.0,
 ) -> IdentityScore:
     """The reward of a similarity matrix; see `multi_id_alignment_reward`."""
-    if missing_penalty < 0 or extra_penalty < 0:
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
+    if not (missing_penalty >= 0 and extra_penalty >= 0):
         raise ValueError(
             f"missing_penalty and extra_penalty must not be negative, got {missing_penalty} and {extra_penalty}"
         )
     matrix = check_similarity(similarity)
-    matching = _positive_match(matrix) if convention == "multicrafter" else match(matrix)
     count, faces = matrix.shape
     if count == 0:
         raise ValueError("reference_embeddings must hold at least one reference, got none")
+    if convention == "multicrafter":
+        matching = match_with_penalties(
+            matrix, missing_penalty=missing_penalty, extra_penalty=extra_penalty, min_similarity=min_similarity
+        )
+    else:
+        matching = match(matrix)
     per_reference = np.zeros(count)
     for reference, face in matching.pairs:
         per_reference[reference] = matrix[reference, face]
-    if convention == "umo":
+    if convention == "multicrafter":
+        missing, extra = len(matching.unmatched_references), len(matching.unmatched_faces)
+        reward = (matching.total - missing_penalty * missing - extra_penalty * extra) / count
+    elif convention == "umo":
         reward = (2 * matching.total - matrix.sum()) / matrix.size if matrix.size else 0.0
     elif convention == "xverse":
         per_reference = matrix.max(1) if faces else per_reference
         reward = per_reference.mean()
     elif convention == "multihuman":
         reward = matching.total / count
-    elif convention == "multicrafter":
-        missing = len(matching.unmatched_references)
-        extra = len(matching.unmatched_faces)
-        reward = (per_reference.sum() - missing_penalty * missing - extra_penalty * extra) / count
-    else:
-        raise ValueError(f"convention must be 'multicrafter', 'umo', 'xverse' or 'multihuman', got {convention!r}")
+    else:  # withanyone
+        reward = matching.total / count if faces == count else float("nan")
     return IdentityScore(float(reward), per_reference, matching)
 
 
@@ -95,22 +100,30 @@ def multi_id_alignment_reward(
     missing_penalty: float = 0.0,
     extra_penalty: float = 0.0,
     convention: Convention = "multicrafter",
+    min_similarity: float = 0.0,
 ) -> IdentityScore:
     """How faithfully the references appear in one picture (MultiCrafter, arXiv 2509.21953, section 3.4).
 
-    "multicrafter": ``(sum over matched pairs of cos - missing_penalty * missing - extra_penalty * extra) / r``, pairs by the optimal
-    one-to-one assignment of ``max(cos, 0)``: one face painted many times can be matched only once, and a face with a cosine of at most 0
-    is nobody's: its reference counts as missing and the face as extra.
-    "umo" (arXiv 2509.06818): mean over the matrix of +cos on matched pairs, -cos elsewhere; does not punish a missing face.
-    "xverse": mean over references of the best face's cosine, not exclusive.
-    "multihuman" (MultiHuman-Testbench): matched sum / r, missing counts 0.
+    "multicrafter": ``max over one-to-one pairs P of (sum over P of cos - missing_penalty (r - |P|) - extra_penalty (f - |P|)) / r``. One
+    face painted many times can be matched only once; a face whose cosine is at most ``min_similarity`` is nobody's: its reference counts
+    as missing and the face as extra. Between ``-missing_penalty - extra_penalty f / r`` and 1.
+    "umo" (arXiv 2509.06818, MIMR): mean over the matrix of +cos on matched pairs, -cos elsewhere; does not punish a missing face.
+    "xverse" (XVerseBench, arXiv 2506.21416): mean over references of the best face's cosine, not exclusive.
+    "multihuman" (MultiHuman-Testbench, arXiv 2506.20879): matched sum / r, missing counts 0.
+    "withanyone" (MultiID-Bench, arXiv 2510.14975): matched mean, NaN unless there are as many faces as references: such pictures are
+    left out there, so average with `numpy.nanmean` and say how many were.
 
     Args:
         reference_embeddings: One per reference, any norm.
         face_embeddings: One per face found in the picture, may be empty.
-        missing_penalty: Taken for each reference without a face.
-        extra_penalty: Taken for each face without a reference.
+        missing_penalty: Taken for each reference without a face ("multicrafter" only).
+        extra_penalty: Taken for each face without a reference ("multicrafter" only).
         convention: See above.
+        min_similarity: Cosine from which a face can be a reference's at all ("multicrafter" only); the face backends' ``same_person`` is a
+            strict choice, 0 the paper's.
+
+    Raises:
+        ValueError: Nothing to look for, widths differ, an embedding is not finite, a penalty is negative, or the convention is unknown.
 
     >>> multi_id_alignment_reward(np.eye(2), np.eye(2)).reward
     1.0
@@ -120,11 +133,14 @@ def multi_id_alignment_reward(
         missing_penalty=missing_penalty,
         extra_penalty=extra_penalty,
         convention=convention,
+        min_similarity=min_similarity,
     )
 
 
 def _angle(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.arccos(cosine_similarity(a[None], b[None])[0, 0]))
+    """Angle in radians; the arctangent keeps small angles, which the arccosine of a rounded 1 would lose."""
+    x, y = _unit(a, "embeddings")[0], _unit(b, "embeddings")[0]
+    return float(2 * np.arctan2(np.linalg.norm(x - y), np.linalg.norm(x + y)))
 
 
 def copy_paste(
@@ -132,16 +148,74 @@ def copy_paste(
 ) -> float:
     """``(angle(generated, target) - angle(generated, reference)) / angle(target, reference)`` (WithAnyone, arXiv 2510.14975).
 
-    1: a copy of the reference; -1: the target itself; 0 where target and reference coincide.
+    1: a copy of the reference; -1: the target itself; 0: as near to the one as to the other, and where target and reference coincide.
+
+    Raises:
+        ValueError: Widths differ, or an embedding is not finite.
     """
+    if not np.shape(generated) == np.shape(target) == np.shape(reference):
+        raise ValueError(
+            f"embeddings must have equal width, got {np.shape(generated)}, {np.shape(target)} and {np.shape(reference)}"
+        )
     spread = _angle(target, reference)
     return 0.0 if spread < 1e-6 else (_angle(generated, target) - _angle(generated, reference)) / spread
 
 
 def swap_matrix(similarity: Float[np.ndarray, "r f"]) -> Float[np.ndarray, "r r"]:
-    """Confusion of identities: entry (i, j) is the similarity of reference i with the face matched to reference j (NaN if none)."""
-    matrix = np.asarray(similarity, np.float64)
+    """Confusion of identities: entry (i, j) is the similarity of reference i with the face matched to reference j (NaN if none).
+
+    The diagonal is who was painted where they should be; a row whose largest entry lies elsewhere has leaked into that face.
+    """
+    matrix = check_similarity(similarity)
     result = np.full((len(matrix), len(matrix)), np.nan)
     for reference, face in match(matrix).pairs:
         result[:, reference] = matrix[:, face]
+    return result
+
+
+def placed_confusion(
+    similarity: Float[np.ndarray, "r f"], expected: Float[np.ndarray, "r f"]
+) -> Float[np.ndarray, "r r"]:
+    """Who stands where somebody else was asked for: entry (i, j) is how like reference i the face at the place of reference j is.
+
+    Optimal matching by looks alone cannot see two people who traded places. Where places are known (the boxes of a layout, of a target
+    photo), match by place first, then compare looks: off the diagonal are the swaps.
+
+    Args:
+        similarity: Cosine of references with faces.
+        expected: How well face f lies at the place asked for reference r, for example `box_overlap` of the two; larger is better.
+            Faces that overlap nobody's place (0 or less) are nobody's.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    looks, places = check_similarity(similarity), check_similarity(expected)
+    if looks.shape != places.shape:
+        raise ValueError(f"expected must have the shape of similarity, {looks.shape}, got {places.shape}")
+    result = np.full((len(looks), len(looks)), np.nan)
+    for reference, face in match_with_penalties(places).pairs:
+        result[:, reference] = looks[:, face]
+    return result
+
+
+def swap_rate(confusion: Float[np.ndarray, "r r"]) -> float:
+    """Share of the painted references whose face is more like another reference than like its own; NaN if nobody was painted.
+
+    >>> swap_rate(np.array([[0.2, 0.9], [0.8, 0.1]]))
+    1.0
+    """
+    matrix = np.asarray(confusion, np.float64)
+    painted = [j for j in range(len(matrix)) if not np.isnan(matrix[:, j]).any()]
+    if not painted:
+        return float("nan")
+    return float(np.mean([matrix[:, j].max() > matrix[j, j] for j in painted]))
+
+
+def box_overlap(a: Float[np.ndarray, "r 4"], b: Float[np.ndarray, "f 4"]) -> Float[np.ndarray, "r f"]:
+    """Intersection over union of boxes (left, top, right, bottom)."""
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    both = np.clip(high - low, 0, None).prod(-1)
+    area = [np.clip(x[:, 2:] - x[:, :2], 0, None).prod(-1) for x in (a, b)]
+    result: np.ndarray = both / np.maximum(area[0][:, None] + area[1][None] - both, 1e-12)
     return result

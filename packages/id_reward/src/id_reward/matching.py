@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -23,26 +24,65 @@ def check_similarity(similarity: Float[np.ndarray, "r f"]) -> Float[np.ndarray, 
     matrix = np.asarray(similarity, dtype=np.float64)
     if matrix.ndim != 2:
         raise ValueError(f"similarity must be (num_references, num_faces), got shape {matrix.shape}")
-    if not np.isfinite(matrix).all():
+    # a sum is finite only if every term is, and costs half of asking each one; it may overflow, so ask them before complaining
+    if not math.isfinite(matrix.sum()) and not np.isfinite(matrix).all():
         raise ValueError("similarity must be finite, got NaN or infinity")
     return matrix
+
+
+def as_matching(matrix: Float[np.ndarray, "r f"], pairs: tuple[tuple[int, int], ...]) -> Matching:
+    """The matching that consists of ``pairs``, with what they leave alone and their summed similarity."""
+    references, faces = matrix.shape
+    unmatched_references: tuple[int, ...] = ()
+    unmatched_faces: tuple[int, ...] = ()
+    if len(pairs) < references:
+        used = {r for r, _ in pairs}
+        unmatched_references = tuple(r for r in range(references) if r not in used)
+    if len(pairs) < faces:
+        used = {f for _, f in pairs}
+        unmatched_faces = tuple(f for f in range(faces) if f not in used)
+    total = math.fsum([matrix.item(r, f) for r, f in pairs])
+    return Matching(pairs, unmatched_references, unmatched_faces, total)
 
 
 def match(similarity: Float[np.ndarray, "r f"]) -> Matching:
     """The assignment with the largest total similarity, every row and column used at most once (Kuhn 1955; scipy's solver).
 
-    min(r, f) pairs are made, also of negative similarity. Ties are broken the same way every time.
+    ``max over one-to-one pairs of  sum over pairs of similarity[r, f]``, min(r, f) pairs, also of negative similarity. Of several best
+    assignments the solver takes the same one every time; an empty side gives no pairs.
+
+    Raises:
+        ValueError: Not a matrix, or not finite.
 
     >>> match(np.array([[0.1, 0.9], [0.8, 0.7]])).pairs
     ((0, 1), (1, 0))
     """
     matrix = check_similarity(similarity)
     rows, columns = linear_sum_assignment(matrix, maximize=True)
-    pairs = tuple(zip(rows.tolist(), columns.tolist(), strict=True))
-    used = set(columns.tolist())
-    return Matching(
-        pairs=pairs,
-        unmatched_references=tuple(sorted(set(range(matrix.shape[0])) - set(rows.tolist()))),
-        unmatched_faces=tuple(f for f in range(matrix.shape[1]) if f not in used),
-        total=float(matrix[rows, columns].sum()),
-    )
+    return as_matching(matrix, tuple(zip(rows.tolist(), columns.tolist(), strict=True)))
+
+
+def match_with_penalties(
+    similarity: Float[np.ndarray, "r f"],
+    *,
+    missing_penalty: float = 0.0,
+    extra_penalty: float = 0.0,
+    min_similarity: float = 0.0,
+) -> Matching:
+    """The one-to-one assignment with the largest reward, in which anyone may stay alone at a price.
+
+    ``max over pairs P of  sum over P of c[r, f] - missing_penalty * (r - |P|) - extra_penalty * (f - |P|)``, where only pairs with
+    ``c > min_similarity`` are allowed. It is the Hungarian assignment of ``max(c + missing_penalty + extra_penalty, 0)``, since a pair
+    saves both penalties. Our choice: docs/adr/0041.
+
+    >>> match_with_penalties(np.array([[0.9, 0.2], [0.8, -0.1]])).pairs
+    ((0, 1), (1, 0))
+    >>> match_with_penalties(np.array([[0.9, 0.2], [0.8, -0.1]]), min_similarity=0.3).pairs
+    ((0, 0),)
+    """
+    matrix = check_similarity(similarity)
+    saved = matrix + (missing_penalty + extra_penalty)
+    worth = np.where(matrix > min_similarity, saved.clip(min=0.0), 0.0)
+    rows, columns = linear_sum_assignment(worth, maximize=True)
+    pairs = tuple((r, f) for r, f in zip(rows.tolist(), columns.tolist(), strict=True) if worth.item(r, f) > 0)
+    return as_matching(matrix, pairs)

@@ -1,0 +1,130 @@
+"""Faces by dlib (extra ``dlib``): HOG detector, five landmarks, ResNet-34 embeddings. Works with no download: the weights are a package.
+
+Code: Boost licence. Weights: PyPI ``face-recognition-models``, CC0.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from id_reward.backends.faces.center import center
+from id_reward.images import as_array
+from id_reward.protocols import Faces
+
+EXTRA = 'the dlib backend needs dlib and its models: pip install "id-reward[dlib]"'
+CHIP = 150  # side of an aligned face, the network's input
+DIM = 128
+
+
+def _dlib() -> Any:
+    try:
+        import dlib
+    except ImportError:
+        raise ImportError(EXTRA) from None
+    return dlib
+
+
+def model_folder() -> Path:
+    """Where ``face-recognition-models`` keeps its files; found without importing it (its import needs pkg_resources)."""
+    spec = importlib.util.find_spec("face_recognition_models")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(EXTRA)
+    return Path(spec.submodule_search_locations[0]) / "models"
+
+
+class AlignedFaces(NamedTuple):
+    """boxes (f, 4) in pixels, scores (f,) in [0, 1], chips (f, 150, 150, 3): upright faces, eyes and nose at fixed places."""
+
+    boxes: Float[np.ndarray, "f 4"]
+    scores: Float[np.ndarray, " f"]
+    chips: UInt8[np.ndarray, "f h w 3"]
+
+
+class DlibBackend:
+    """Finds faces by dlib's HOG detector and embeds them by its ResNet-34; unit vectors, comparable by cosine.
+
+    Detection runs on a copy whose long side is ``side`` pixels (faces of some 80/side of it are found), in threads: dlib releases the
+    GIL there. Landmarks and the aligned face are taken from the original. Boxes are (left, top, right, bottom) in original pixels.
+
+    Embeddings: raw dlib descriptors share a large common part (different people have cosine .82), so the mean face is subtracted before
+    normalisation (docs/adr/0040). On the photos of `scripts/fetch_photos.py` the same person then has .79 to .94, different people at
+    most .47; ``same_person`` is the threshold between.
+
+    Args:
+        side: Long side in pixels at which faces are looked for.
+        threshold: Detector score from which a box counts; 0.3 finds six of six faces in the group photo and none on a cat.
+        workers: Threads; by default one per core.
+    """
+
+    name = "dlib"
+    dim = DIM
+    same_person = 0.65
+
+    def __init__(self, *, side: int = 1024, threshold: float = 0.3, workers: int | None = None) -> None:
+        """Loads landmark predictor and network.
+
+        Raises:
+            ImportError: dlib or face-recognition-models is missing.
+        """
+        if side < 80:
+            raise ValueError(f"side must be at least 80 pixels, got {side}")
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}")
+        self._dlib, folder = _dlib(), model_folder()
+        self.side, self.threshold, self.workers = side, threshold, workers or os.cpu_count() or 1
+        self._predictor = self._dlib.shape_predictor(str(folder / "shape_predictor_5_face_landmarks.dat"))
+        self._network = self._dlib.face_recognition_model_v1(str(folder / "dlib_face_recognition_resnet_model_v1.dat"))
+        self._local = threading.local()
+
+    def _detector(self) -> Any:
+        """One detector per thread: it keeps the picture it works on."""
+        if not hasattr(self._local, "detector"):
+            self._local.detector = self._dlib.get_frontal_face_detector()
+        return self._local.detector
+
+    def align(self, image: Any) -> AlignedFaces:
+        """Boxes, scores and aligned faces of one picture (anything `id_reward.images.as_array` takes), best score first."""
+        picture = as_array(image)
+        height, width = picture.shape[:2]
+        scale = self.side / max(height, width)
+        if min(height, width) * scale < 16:  # nothing to see in a line of pixels
+            return AlignedFaces(np.zeros((0, 4)), np.zeros(0), np.zeros((0, CHIP, CHIP, 3), np.uint8))
+        small = self._dlib.resize_image(picture, rows=round(height * scale), cols=round(width * scale))
+        found, scores, _ = self._detector().run(small, 0, self.threshold)
+        boxes = np.array([[b.left(), b.top(), b.right() + 1, b.bottom() + 1] for b in found], np.float64).reshape(-1, 4)
+        boxes /= scale
+        shapes = self._dlib.full_object_detections()
+        for left, top, right, bottom in boxes.round().astype(int):
+            shapes.append(self._predictor(picture, self._dlib.rectangle(left, top, right - 1, bottom - 1)))
+        chips = self._dlib.get_face_chips(picture, shapes, size=CHIP) if len(shapes) else []
+        return AlignedFaces(
+            boxes.clip(0, [width, height, width, height]),
+            1 / (1 + np.exp(-np.asarray(scores, np.float64))),
+            np.stack(chips) if len(chips) else np.zeros((0, CHIP, CHIP, 3), np.uint8),
+        )
+
+    def embed(self, chips: UInt8[np.ndarray, "f h w 3"]) -> Float[np.ndarray, "f d"]:
+        """Unit embeddings of aligned RGB faces of 150 x 150 pixels."""
+        if not len(chips):
+            return np.zeros((0, DIM))
+        return center(np.array(self._network.compute_face_descriptor(list(chips)), np.float64).reshape(-1, DIM))
+
+    def detect_and_embed(self, images: Sequence[Any]) -> list[Faces]:
+        """One `Faces` per picture; detection in threads, all faces of the batch embedded together."""
+        with ThreadPoolExecutor(min(self.workers, max(len(images), 1))) as pool:
+            aligned = list(pool.map(self.align, images))
+        counts = [len(found.scores) for found in aligned]
+        embeddings = (
+            self.embed(np.concatenate([found.chips for found in aligned])) if sum(counts) else np.zeros((0, DIM))
+        )
+        parts = np.split(embeddings, np.cumsum(counts)[:-1]) if counts else []
+        return [Faces(found.boxes, found.scores, part) for found, part in zip(aligned, parts, strict=True)]
