@@ -5,6 +5,8 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from gspo.sde import wide
+
 
 def _check(log_prob: Tensor, old_log_prob: Tensor) -> None:
     if log_prob.dim() != 2 or log_prob.shape != old_log_prob.shape:
@@ -59,3 +61,36 @@ def guarded_step_importance_ratio(
         )
     shift = (mean - old_mean).square().flatten(2).mean(2) / (2 * std.square())
     return (std * (log_prob - old_log_prob + shift)).exp()
+
+
+def gaussian_log_ratio(
+    next_latents: Float[Tensor, "b ..."],
+    mean: Float[Tensor, "b ..."],
+    old_mean: Float[Tensor, "b ..."],
+    std: Float[Tensor, " b"],
+) -> Float[Tensor, " b"]:
+    """``log N(x; mean, std^2) - log N(x; old_mean, std^2)``, mean over elements, without the cancellation of two log-probs.
+
+        = mean over elements of (mean - old_mean) * (2 x - mean - old_mean) / (2 std^2)      [nats per element]
+
+    Log-probs are of the order of 1, the log-ratio of a picture of the order of 1e-6: subtracting fp32 log-probs leaves one
+    digit of it, this form all of them, and exactly 0 on policy (docs/adr/0012-exact-log-ratio.md).
+
+    Args:
+        next_latents: The samples x, (b, ...).
+        mean: Of the policy, same shape; may carry gradients.
+        old_mean: Of the policy that drew the samples.
+        std: Of the step, the same for both, (b,).
+
+    >>> import torch
+    >>> gaussian_log_ratio(torch.tensor([[1.0]]), torch.tensor([[0.5]]), torch.tensor([[0.0]]), torch.ones(1)).item()
+    0.375
+    """
+    if not next_latents.shape == mean.shape == old_mean.shape or std.shape != mean.shape[:1]:
+        raise ValueError(
+            f"next_latents, mean and old_mean must share a shape (b, ...) and std be (b,), got {tuple(next_latents.shape)}, "
+            f"{tuple(mean.shape)}, {tuple(old_mean.shape)} and {tuple(std.shape)}"
+        )
+    step = mean.float() - old_mean.float()
+    twice = 2 * (next_latents.float() - old_mean.float()) - step
+    return (step * twice / wide(2 * std.square(), step)).flatten(1).mean(1)

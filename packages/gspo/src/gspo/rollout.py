@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,15 +12,27 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gspo.sde import FlowODE, Kernel
+from gspo.solver import solve_tail
 
 VelocityFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``(latents (b, ...), sigma (b,), index (b,)) -> velocity (b, ...)``, noise - data."""
+
+Hook = Callable[[int, Tensor], AbstractContextManager[object]]
+"""``(position in the window, rows (b,)) -> context`` around a velocity of the window: routing is recorded and replayed here."""
 
 
 class WindowStep(NamedTuple):
     """One stochastic step of a rollout: all that the update needs to score it again.
 
-    latents, next_latents: (b, ...) before and after; sigma, sigma_next: floats; mean (b, ...) fp32 and std (b,) of the old
-    policy; log_prob_mean (b,) of the old policy, nats per element.
+    Attributes:
+        step: Its place in the schedule.
+        sigma: Noise level before.
+        sigma_next: Noise level after.
+        latents: Before, (b, ...).
+        next_latents: After, (b, ...).
+        mean: Of the old policy's Gaussian, (b, ...) fp32.
+        std: Of the step, (b,).
+        log_prob_mean: Of the old policy, (b,), nats per element.
     """
 
     step: int
@@ -60,12 +73,12 @@ def check_sigmas(sigmas: Float[Tensor, " t"], window: Sequence[int]) -> list[flo
         ValueError: sigmas do not strictly decrease, leave [0, 1], or the window is empty, not consecutive, or touches the end.
     """
     levels = [float(s) for s in sigmas]
-    if len(levels) < 2 or any(b >= a for a, b in zip(levels[:-1], levels[1:], strict=True)):
+    if len(levels) < 2 or not all(b < a for a, b in zip(levels[:-1], levels[1:], strict=True)):
         raise ValueError(f"sigmas must be strictly decreasing with at least 2 entries, got {levels}")
     if levels[0] > 1 or levels[-1] < 0:
         raise ValueError(f"sigmas must lie in [0, 1], got {levels}")
     steps = list(window)
-    if steps != list(range(steps[0], steps[0] + len(steps))) if steps else True:
+    if not steps or steps != list(range(steps[0], steps[0] + len(steps))):
         raise ValueError(f"window must hold consecutive steps, got {steps}")
     if steps[0] < 0 or steps[-1] > len(levels) - 2 or levels[steps[-1] + 1] <= 0:
         raise ValueError(f"window must lie in [0, {len(levels) - 3}] and not reach sigma 0, got {steps}")
@@ -85,6 +98,7 @@ def rollout(
     generator: torch.Generator | None = None,
     offload: bool = False,
     tail_steps: int | None = None,
+    record: Hook | None = None,
 ) -> Rollout:
     """Samples ``group_size`` members from every row of ``noise``.
 
@@ -102,22 +116,28 @@ def rollout(
         group_size: Members per prompt.
         share_prefix: Take the steps before the window once per group.
         generator: Source of the steps' noise.
-        offload: Keep the trajectory in CPU memory.
+        offload: Keep the trajectory in CPU memory; the update brings back what it scores.
         tail_steps: After the window, take this many second-order steps (DPM-Solver++ 2M, `gspo.solver`) instead of the
             remaining Euler steps.
+        record: Context manager around every velocity of the window, called with the position in the window and the rows; an
+            MoE policy records its routing there, for `PolicyTrainer.update` to replay.
 
     Raises:
-        ValueError: See `check_sigmas`; or group_size < 1.
+        ValueError: See `check_sigmas`; or noise has no row or no second axis, group_size < 1, tail_steps < 1, the kernel draws
+            nothing, or a velocity is not finite or has another shape than the latents.
     """
-    from gspo.solver import solve_tail
-
     levels = check_sigmas(sigmas, window)
+    if noise.dim() < 2 or len(noise) == 0:
+        raise ValueError(f"noise must be (p, ...) with p at least 1, got shape {tuple(noise.shape)}")
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}")
+    if tail_steps is not None and tail_steps < 1:
+        raise ValueError(f"tail_steps must be at least 1 or None, got {tail_steps}")
     first, last = window[0], window[-1]
     ode, evaluations = FlowODE(), 0
     index = torch.arange(len(noise), device=noise.device)
     members = index.repeat_interleave(group_size)
+    rows = torch.arange(len(members), device=noise.device)
     x = noise
     if not share_prefix:
         x, index = x.repeat_interleave(group_size, 0), members
@@ -129,16 +149,19 @@ def rollout(
             x, count = solve_tail(velocity_fn, x, index, levels[step:], tail_steps)
             evaluations += count * len(x)
             break
-        sigma, sigma_next = levels[step], levels[step + 1]
-        velocity = velocity_fn(x, torch.full((len(x),), sigma, device=x.device), index)
+        sigma, sigma_next, inside = levels[step], levels[step + 1], first <= step <= last
+        with record(step - first, rows) if inside and record else nullcontext():
+            velocity = velocity_fn(x, torch.full((len(x),), sigma, device=x.device), index)
         evaluations += len(x)
-        if first <= step <= last:
-            out = kernel.step(x, velocity, sigma, sigma_next, generator=generator, sigma_max=levels[1])
-            assert out.log_prob_mean is not None
-            tensors = (x, out.next_latents, out.mean, out.std, out.log_prob_mean)
-            trajectory.append(WindowStep(step, sigma, sigma_next, *(t.cpu() if offload else t for t in tensors)))
-        else:
-            out = ode.step(x, velocity, sigma, sigma_next)
+        if not inside:
+            x = ode.step(x, velocity, sigma, sigma_next).next_latents
+            continue
+        out = kernel.step(x, velocity, sigma, sigma_next, generator=generator, sigma_max=levels[1])
+        if out.log_prob_mean is None:
+            raise ValueError(f"kernel must draw noise (FlowSDE, FlowCPS, DanceSDE), got {kernel}")
+        before = trajectory[-1].next_latents if trajectory else x.cpu() if offload else x
+        kept = (t.cpu() if offload else t for t in (out.next_latents, out.mean, out.std, out.log_prob_mean))
+        trajectory.append(WindowStep(step, sigma, sigma_next, before, *kept))
         x = out.next_latents
     log_probs = torch.stack([s.log_prob_mean for s in trajectory], 1)
     return Rollout(x, tuple(trajectory), log_probs, members, evaluations, levels[1])

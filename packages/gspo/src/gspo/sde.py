@@ -1,13 +1,15 @@
 """One stochastic step of a flow model, and the exact Gaussian log density of its outcome.
 
-sigma runs from 1 (noise) to 0 (data), ``dt = sigma_next - sigma < 0`` and ``velocity = noise - data``. Every kernel draws
-``next = mean + std * z`` with a standard normal z and returns, in fp32 whatever the input's dtype,
+sigma runs from 1 (noise) to 0 (data), ``dt = sigma_next - sigma < 0`` and ``velocity = noise - data``. In every kernel the mean
+is linear in latents and velocity, so a kernel is three numbers a step, its `coefficients` (a, b, std), and all share
 
-    log_prob_mean = mean over elements of  -(next - mean)^2 / (2 std^2) - log std - log(2 pi) / 2     [nats per element]
-    log_prob_sum  = the same, summed                                                                  [nats]
+    mean = a * latents + b * velocity,      next = mean + std * z,   z standard normal
+    log_prob_mean = -mean over elements of (next - mean)^2 / (2 std^2) - log std - log(2 pi) / 2     [nats per element]
+    log_prob_sum  = the same, summed over elements                                                   [nats]
 
-These are full log densities for every kernel; code bases that drop the constants or the variance (Flow-CPS, Dance-GRPO)
-differ from them by a constant, respectively by the factor 1 / (2 std^2): see `gspo.reference`.
+in fp32 whatever the input's dtype. These are full log densities for every kernel. Code bases that drop terms differ: Dance-GRPO
+leaves out ``-log std - log(2 pi) / 2`` (a constant), Flow-CPS also the factor ``1 / (2 std^2)`` (so its clip ranges are in other
+units): see `gspo.reference`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 LOG_TWO_PI = math.log(2 * math.pi)
+
+Coefficients = tuple[Tensor, Tensor, Tensor]
 
 
 class SDEStep(NamedTuple):
@@ -60,18 +64,28 @@ class Kernel(Protocol):
         ...
 
 
+def wide(row: Float[Tensor, " b"], like: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+    """One number per row, shaped to multiply ``like``."""
+    return row.reshape(-1, *[1] * (like.dim() - 1))
+
+
 def gaussian_log_prob(
     value: Float[Tensor, "b ..."], mean: Float[Tensor, "b ..."], std: Float[Tensor, " b"]
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """Log density of N(mean, std^2 I) at ``value``: mean over elements and sum, both (b,) fp32."""
-    spread = std.reshape(-1, *[1] * (value.dim() - 1))
-    squares = ((value.float() - mean) / spread).square().flatten(1)
-    log_prob_mean = -0.5 * squares.mean(1) - std.log() - 0.5 * LOG_TWO_PI
+    """Log density of N(mean, std^2 I) at ``value``: mean over elements and sum, both (b,) fp32.
+
+    >>> mean, total = gaussian_log_prob(torch.zeros(1, 3), torch.zeros(1, 3), torch.ones(1))
+    >>> round(mean.item(), 4), round(total.item(), 4)
+    (-0.9189, -2.7568)
+    """
+    squares = torch.nn.functional.mse_loss(value.float(), mean.float(), reduction="none").flatten(1)
+    log_prob_mean = -squares.mean(1) / (2 * std.square()) - std.log() - 0.5 * LOG_TWO_PI
     return log_prob_mean, log_prob_mean * squares.shape[1]
 
 
-def _per_row(name: str, value: float | Tensor, latents: Tensor) -> Tensor:
-    row = torch.as_tensor(value, dtype=torch.float32, device=latents.device)
+def _levels(name: str, value: float | Tensor, latents: Tensor) -> Tensor:
+    """``value`` as one fp64 number a row, where it was (a number on the CPU, so that checking it never waits for a device)."""
+    row = torch.as_tensor(value, dtype=torch.float64)
     if row.dim() > 1 or (row.dim() == 1 and row.shape[0] not in (1, latents.shape[0])):
         raise ValueError(
             f"{name} must be a number or have one entry per row ({latents.shape[0]}), got shape {tuple(row.shape)}"
@@ -79,47 +93,34 @@ def _per_row(name: str, value: float | Tensor, latents: Tensor) -> Tensor:
     return row.expand(latents.shape[0])
 
 
-def _check(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> None:
-    if latents.shape != velocity.shape:
-        raise ValueError(f"velocity must have the shape of latents {tuple(latents.shape)}, got {tuple(velocity.shape)}")
+def _check(latents: Tensor, velocity: Tensor, next_latents: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> None:
     if latents.dim() < 2:
         raise ValueError(f"latents must have a batch axis and at least one more, got shape {tuple(latents.shape)}")
+    for name, tensor in (("velocity", velocity), ("next_latents", next_latents)):
+        if tensor is not None and tensor.shape != latents.shape:
+            raise ValueError(f"{name} must have the shape of latents {tuple(latents.shape)}, got {tuple(tensor.shape)}")
     if not bool((sigma_next < sigma).all()):
         raise ValueError(f"sigma_next must be below sigma, got {sigma_next.tolist()} after {sigma.tolist()}")
     if not bool(((sigma <= 1) & (sigma_next >= 0)).all()):
         raise ValueError(f"sigma and sigma_next must lie in [0, 1], got {sigma.tolist()} and {sigma_next.tolist()}")
-    if not bool(torch.isfinite(velocity).all()):
-        raise ValueError("velocity must be finite, got NaN or infinity")
 
 
-def _finish(
-    latents: Tensor, mean: Tensor, std: Tensor, next_latents: Tensor | None, generator: torch.Generator | None
-) -> SDEStep:
-    if next_latents is None:
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=torch.float32)
-        next_latents = (mean.detach() + std.reshape(-1, *[1] * (mean.dim() - 1)) * noise).to(latents.dtype)
-    elif next_latents.shape != mean.shape:
-        raise ValueError(
-            f"next_latents must have the shape of latents {tuple(mean.shape)}, got {tuple(next_latents.shape)}"
-        )
-    return SDEStep(next_latents, mean, std, *gaussian_log_prob(next_latents, mean, std))
-
-
-def _require_noise(sigma_next: Tensor) -> None:
-    if not bool((sigma_next > 0).all()):
-        raise ValueError(
-            f"sigma_next must be positive in a stochastic step (the last step's density explodes), got {sigma_next.tolist()}"
-        )
+def _require_finite(summary: Tensor, **tensors: Tensor | None) -> None:
+    """Raises for the first tensor that is not finite, and looks at them only if ``summary``, which depends on all, is not."""
+    if bool(torch.isfinite(summary).all()):
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
+    raise ValueError("the step's outcome must be finite, got an overflow of fp32 from finite latents and velocity")
 
 
 class _Stochastic(ABC):
-    """Checks, fp32 and log densities around a kernel's `moments`."""
+    """Checks, fp32, drawing and log densities around a kernel's `coefficients`."""
 
     @abstractmethod
-    def moments(
-        self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """Mean (b, ...) and standard deviation (b,) of the step, all in fp32."""
+    def coefficients(self, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None = None) -> Coefficients:
+        """``(a, b, std)`` of ``next ~ N(a * latents + b * velocity, std^2)``, each with sigma's shape."""
 
     def step(
         self,
@@ -132,7 +133,7 @@ class _Stochastic(ABC):
         generator: torch.Generator | None = None,
         sigma_max: float | None = None,
     ) -> SDEStep:
-        """Draws the next latents, or scores ``next_latents`` if given.
+        """Draws the next latents, or scores ``next_latents`` if given: bit-equal log-probs either way.
 
         Args:
             latents: Current latents, (b, ...).
@@ -140,21 +141,30 @@ class _Stochastic(ABC):
             sigma: Current noise level, a number or (b,), in (0, 1].
             sigma_next: Next noise level, below sigma and above 0.
             next_latents: A stored sample to score instead of drawing one.
-            generator: Source of randomness for the draw.
+            generator: Source of randomness for the draw, on any device.
             sigma_max: Stands for sigma where sigma == 1 (FlowSDE only).
 
         Raises:
-            ValueError: Shapes differ, sigmas do not decrease or leave (0, 1], or the velocity is not finite.
+            ValueError: Shapes differ, sigmas do not decrease or leave (0, 1], or an input is not finite.
         """
-        s, s_next = _per_row("sigma", sigma, latents), _per_row("sigma_next", sigma_next, latents)
-        _check(latents, velocity, s, s_next)
-        _require_noise(s_next)
-        mean, std = self.moments(latents.float(), velocity.float(), s, s_next, sigma_max)
-        return _finish(latents, mean, std, next_latents, generator)
-
-
-def _wide(row: Tensor, like: Tensor) -> Tensor:
-    return row.reshape(-1, *[1] * (like.dim() - 1))
+        levels, levels_next = _levels("sigma", sigma, latents), _levels("sigma_next", sigma_next, latents)
+        _check(latents, velocity, next_latents, levels, levels_next)
+        if not bool((levels_next > 0).all()):
+            raise ValueError(
+                "sigma_next must be positive in a stochastic step (the last step's density explodes), "
+                f"got {levels_next.tolist()}"
+            )
+        a, b, std = (
+            c.to(device=latents.device, dtype=torch.float32) for c in self.coefficients(levels, levels_next, sigma_max)
+        )
+        mean = (latents.float() * wide(a, latents)).addcmul_(velocity.float(), wide(b, latents))
+        if next_latents is None:
+            where = mean.device if generator is None else generator.device
+            noise = torch.randn(mean.shape, generator=generator, device=where, dtype=torch.float32).to(mean.device)
+            next_latents = torch.addcmul(mean.detach(), noise, wide(std, mean)).to(latents.dtype)
+        log_probs = gaussian_log_prob(next_latents, mean, std)
+        _require_finite(log_probs[0], velocity=velocity, latents=latents, next_latents=next_latents)
+        return SDEStep(next_latents, mean, std, *log_probs)
 
 
 @dataclass(frozen=True)
@@ -167,6 +177,9 @@ class FlowSDE(_Stochastic):
 
     Where sigma == 1 the denominator 1 - sigma uses ``sigma_max`` (the reference takes the schedule's second sigma);
     without it, sigma_next.
+
+    Attributes:
+        noise_level: a > 0; 0.7 in the paper.
     """
 
     noise_level: float = 0.7
@@ -175,25 +188,28 @@ class FlowSDE(_Stochastic):
         if not self.noise_level > 0:
             raise ValueError(f"noise_level must be positive, got {self.noise_level}")
 
-    def moments(
-        self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the step."""
+    def coefficients(self, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None = None) -> Coefficients:
+        """``(a, b, std)`` of the class's equation."""
+        if sigma_max is not None and not 0 < sigma_max < 1:
+            raise ValueError(f"sigma_max must be in (0, 1), got {sigma_max}")
         top = sigma_next if sigma_max is None else torch.full_like(sigma, sigma_max)
-        safe = torch.where(sigma >= 1, top, sigma)
         dt = sigma_next - sigma
-        s = self.noise_level * (sigma / (1 - safe)).sqrt()
+        s = self.noise_level * (sigma / (1 - torch.where(sigma >= 1, top, sigma))).sqrt()
         half = s.square() / (2 * sigma)
-        mean = x * _wide(1 + half * dt, x) + v * _wide((1 + half * (1 - sigma)) * dt, x)
-        return mean, s * (-dt).sqrt()
+        return 1 + half * dt, (1 + half * (1 - sigma)) * dt, s * (-dt).sqrt()
 
 
 @dataclass(frozen=True)
 class FlowCPS(_Stochastic):
     """Coefficient-preserving sampling (Flow-CPS, arXiv 2509.05952): the outcome holds exactly sigma_next of noise.
 
-    std  = sigma_next * sin(noise_level * pi / 2)
-    mean = (1 - sigma_next) * (x - sigma v) + sqrt(sigma_next^2 - std^2) * (x + (1 - sigma) v)
+        std  = sigma_next * sin(noise_level * pi / 2)
+        mean = (1 - sigma_next) * (x - sigma v) + sqrt(sigma_next^2 - std^2) * (x + (1 - sigma) v)
+
+    Keeps the marginals inside a small window only: docs/adr/0011-flow-cps-window.md.
+
+    Attributes:
+        noise_level: In (0, 1]; at 1 all noise is fresh.
     """
 
     noise_level: float = 0.8
@@ -202,22 +218,22 @@ class FlowCPS(_Stochastic):
         if not 0 < self.noise_level <= 1:
             raise ValueError(f"noise_level must be in (0, 1], got {self.noise_level}")
 
-    def moments(
-        self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the step."""
+    def coefficients(self, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None = None) -> Coefficients:
+        """``(a, b, std)`` of the class's equation, sorted by x and v."""
         angle = self.noise_level * math.pi / 2
-        std, kept = sigma_next * math.sin(angle), sigma_next * math.cos(angle)
-        data, noise = x - _wide(sigma, x) * v, x + _wide(1 - sigma, x) * v
-        return _wide(1 - sigma_next, x) * data + _wide(kept, x) * noise, std
+        data, noise = 1 - sigma_next, sigma_next * math.cos(angle)
+        return data + noise, noise * (1 - sigma) - data * sigma, sigma_next * math.sin(angle)
 
 
 @dataclass(frozen=True)
 class DanceSDE(_Stochastic):
     """Dance-GRPO's SDE with constant noise (arXiv 2505.07818; MixGRPO uses it too).
 
-    std  = eta * sqrt(-dt)
-    mean = x + v dt + eta^2 / 2 * ((x - (1 - sigma) (x - sigma v)) / sigma^2) * dt
+        std  = eta * sqrt(-dt)
+        mean = x + v dt + eta^2 / 2 * ((x - (1 - sigma) (x - sigma v)) / sigma^2) * dt
+
+    Attributes:
+        eta: Noise per unit of sigma, > 0.
     """
 
     eta: float = 0.3
@@ -226,14 +242,11 @@ class DanceSDE(_Stochastic):
         if not self.eta > 0:
             raise ValueError(f"eta must be positive, got {self.eta}")
 
-    def moments(
-        self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the step."""
-        dt, s = _wide(sigma_next - sigma, x), _wide(sigma, x)
-        score_like = (x - (1 - s) * (x - s * v)) / s.square()
-        mean = x + v * dt + 0.5 * self.eta**2 * score_like * dt
-        return mean, self.eta * (sigma - sigma_next).sqrt()
+    def coefficients(self, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None = None) -> Coefficients:
+        """``(a, b, std)`` of the class's equation, sorted by x and v."""
+        dt = sigma_next - sigma
+        half = 0.5 * self.eta**2 / sigma
+        return 1 + half * dt, (1 + half * (1 - sigma)) * dt, self.eta * (-dt).sqrt()
 
 
 @dataclass(frozen=True)
@@ -252,8 +265,10 @@ class FlowODE:
         sigma_max: float | None = None,
     ) -> SDEStep:
         """One Euler step; a given ``next_latents`` is returned as it is."""
-        s, s_next = _per_row("sigma", sigma, latents), _per_row("sigma_next", sigma_next, latents)
-        _check(latents, velocity, s, s_next)
-        mean = latents.float() + _wide(s_next - s, latents) * velocity.float()
+        levels, levels_next = _levels("sigma", sigma, latents), _levels("sigma_next", sigma_next, latents)
+        _check(latents, velocity, next_latents, levels, levels_next)
+        dt = (levels_next - levels).to(device=latents.device, dtype=torch.float32)
+        mean = torch.addcmul(latents.float(), velocity.float(), wide(dt, latents))
+        _require_finite(mean.detach().sum(), velocity=velocity, latents=latents)
         drawn = mean.to(latents.dtype) if next_latents is None else next_latents
-        return SDEStep(drawn, mean, torch.zeros_like(s), None, None)
+        return SDEStep(drawn, mean, torch.zeros_like(dt), None, None)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 Strategy = Literal["progressive", "random", "exp_decay"]
@@ -14,20 +16,25 @@ Strategy = Literal["progressive", "random", "exp_decay"]
 class SlidingWindow:
     """A window of ``size`` consecutive steps, moved by ``stride`` every ``interval`` iterations.
 
-    The window is a function of the iteration alone, so every rank sees the same one and a checkpoint needs no more state
-    than the iteration. It is never empty and never holds the last step, whose density explodes.
+    The window is a function of these integers and the iteration alone: every rank sees the same one, and a checkpoint needs no
+    more state than the iteration. It is never empty, never shorter than ``size``, and never holds the last step, whose density
+    explodes (MixGRPO's shrinks at the end and is empty for one interval before it rolls back; wherever that one is full, ours is
+    equal to it).
 
-    Strategies: "progressive" slides from the noisy end and starts over; "random" draws a start per interval uniformly;
-    "exp_decay" stays ``exp(-start / last)``-proportionally longer at the noisy end: starts are visited in order, each for
-    a share of the sweep proportional to that weight (MixGRPO's exponential decay, made exact and periodic).
+    Strategies: "progressive" slides from the noisy end and starts over; "random" draws a start per interval, uniformly;
+    "exp_decay" slides like "progressive" but stays at start l for
+
+        tau(l) = ceil(interval * exp(-decay_rate * max(0, l - decay_from)))    (MixGRPO, section 3.3)
 
     Attributes:
-        num_steps: Denoising steps of the rollout.
+        num_steps: Denoising steps of the rollout, >= 2.
         size: Steps in the window, in [1, num_steps - 1].
         stride: Steps the window moves.
         interval: Iterations between moves (tau).
         strategy: See above.
         seed: Seed of the "random" strategy.
+        decay_rate: k of "exp_decay", per step.
+        decay_from: Start from which "exp_decay" decays; None is half of num_steps (13 of 25 in MixGRPO).
     """
 
     num_steps: int
@@ -36,6 +43,8 @@ class SlidingWindow:
     interval: int = 50
     strategy: Strategy = "progressive"
     seed: int = 0
+    decay_rate: float = 0.1
+    decay_from: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_steps < 2:
@@ -47,6 +56,8 @@ class SlidingWindow:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.strategy not in ("progressive", "random", "exp_decay"):
             raise ValueError(f"strategy must be 'progressive', 'random' or 'exp_decay', got {self.strategy!r}")
+        if not self.decay_rate >= 0:
+            raise ValueError(f"decay_rate must not be negative, got {self.decay_rate}")
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -59,8 +70,20 @@ class SlidingWindow:
         regular = list(range(0, last + 1, self.stride))
         return tuple(regular if regular[-1] == last else [*regular, last])
 
+    @property
+    def stays(self) -> tuple[int, ...]:
+        """Iterations at each of `starts` in a sweep.
+
+        >>> SlidingWindow(8, interval=4, strategy="exp_decay", decay_rate=1.0, decay_from=3).stays
+        (4, 4, 4, 4, 2, 1)
+        """
+        if self.strategy != "exp_decay":
+            return (self.interval,) * len(self.starts)
+        begin = self.num_steps // 2 if self.decay_from is None else self.decay_from
+        return tuple(math.ceil(self.interval * math.exp(-self.decay_rate * max(0, s - begin))) for s in self.starts)
+
     def at(self, iteration: int) -> tuple[int, ...]:
-        """Steps of the window at ``iteration`` (0-based).
+        """Steps of the window at ``iteration`` (0-based), ``size`` of them, in [0, num_steps - 2].
 
         >>> SlidingWindow(16).at(0), SlidingWindow(16).at(50), SlidingWindow(16).at(50 * 14)
         ((0, 1), (1, 2), (0, 1))
@@ -72,17 +95,8 @@ class SlidingWindow:
 
     def _position(self, iteration: int) -> int:
         number = len(self.starts)
-        move = iteration // self.interval
-        if self.strategy == "progressive":
-            return move % number
         if self.strategy == "random":
-            digest = hashlib.sha256(f"{self.seed}:{move}".encode()).digest()
+            digest = hashlib.sha256(f"{self.seed}:{iteration // self.interval}".encode()).digest()
             return int.from_bytes(digest[:8], "big") * number >> 64
-        weights = [math.exp(-start / max(self.starts[-1], 1)) for start in self.starts]
-        scale = number * self.interval / sum(weights)
-        spent, within = 0.0, iteration % (number * self.interval)
-        for index, weight in enumerate(weights):
-            spent += weight * scale
-            if within < round(spent):
-                return index
-        return number - 1
+        ends = list(accumulate(self.stays))
+        return bisect_right(ends, iteration % ends[-1])

@@ -1,0 +1,93 @@
+"""The clip range, measured instead of guessed (docs/adr/0010-clip-range.md)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gspo.distributed import gather_rows
+
+
+def auto_clip_range(
+    ratio: Float[Tensor, " b"] | Float[Tensor, "b t"],
+    target_clip_fraction: float = 0.1,
+    advantages: Float[Tensor, " b"] | None = None,
+) -> float:
+    """The clip range that would clip ``target_clip_fraction`` of these entries: a quantile of their progress.
+
+        progress = sign(A) * (ratio - 1)   (what the clip looks at: how far an entry went where its advantage pushes it)
+        beta     = quantile of progress at 1 - target_clip_fraction
+
+    Without advantages, or where that quantile is not positive, ``|ratio - 1|`` stands for the progress. Measured on the ratio
+    after the first update of a rollout, beta follows the scale of the log-ratio, which differs by orders of magnitude between
+    kernels, window positions and numbers of elements. Over all ranks of an initialised torch.distributed.
+
+    Args:
+        ratio: Off-policy ratios.
+        target_clip_fraction: In (0, 1).
+        advantages: One per sample; NaN and 0 leave a sample out.
+
+    Raises:
+        ValueError: No entry is finite.
+
+    >>> round(auto_clip_range(torch.tensor([0.9, 1.0, 1.05, 1.2]), 0.25), 3)
+    0.125
+    >>> round(auto_clip_range(torch.tensor([0.9, 0.8, 1.1, 1.3]), 0.5, torch.tensor([1.0, -1.0, 1.0, 1.0])), 3)
+    0.15
+    """
+    away = (ratio.detach().double() - 1).reshape(len(ratio), -1)
+    sign = torch.zeros(len(ratio), 1, dtype=away.dtype, device=away.device)
+    if advantages is not None:
+        sign = torch.nan_to_num(advantages).sign().to(away).unsqueeze(1)
+        away = away[sign[:, 0] != 0]
+        sign = sign[sign[:, 0] != 0]
+    pairs = torch.stack([away.abs().flatten(), (away * sign).flatten()], 1)
+    away_everywhere, progress = gather_rows(pairs[torch.isfinite(pairs).all(1)])[0].unbind(1)
+    if away_everywhere.numel() == 0:
+        raise ValueError("ratio must hold at least one finite entry, got none")
+    beta = float(torch.quantile(progress, 1 - target_clip_fraction))
+    if beta <= 0:
+        beta = float(torch.quantile(away_everywhere, 1 - target_clip_fraction))
+    return max(beta, 1e-12)
+
+
+class ClipRangeTracker:
+    """Remembers a measured clip range per window start: the geometric mean of measurements, ``rate`` the newest one's share.
+
+    The scale of the log-ratio changes with the window's place, so each start has its own number. The memory makes it a trust region:
+    an update several times larger than usual is clipped, not followed.
+    """
+
+    def __init__(self, rate: float = 0.2) -> None:
+        """``rate`` in (0, 1]."""
+        self.rate = rate
+        self.ranges: dict[int, float] = {}
+
+    def observe(self, start: int, measured: float) -> float:
+        """Takes a measurement at a window start in; returns the new range.
+
+        >>> tracker = ClipRangeTracker(rate=0.5)
+        >>> tracker.observe(0, 4e-4), round(tracker.observe(0, 1e-4), 7)
+        (0.0004, 0.0002)
+        """
+        before = self.ranges.get(start, measured)
+        self.ranges[start] = before if before == measured else before ** (1 - self.rate) * measured**self.rate
+        return self.ranges[start]
+
+    def at(self, start: int) -> float | None:
+        """The range at a window start, None before its first measurement."""
+        return self.ranges.get(start)
+
+    def state_dict(self) -> dict[str, float]:
+        """One number per window start seen."""
+        return {f"clip_range.{start}": value for start, value in self.ranges.items()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restores `state_dict`; other keys are ignored."""
+        found = {k.removeprefix("clip_range."): v for k, v in state.items() if k.startswith("clip_range.")}
+        if not all(math.isfinite(v) and v > 0 for v in found.values()):
+            raise ValueError(f"state must hold positive clip ranges, got {found}")
+        self.ranges = {int(start): float(value) for start, value in found.items()}
