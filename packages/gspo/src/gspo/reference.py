@@ -5,7 +5,27 @@ from __future__ import annotations
 import math
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+
+
+def gaussian_velocity(
+    x: Float[Tensor, "b ..."], sigma: float | Float[Tensor, " b"], mean: float, std: float
+) -> Float[Tensor, "b ..."]:
+    """The exact velocity of the flow to Gaussian data N(mean, std^2): ``E[noise - data | x]``.
+
+        E[data | x] = mean + (1 - sigma) std^2 / ((1 - sigma)^2 std^2 + sigma^2) * (x - (1 - sigma) mean)
+        velocity    = (x - E[data | x]) / sigma
+
+    Args:
+        x: Latents at sigma.
+        sigma: In (0, 1], a number or (b,).
+        mean: Of the data.
+        std: Of the data.
+    """
+    s = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
+    gain = (1 - s) * std**2 / ((1 - s).square() * std**2 + s.square())
+    return (x - mean - gain * (x - (1 - s) * mean)) / s
 
 
 def flow_sde_step(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -46,6 +46,7 @@ class SDEStep(NamedTuple):
     log_prob_sum: Float[Tensor, " b"] | None
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """What a rollout needs of a kernel."""
 
