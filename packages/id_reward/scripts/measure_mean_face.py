@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from id_reward.backends.faces.center import MEAN_FILE
-from id_reward.backends.faces.dlib_faces import DIM, DlibBackend
+from id_reward.backends.faces.dlib_faces import DlibBackend
 
 ROOT = Path(__file__).resolve().parents[3]
 PHOTOS = ("face-api/*.jpg", "face-recognition/*.jpg", "insightface/t1.jpg", "scikit-image/astronaut.png")
@@ -39,7 +39,7 @@ def main() -> None:
     for path in sorted(p for pattern in PHOTOS for p in arguments.photos.glob(pattern)):
         chips = backend.align(path).chips
         if len(chips):
-            raw = np.array(backend._network.compute_face_descriptor(list(chips))).reshape(-1, DIM)
+            raw = backend.describe(chips)
             descriptors += list(raw)
             photos += [path.name] * len(raw)
     faces = np.array(descriptors)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -20,6 +20,8 @@ from id_reward.backends.faces.center import center
 from id_reward.images import as_array
 from id_reward.protocols import Faces
 
+Embedder = Literal["auto", "dlib", "torch"]
+Describe = Callable[[np.ndarray], np.ndarray]
 EXTRA = 'the dlib backend needs dlib and its models: pip install "id-reward[dlib]"'
 CHIP = 150  # side of an aligned face, the network's input
 DIM = 128
@@ -41,12 +43,47 @@ def model_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "models"
 
 
+def _describer(embedder: str | None, path: Path) -> Describe | None:
+    """The function that gives raw descriptors (f, 128) of aligned faces."""
+    if embedder is None:
+        return None
+    if embedder == "dlib":
+        network = _dlib().face_recognition_model_v1(str(path))
+        return lambda chips: np.array(
+            network.compute_face_descriptor([*map(np.ascontiguousarray, chips)]), np.float64
+        ).reshape(-1, DIM)
+    import torch
+
+    from id_reward.backends.faces.torch_faces import load_network
+
+    module = load_network(path)
+
+    def describe(chips: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            tensor = torch.from_numpy(chips).permute(0, 3, 1, 2).float() / 255
+            result: np.ndarray = torch.cat([module(part) for part in torch.split(tensor, 32)]).double().numpy()
+        return result
+
+    return describe
+
+
+def _frame(rect: Any, angle: float) -> tuple[float, float, float, float]:
+    """Centre and side, between the centres of the outermost pixels."""
+    x, y = (rect.left() + rect.right()) / 2, (rect.top() + rect.bottom()) / 2
+    return x, y, rect.right() - rect.left(), angle
+
+
 class AlignedFaces(NamedTuple):
-    """boxes (f, 4) in pixels, scores (f,) in [0, 1], chips (f, 150, 150, 3): upright faces, eyes and nose at fixed places."""
+    """What is known of the faces before they are embedded.
+
+    boxes (f, 4) in pixels; scores (f,) in [0, 1]; chips (f, 150, 150, 3): upright faces, eyes and nose at fixed places; frames (f, 4):
+    where the chips lie in the picture: centre x, centre y and side in pixels, angle in radians (counter-clockwise).
+    """
 
     boxes: Float[np.ndarray, "f 4"]
     scores: Float[np.ndarray, " f"]
     chips: UInt8[np.ndarray, "f h w 3"]
+    frames: Float[np.ndarray, "f 4"]
 
 
 class DlibBackend:
@@ -63,13 +100,22 @@ class DlibBackend:
         side: Long side in pixels at which faces are looked for.
         threshold: Detector score from which a box counts; 0.3 finds six of six faces in the group photo and none on a cat.
         workers: Threads; by default one per core.
+        embedder: What runs the network: "dlib"; "torch", with the same weights, some four times faster, equal up to rounding (needs torch);
+            "auto": torch where it is installed; None: nothing (`align` only).
     """
 
     name = "dlib"
     dim = DIM
     same_person = 0.65
 
-    def __init__(self, *, side: int = 1024, threshold: float = 0.3, workers: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        side: int = 1024,
+        threshold: float = 0.3,
+        workers: int | None = None,
+        embedder: Embedder | None = "auto",
+    ) -> None:
         """Loads landmark predictor and network.
 
         Raises:
@@ -79,10 +125,15 @@ class DlibBackend:
             raise ValueError(f"side must be at least 80 pixels, got {side}")
         if workers is not None and workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
+        if embedder not in ("auto", "dlib", "torch", None):
+            raise ValueError(f"embedder must be 'auto', 'dlib', 'torch' or None, got {embedder!r}")
         self._dlib, folder = _dlib(), model_folder()
         self.side, self.threshold, self.workers = side, threshold, workers or os.cpu_count() or 1
         self._predictor = self._dlib.shape_predictor(str(folder / "shape_predictor_5_face_landmarks.dat"))
-        self._network = self._dlib.face_recognition_model_v1(str(folder / "dlib_face_recognition_resnet_model_v1.dat"))
+        if embedder == "auto":
+            embedder = "torch" if importlib.util.find_spec("torch") else "dlib"
+        self.embedder = embedder
+        self._describe = _describer(embedder, folder / "dlib_face_recognition_resnet_model_v1.dat")
         self._local = threading.local()
 
     def _detector(self) -> Any:
@@ -97,31 +148,42 @@ class DlibBackend:
         height, width = picture.shape[:2]
         scale = self.side / max(height, width)
         if min(height, width) * scale < 16:  # nothing to see in a line of pixels
-            return AlignedFaces(np.zeros((0, 4)), np.zeros(0), np.zeros((0, CHIP, CHIP, 3), np.uint8))
+            return AlignedFaces(np.zeros((0, 4)), np.zeros(0), np.zeros((0, CHIP, CHIP, 3), np.uint8), np.zeros((0, 4)))
         small = self._dlib.resize_image(picture, rows=round(height * scale), cols=round(width * scale))
         found, scores, _ = self._detector().run(small, 0, self.threshold)
         boxes = np.array([[b.left(), b.top(), b.right() + 1, b.bottom() + 1] for b in found], np.float64).reshape(-1, 4)
         boxes /= scale
-        shapes = self._dlib.full_object_detections()
+        details = []
         for left, top, right, bottom in boxes.round().astype(int):
-            shapes.append(self._predictor(picture, self._dlib.rectangle(left, top, right - 1, bottom - 1)))
-        chips = self._dlib.get_face_chips(picture, shapes, size=CHIP) if len(shapes) else []
+            shape = self._predictor(picture, self._dlib.rectangle(left, top, right - 1, bottom - 1))
+            details.append(self._dlib.get_face_chip_details(shape, CHIP, 0.25))
+        chips = self._dlib.extract_image_chips(picture, details) if len(details) else []
+        frames = [_frame(d.rect, d.angle) for d in details]
         return AlignedFaces(
             boxes.clip(0, [width, height, width, height]),
             1 / (1 + np.exp(-np.asarray(scores, np.float64))),
             np.stack(chips) if len(chips) else np.zeros((0, CHIP, CHIP, 3), np.uint8),
+            np.array(frames, np.float64).reshape(-1, 4),
         )
 
+    def align_all(self, images: Sequence[Any]) -> list[AlignedFaces]:
+        """`align` of every picture, in threads."""
+        with ThreadPoolExecutor(min(self.workers, max(len(images), 1))) as pool:
+            return list(pool.map(self.align, images))
+
+    def describe(self, chips: UInt8[np.ndarray, "f h w 3"]) -> Float[np.ndarray, "f d"]:
+        """Raw dlib descriptors of aligned RGB faces of 150 x 150 pixels, to be compared by L2 (same person below .6)."""
+        if self._describe is None:
+            raise ValueError("embedder must be 'dlib' or 'torch' to embed faces, got None")
+        return self._describe(chips) if len(chips) else np.zeros((0, DIM))
+
     def embed(self, chips: UInt8[np.ndarray, "f h w 3"]) -> Float[np.ndarray, "f d"]:
-        """Unit embeddings of aligned RGB faces of 150 x 150 pixels."""
-        if not len(chips):
-            return np.zeros((0, DIM))
-        return center(np.array(self._network.compute_face_descriptor(list(chips)), np.float64).reshape(-1, DIM))
+        """Unit embeddings of aligned RGB faces of 150 x 150 pixels, comparable by cosine."""
+        return center(self.describe(chips))
 
     def detect_and_embed(self, images: Sequence[Any]) -> list[Faces]:
         """One `Faces` per picture; detection in threads, all faces of the batch embedded together."""
-        with ThreadPoolExecutor(min(self.workers, max(len(images), 1))) as pool:
-            aligned = list(pool.map(self.align, images))
+        aligned = self.align_all(images)
         counts = [len(found.scores) for found in aligned]
         embeddings = (
             self.embed(np.concatenate([found.chips for found in aligned])) if sum(counts) else np.zeros((0, DIM))

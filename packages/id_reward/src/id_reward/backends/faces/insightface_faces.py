@@ -1,0 +1,183 @@
+"""Faces by insightface (extra ``insightface``): SCRFD detector, ArcFace embeddings, in ONNX.
+
+The code of insightface is MIT; the published weights (buffalo_l and the like) are for non-commercial research only, so nothing is
+downloaded unless you say so: `LICENSE_NOTICE`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from id_reward.images import as_array
+from id_reward.protocols import Faces
+
+EXTRA = 'the insightface backend needs insightface and onnxruntime: pip install "id-reward[insightface]"'
+LICENSE_NOTICE = "insightface's published weights are for non-commercial research only"
+TASKS = ("detection", "recognition")
+
+
+def _face_analysis() -> Any:
+    try:
+        importlib.import_module("onnxruntime")
+        from insightface.app import FaceAnalysis
+    except ImportError:
+        raise ImportError(EXTRA) from None
+    return FaceAnalysis
+
+
+def find_pack(model: str | Path, root: str | Path) -> Path | None:
+    """The folder of .onnx files: ``model`` itself, ``root/models/model``, or a folder of that name inside it (how some archives unpack)."""
+    name = Path(model).name
+    places = [Path(model).expanduser()]
+    if str(model) == name:
+        places.append(Path(root).expanduser() / "models" / name)
+    for place in places:
+        for folder in (place, place / name):
+            if folder.is_dir() and any(folder.glob("*.onnx")):
+                return folder
+    return None
+
+
+def download_pack(model: str, root: str | Path) -> Path:
+    """Lets insightface fetch a pack; what a failed attempt leaves behind is removed.
+
+    Raises:
+        ValueError: It cannot be fetched.
+    """
+    from insightface.utils import ensure_available
+
+    folder = Path(root).expanduser() / "models"
+    before = set(folder.iterdir()) if folder.is_dir() else set()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            ensure_available("models", model, root=str(root))
+        found = find_pack(model, root)
+        if found is None:
+            raise ValueError("the archive holds no .onnx files")
+    except Exception as error:
+        for left in set(folder.iterdir()) - before if folder.is_dir() else set():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for empty in (folder, folder.parent):
+            with contextlib.suppress(OSError):  # not there, or not empty
+                empty.rmdir()
+        raise ValueError(_missing(model, root) + f" (downloading it failed: {type(error).__name__})") from None
+    return found
+
+
+def _missing(model: str | Path, root: str | Path) -> str:
+    place = Path(root).expanduser() / "models" / Path(model).name
+    return (
+        f"model must be an insightface pack or a folder of its .onnx files, but {model} is not there; unpack {Path(model).name}.zip from "
+        f"https://github.com/deepinsight/insightface/releases into {place} ({LICENSE_NOTICE})"
+    )
+
+
+class InsightFaceBackend:
+    """Finds faces by SCRFD and embeds them by ArcFace; unit vectors, comparable by cosine.
+
+    Only detection and recognition run, while `FaceAnalysis` runs five models by default. Detection runs picture by picture, in threads (its
+    graph takes one picture); all faces of the batch are embedded together. Faces are aligned by insightface's own five points; pictures are
+    turned to BGR for it. ``same_person`` is customary for ArcFace and was not measured here: the weights cannot be had offline.
+
+    Args:
+        model: Name of a pack below ``root/models``, or a folder of .onnx files.
+        root: insightface's folder.
+        threshold: Detector score from which a face counts.
+        det_size: Sizes (width, height) at which faces are looked for; None: insightface's own, 128 (faces that fill the picture) and 640.
+        providers: onnxruntime providers, for example ["CUDAExecutionProvider"]; None: insightface's choice.
+        batch_size: Faces embedded at a time.
+        workers: Threads of the detection; by default one per core.
+        download: Whether insightface may fetch a missing pack. Mind the licence of the weights.
+
+    Raises:
+        ImportError: insightface or onnxruntime is missing.
+        ValueError: The pack is not there, or does not hold a detector with five points and a recognition model.
+    """
+
+    name = "insightface"
+    same_person = 0.4
+
+    def __init__(
+        self,
+        *,
+        model: str | Path = "buffalo_l",
+        root: str | Path = "~/.insightface",
+        threshold: float = 0.5,
+        det_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        providers: Sequence[Any] | None = None,
+        batch_size: int = 32,
+        workers: int | None = None,
+        download: bool = False,
+    ) -> None:
+        """Loads both models."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        face_analysis = _face_analysis()
+        folder = find_pack(model, root)
+        if folder is None:
+            if not download:
+                raise ValueError(_missing(model, root))
+            folder = download_pack(str(model), root)
+        try:
+            application = face_analysis(name=str(folder), allowed_modules=list(TASKS), providers=providers)
+        except Exception as error:
+            raise ValueError(
+                f"model must be a folder with a detection and a recognition .onnx, but {folder} is not: {type(error).__name__} {error}".strip()
+            ) from None
+        application.prepare(0, det_thresh=threshold, det_size=det_size)
+        self.detector, self.recognizer = application.det_model, application.models.get("recognition")
+        if self.recognizer is None or not self.detector.use_kps:
+            raise ValueError(
+                f"model must hold a detector with five points and a recognition model, {folder} has {', '.join(sorted(application.models))}"
+            )
+        self.batch_size, self.workers = batch_size, workers or os.cpu_count() or 1
+        fixed = self.recognizer.input_shape[0]
+        if isinstance(fixed, int) and fixed > 0:  # a graph exported for a fixed number of faces
+            self.batch_size = fixed
+        self.dim = int(self.recognizer.output_shape[-1])
+
+    def align(self, image: Any) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+        """Boxes (f, 4), scores (f,) and aligned BGR faces of one picture, best score first."""
+        from insightface.utils import face_align
+
+        picture = np.ascontiguousarray(as_array(image)[..., ::-1])
+        if min(picture.shape[:2]) < 16:
+            return np.zeros((0, 4)), np.zeros(0), []
+        found, points = self.detector.detect(picture)
+        side = self.recognizer.input_size[0]
+        chips = [face_align.norm_crop(picture, landmark=p, image_size=side) for p in (points if len(found) else ())]
+        return found[:, :4].astype(np.float64), found[:, 4].astype(np.float64), chips
+
+    def embed(self, chips: Sequence[np.ndarray]) -> Float[np.ndarray, "f d"]:
+        """Unit embeddings of aligned BGR faces."""
+        parts = []
+        for start in range(0, len(chips), self.batch_size):
+            part = list(chips[start : start + self.batch_size])
+            padding = self.batch_size - len(part) if isinstance(self.recognizer.input_shape[0], int) else 0
+            features = self.recognizer.get_feat(part + [part[-1]] * padding)
+            parts.append(np.asarray(features, np.float64).reshape(len(part) + padding, -1)[: len(part)])
+        if not parts:
+            return np.zeros((0, self.dim))
+        raw = np.concatenate(parts)
+        unit: np.ndarray = raw / np.maximum(np.linalg.norm(raw, axis=1, keepdims=True), 1e-12)
+        return unit
+
+    def detect_and_embed(self, images: Sequence[Any]) -> list[Faces]:
+        """One `Faces` per picture."""
+        with ThreadPoolExecutor(min(self.workers, max(len(images), 1))) as pool:
+            aligned = list(pool.map(self.align, images))
+        embeddings = self.embed([chip for _, _, chips in aligned for chip in chips])
+        counts = [len(chips) for _, _, chips in aligned]
+        parts = np.split(embeddings, np.cumsum(counts)[:-1]) if counts else []
+        return [Faces(boxes, scores, part) for (boxes, scores, _), part in zip(aligned, parts, strict=True)]
