@@ -1,21 +1,24 @@
 """Maps of where subjects look, or are looked at, without ever holding the attention matrix.
 
-Both directions stream over slices of (batch x heads) and of queries, and recompute the slice's softmax in the backward pass. A
-slice holds at most ``chunk_size`` scores, so the extra memory depends neither on the number of heads nor of blocks.
+Both directions stream over slices of heads and queries, and recompute the slice's softmax in the backward pass. A slice holds at most
+``chunk_size`` scores, and what autograd keeps for the backward are the query and key that attention itself keeps: the extra
+memory depends neither on the number of heads nor of blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from idar import streaming
 
 Span = tuple[int, int]
 Direction = Literal["reference_to_image", "image_to_reference"]
-DEFAULT_CHUNK = 1 << 22  # scores in a slice: 16 MiB in fp32
+DIRECTIONS: tuple[Direction, ...] = ("reference_to_image", "image_to_reference")
 
 
 def check_spans(length: int, subject_spans: Sequence[Span], image_span: Span) -> None:
@@ -34,84 +37,10 @@ def check_spans(length: int, subject_spans: Sequence[Span], image_span: Span) ->
             raise ValueError(f"spans must not overlap, got ({a}, {b}) and ({c}, {d})")
 
 
-def _slices(rows: int, queries: int, keys: int, chunk_size: int) -> Iterator[tuple[slice, slice]]:
-    """Slices over (batch x heads) and queries of at most ``chunk_size`` scores (at least one query)."""
-    per_row = max(1, min(rows, chunk_size // (queries * keys)))
-    per_query = queries if per_row > 1 or queries * keys <= chunk_size else max(1, chunk_size // keys)
-    for r in range(0, rows, per_row):
-        for q in range(0, queries, per_query):
-            yield slice(r, r + per_row), slice(q, q + per_query)
-
-
-def _probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    scores = torch.bmm(query, key.transpose(1, 2)).to(torch.promote_types(query.dtype, torch.float32))
-    return torch.softmax(scores.mul_(scale), dim=-1)
-
-
-class _ReferenceToImage(torch.autograd.Function):
-    """``maps[b, j] = mean over h, q of softmax_j(Q K^T / sqrt(d))``: query (b, h, q, d), key (b, h, k, d) -> (b, k)."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, chunk_size: int) -> Tensor:
-        b, h, n, d = query.shape
-        q, k = query.reshape(b * h, n, d), key.reshape(b * h, key.shape[2], d)
-        ctx.save_for_backward(query, key)
-        ctx.chunk_size = chunk_size
-        total = torch.zeros(b * h, k.shape[1], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-        for rows, part in _slices(b * h, n, k.shape[1], chunk_size):
-            total[rows] += _probabilities(q[rows, part], k[rows], d**-0.5).sum(1)
-        return total.view(b, h, -1).sum(1) / (h * n)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
-        query, key = ctx.saved_tensors
-        b, h, n, d = query.shape
-        q, k = query.reshape(b * h, n, d), key.reshape(b * h, key.shape[2], d)
-        grad = (grad_outputs[0] / (h * n)).repeat_interleave(h, 0)[:, None]  # (b h, 1, k): every query's dP
-        grad_q, grad_k = torch.empty_like(q), torch.zeros(k.shape, dtype=grad.dtype, device=k.device)
-        for rows, part in _slices(b * h, n, k.shape[1], ctx.chunk_size):
-            p = _probabilities(q[rows, part], k[rows], d**-0.5)
-            ds = p.mul(grad[rows]).sub_(p.mul((p * grad[rows]).sum(-1, keepdim=True))).mul_(d**-0.5).to(q.dtype)
-            grad_q[rows, part] = torch.bmm(ds, k[rows])
-            grad_k[rows] += torch.bmm(ds.transpose(1, 2), q[rows, part])
-        return grad_q.view_as(query), grad_k.to(key.dtype).view_as(key), None
-
-
-class _ImageToReference(torch.autograd.Function):
-    """``maps[b, s, j] = mean over h of sum over k in span s of softmax_k(Q K^T / sqrt(d))``: all keys take part."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, spans: tuple[Span, ...], chunk_size: int) -> Tensor:
-        b, h, n, d = query.shape
-        q, k = query.reshape(b * h, n, d), key.reshape(b * h, key.shape[2], d)
-        ctx.save_for_backward(query, key)
-        ctx.spans, ctx.chunk_size = spans, chunk_size
-        mass = torch.empty(b * h, len(spans), n, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-        for rows, part in _slices(b * h, n, k.shape[1], chunk_size):
-            p = _probabilities(q[rows, part], k[rows], d**-0.5)
-            for s, (start, stop) in enumerate(spans):
-                mass[rows, s, part] = p[..., start:stop].sum(-1)
-        return mass.view(b, h, len(spans), n).mean(1)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        query, key = ctx.saved_tensors
-        b, h, n, d = query.shape
-        q, k = query.reshape(b * h, n, d), key.reshape(b * h, key.shape[2], d)
-        grad = (grad_outputs[0] / h).repeat_interleave(h, 0)  # (b h, s, q)
-        grad_q, grad_k = torch.empty_like(q), torch.zeros(k.shape, dtype=grad.dtype, device=k.device)
-        for rows, part in _slices(b * h, n, k.shape[1], ctx.chunk_size):
-            p = _probabilities(q[rows, part], k[rows], d**-0.5)
-            inner = torch.zeros_like(p[..., :1])
-            for s, (start, stop) in enumerate(ctx.spans):
-                inner += p[..., start:stop].sum(-1, keepdim=True) * grad[rows, s, part, None]
-            ds = p * -inner
-            for s, (start, stop) in enumerate(ctx.spans):
-                ds[..., start:stop] += p[..., start:stop] * grad[rows, s, part, None]
-            ds = ds.mul_(d**-0.5).to(q.dtype)
-            grad_q[rows, part] = torch.bmm(ds, k[rows])
-            grad_k[rows] += torch.bmm(ds.transpose(1, 2), q[rows, part])
-        return grad_q.view_as(query), grad_k.to(key.dtype).view_as(key), None, None
+def check_direction(direction: str) -> None:
+    """Raises ValueError unless the direction is one of the two."""
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be 'reference_to_image' or 'image_to_reference', got {direction!r}")
 
 
 def subject_attention(
@@ -122,34 +51,42 @@ def subject_attention(
     *,
     direction: Direction = "reference_to_image",
     chunk_size: int | None = None,
+    scale: float | None = None,
+    key_mask: Bool[Tensor, "b n"] | None = None,
     num_samples: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "b s m"]:
     """Attention maps of subjects over the image tokens, exact and differentiable.
 
-    "reference_to_image" (MultiCrafter, arXiv 2509.21953, section 3.2): ``softmax(Q_ref K_image^T / sqrt(d))``, the softmax over the
-    image tokens only, averaged over heads and reference tokens; every row sums to 1.
+    "reference_to_image" (MultiCrafter, arXiv 2509.21953, section 3.2), for every reference i:
 
-    "image_to_reference": for every image token the attention mass on each reference (softmax over ALL keys, summed over the
-    reference's tokens, averaged over heads): the arrows that carry features into the picture.
+        maps_ij = mean over heads and q in reference i of softmax_j(Q_q K_j^T / sqrt(d)),  j over the image tokens only
+
+    so every row sums to 1. "image_to_reference" (docs/adr/0021), for every image token j:
+
+        maps_ij = mean over heads of sum over k in reference i of softmax_k(Q_j K_k^T / sqrt(d)),  k over ALL tokens
+
+    the share of its attention that token j spends on reference i: the arrows that carry features into the picture.
 
     Args:
         query: Queries of the joint sequence after normalisation and RoPE.
         key: Keys likewise.
-        subject_spans: (start, stop) of each reference in the sequence.
+        subject_spans: (start, stop) of each of the s references in the sequence.
         image_span: (start, stop) of the m image tokens.
         direction: See above.
-        chunk_size: Scores held at a time; default 4 Mi (16 MiB in fp32).
-        num_samples: Use a stratified random subset of so many queries per subject ("reference_to_image" only): one query drawn
-            uniformly from each of ``num_samples`` equal strata. Unbiased where ``num_samples`` divides the reference's length;
-            the variance is at most the within-stratum variance of single-query maps divided by ``num_samples``.
+        chunk_size: Scores held at a time, at least 1; by default 2^20 on CPU (4 MiB in fp32), 2^22 elsewhere.
+        scale: Factor of the scores, in place of ``d ** -0.5``.
+        key_mask: False where a key takes no part (padding of the text).
+        num_samples: Estimate from so many queries of each reference instead of all ("reference_to_image" only), see
+            `stratified_subset`. Unbiased. With f_q the map of query q alone, the variance of every entry is
+            ``(1 / num_samples^2) * sum over strata of Var_stratum(f_q)``, at most ``Var(f_q) / num_samples``.
         generator: Source of the subset.
 
     Returns:
         (b, s, m) maps in fp32 (fp64 for fp64 input).
 
     Raises:
-        ValueError: Shapes differ, spans leave the sequence or overlap, or queries are not finite.
+        ValueError: Shapes differ, spans leave the sequence or overlap, a mask hides every image token, or queries or keys are not finite.
 
     >>> q = torch.zeros(1, 2, 6, 4)
     >>> subject_attention(q, q, [(4, 6)], (0, 4)).tolist()
@@ -158,26 +95,78 @@ def subject_attention(
     if query.dim() != 4 or query.shape != key.shape:
         raise ValueError(f"query and key must both be (b, h, n, d), got {tuple(query.shape)} and {tuple(key.shape)}")
     check_spans(query.shape[2], subject_spans, image_span)
-    chunk = chunk_size or DEFAULT_CHUNK
-    if chunk < 1:
+    check_direction(direction)
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    image = slice(*image_span)
-    if direction == "image_to_reference":
-        return _ImageToReference.apply(query[:, :, image], key, tuple(subject_spans), chunk)  # type: ignore[no-any-return]
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive, got {scale}")
+    if key_mask is not None and key_mask.shape != (query.shape[0], query.shape[2]):
+        raise ValueError(f"key_mask must be (b, n) = {(query.shape[0], query.shape[2])}, got {tuple(key_mask.shape)}")
+    if key_mask is not None and not bool(key_mask[:, slice(*image_span)].any(1).all()):
+        raise ValueError("key_mask must leave at least one image token to every sample, got one that hides them all")
+    rows = draw_queries(subject_spans, direction, num_samples, generator)
+    maps = streaming_maps(
+        query, key, rows, subject_spans, image_span, image_span, direction, chunk_size, scale, key_mask
+    )
+    if not bool(torch.isfinite(maps).all()):
+        raise ValueError("query and key must be finite, got NaN or infinity where subjects and image meet")
+    return maps
+
+
+def draw_queries(
+    subject_spans: Sequence[Span],
+    direction: Direction,
+    num_samples: int | None,
+    generator: torch.Generator | None,
+) -> list[Int[Tensor, " r"]]:
+    """Positions of the queries that speak for each reference: all of them, or a stratified subset."""
+    if num_samples is None:
+        return [torch.arange(start, stop) for start, stop in subject_spans]
     if direction != "reference_to_image":
-        raise ValueError(f"direction must be 'reference_to_image' or 'image_to_reference', got {direction!r}")
-    maps = []
-    for start, stop in subject_spans:
-        rows = query[:, :, start:stop]
-        if num_samples is not None:
-            rows = rows[:, :, stratified_subset(stop - start, num_samples, generator)]
-        maps.append(_ReferenceToImage.apply(rows, key[:, :, image], chunk))
-    return torch.stack(maps, 1)
+        raise ValueError(
+            f"num_samples must be None for direction {direction!r}: every image token has a map of its own"
+        )
+    return [start + stratified_subset(stop - start, num_samples, generator) for start, stop in subject_spans]
 
 
-def stratified_subset(length: int, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-    """One index drawn uniformly from each of ``num_samples`` equal strata of range(length)."""
+def streaming_maps(
+    query: Tensor,
+    key: Tensor,
+    rows: list[Tensor],
+    subject_spans: Sequence[Span],
+    image_queries: Span,
+    image_keys: Span,
+    direction: Direction,
+    chunk_size: int | None = None,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """`subject_attention` without its checks; image tokens may have other places among the queries than among the keys."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    chunk = chunk_size or (1 << 20 if query.device.type == "cpu" else 1 << 22)
+    if direction == "reference_to_image":
+        rows = [r.to(query.device) for r in rows]
+        return streaming.reference_to_image(query, key, rows, list(image_keys), key_mask, scale, chunk)
+    spans = [edge for span in subject_spans for edge in span]
+    return streaming.image_to_reference(query, key, list(image_queries), spans, key_mask, scale, chunk)
+
+
+def stratified_subset(
+    length: int, num_samples: int, generator: torch.Generator | None = None
+) -> Int[Tensor, " {num_samples}"]:
+    """One position drawn uniformly from each of ``num_samples`` equal strata of [0, length), rounded down.
+
+    Every position is drawn ``num_samples / length`` times on average, also where the strata end between two positions, so the mean
+    over the subset is an unbiased estimate of the mean over all.
+
+    Raises:
+        ValueError: ``num_samples`` is not in [1, length].
+
+    >>> stratified_subset(4, 4).tolist()
+    [0, 1, 2, 3]
+    """
     if not 1 <= num_samples <= length:
         raise ValueError(f"num_samples must be in [1, {length}], got {num_samples}")
-    edges = torch.arange(num_samples) * (length / num_samples)
-    return (edges + torch.rand(num_samples, generator=generator) * (length / num_samples)).long().clamp_(max=length - 1)
+    step = length / num_samples
+    where = (torch.arange(num_samples) + torch.rand(num_samples, generator=generator, dtype=torch.float64)) * step
+    return where.long().clamp_(max=length - 1)

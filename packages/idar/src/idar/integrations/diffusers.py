@@ -1,9 +1,4 @@
-"""Capture of subject attention on diffusers' MM-DiTs.
-
-The model's own attention processors stay in charge, so its outputs are bit-equal: a thin wrapper runs the original one and reads
-the normalised queries and keys that pass through ``norm_q``/``norm_k`` (and ``norm_added_q``/``norm_added_k``). RoPE is applied again,
-to the rows that are needed only.
-"""
+"""Capture of subject attention on diffusers' MM-DiTs: FLUX.1, FLUX.1-Kontext, FLUX.2, Qwen-Image(-Edit), SD3 and relatives."""
 
 from __future__ import annotations
 
@@ -14,73 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from idar.attention import Direction, subject_attention
-from idar.capture import CapturedMaps, SubjectLayout
+from idar.attention import Direction
+from idar.capture import CapturedMaps, SubjectLayout, capture_attention
 
-
-class _Wrapper:
-    """An attention processor that runs another one and captures maps beside it."""
-
-    def __init__(self, name: str, inner: Any, layout: SubjectLayout, captured: CapturedMaps) -> None:
-        self.name, self.inner, self.layout, self.captured = name, inner, layout, captured
-
-    def __getattr__(self, item: str) -> Any:
-        return getattr(self.inner, item)
-
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        kept: dict[str, Tensor] = {}
-        handles = [
-            module.register_forward_hook(lambda _m, _i, out, key=key: kept.__setitem__(key, out))
-            for key in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
-            if isinstance(module := getattr(attn, key, None), nn.Module)
-        ]
-        try:
-            output = self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        query = _joint(kept.get("norm_added_q"), kept["norm_q"])
-        key = _joint(kept.get("norm_added_k"), kept["norm_k"])
-        self.captured.add(self.name, _maps(query, key, image_rotary_emb, self.layout, self.captured.direction))
-        return output
-
-
-def _joint(text: Tensor | None, image: Tensor) -> Tensor:
-    return image if text is None else torch.cat([text, image], dim=1)
-
-
-def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None, start: int, stop: int) -> Tensor:
-    """Rows [start, stop) of x (b, n, h, d) after RoPE, as (b, h, rows, d)."""
-    from diffusers.models.embeddings import apply_rotary_emb
-
-    rows = x[:, start:stop]
-    if rotary is not None:
-        rows = apply_rotary_emb(rows, (rotary[0][start:stop], rotary[1][start:stop]), sequence_dim=1)
-    return rows.transpose(1, 2)
-
-
-def _maps(
-    query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor] | None, layout: SubjectLayout, direction: Direction
-) -> Tensor:
-    """Maps from the rows that matter: image and references, or everything where the softmax needs all keys."""
-    length = query.shape[1]
-    last = max(stop for _, stop in [layout.image_span, *layout.subject_spans])
-    if last > length:
-        raise ValueError(f"layout must fit the joint sequence of {length} tokens, got a span that ends at {last}")
-    start = 0 if direction == "image_to_reference" else layout.image_span[0]
-    stop = length if direction == "image_to_reference" else last
-    q, k = _rotate(query, rotary, start, stop), _rotate(key, rotary, start, stop)
-    spans = [(a - start, b - start) for a, b in layout.subject_spans]
-    image = (layout.image_span[0] - start, layout.image_span[1] - start)
-    return subject_attention(q, k, spans, image, direction=direction)
+Layout = SubjectLayout | Callable[[dict[str, Any]], SubjectLayout]
 
 
 def attention_blocks(
@@ -94,7 +26,7 @@ def attention_blocks(
     found = {
         name: module
         for name, module in transformer.named_modules()
-        if hasattr(module, "set_processor") and hasattr(module, "norm_q") and name.rsplit(".", 1)[-1] == "attn"
+        if hasattr(module, "set_processor") and name.rsplit(".", 1)[-1] == "attn"
     }
     if blocks is None:
         chosen = {n: m for n, m in found.items() if getattr(m, "added_kv_proj_dim", None) is not None}
@@ -115,36 +47,91 @@ def attention_blocks(
 @contextmanager
 def capture_subject_attention(
     transformer: nn.Module,
-    layout: SubjectLayout,
+    layout: Layout,
     *,
     direction: Direction = "reference_to_image",
     blocks: Callable[[str], bool] | Sequence[str] | None = None,
     keep_blocks: bool = False,
+    num_samples: int | None = None,
+    generator: torch.Generator | None = None,
+    chunk_size: int | None = None,
 ) -> Iterator[CapturedMaps]:
     """Collects subject maps of the double-stream blocks of a transformer during its forward passes.
 
-    Outputs stay bit-equal; gradients of the maps flow, once, also under gradient checkpointing. The model is restored on exit, also
-    after an exception.
+    Attention processors stay as they are and outputs bit-equal; gradients of the maps flow, once, also under gradient checkpointing
+    (call ``backward`` inside the context then), autocast, torch.compile of the blocks and DDP. The model is restored on exit,
+    also after an exception. Enter once around a whole training loop, or once per step: both are cheap.
 
     Args:
-        transformer: A FluxTransformer2DModel, or another MM-DiT with the same attention modules.
-        layout: Where text, image and references are in the joint sequence.
+        transformer: A FluxTransformer2DModel, Flux2Transformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel or
+            another MM-DiT with the same attention modules; it may be wrapped in DDP.
+        layout: Where text, image and references are in the joint sequence; or a function that says so from the keyword arguments of
+            the transformer's forward (`flux_layout`, `qwen_layout`).
         direction: See `idar.subject_attention`.
         blocks: Names of attention modules, or a predicate on them; the double-stream blocks by default.
         keep_blocks: Keep the maps of the single blocks too (``captured.blocks``).
+        num_samples: Queries of each reference to estimate from, see `idar.subject_attention`; one subset is drawn per pass.
+        generator: Source of the subset.
+        chunk_size: See `idar.subject_attention`.
 
     Yields:
         `CapturedMaps`; ``captured.maps`` is the mean over the blocks of the last forward pass.
+
+    Raises:
+        ValueError: The transformer has no such blocks.
     """
-    chosen = attention_blocks(transformer, blocks)
-    captured = CapturedMaps(direction=direction, keep_blocks=keep_blocks)
-    before = {name: module.processor for name, module in chosen.items()}
-    hook = transformer.register_forward_pre_hook(lambda *_: captured.start())
-    try:
-        for name, module in chosen.items():
-            module.processor = _Wrapper(name, before[name], layout, captured)  # type: ignore[assignment]
+    with capture_attention(
+        transformer,
+        attention_blocks(transformer, blocks),
+        layout,
+        direction=direction,
+        keep_blocks=keep_blocks,
+        num_samples=num_samples,
+        generator=generator,
+        chunk_size=chunk_size,
+    ) as captured:
         yield captured
-    finally:
-        hook.remove()
-        for name, module in chosen.items():
-            module.processor = before[name]
+
+
+def flux_layout(kwargs: dict[str, Any]) -> SubjectLayout:
+    """Layout of a pass of FLUX.1-Kontext or FLUX.2, read off the position ids: the first axis numbers the pictures.
+
+    The picture that is being made has 0 there; each reference another number (FLUX.2: 10, 20, ...).
+
+    Raises:
+        ValueError: There are no references in the pass.
+    """
+    return _layout_of_groups(_rows(kwargs["img_ids"])[:, 0], _rows(kwargs["txt_ids"]).shape[0])
+
+
+def qwen_layout(kwargs: dict[str, Any]) -> SubjectLayout:
+    """Layout of a pass of Qwen-Image-Edit, read off ``img_shapes``: the picture that is being made, then the references.
+
+    Raises:
+        ValueError: There are no references in the pass.
+    """
+    shapes = kwargs["img_shapes"]
+    shapes = shapes[0] if isinstance(shapes[0], list) else shapes
+    image, *references = [frames * rows * columns for frames, rows, columns in shapes]
+    if not references:
+        raise ValueError("img_shapes must hold at least one reference, got the picture alone")
+    return SubjectLayout.in_order(kwargs["encoder_hidden_states"].shape[1], image, references)
+
+
+def _rows(ids: Tensor) -> Tensor:
+    return ids[0] if ids.dim() == 3 else ids
+
+
+def _layout_of_groups(group: Tensor, num_text: int) -> SubjectLayout:
+    """Consecutive equal numbers are one picture; 0 is the one being made."""
+    values, counts = torch.unique_consecutive(group, return_counts=True)
+    stops = (counts.cumsum(0) + num_text).tolist()
+    spans = [(stop - count, stop) for stop, count in zip(stops, counts.tolist(), strict=True)]
+    image = [span for span, value in zip(spans, values.tolist(), strict=True) if value == 0]
+    if len(image) != 1 or len(spans) < 2:
+        raise ValueError(
+            f"img_ids must number one picture 0 and each reference otherwise on their first axis, got {values.tolist()}"
+        )
+    return SubjectLayout(
+        num_text=num_text, image_span=image[0], subject_spans=tuple(span for span in spans if span != image[0])
+    )
