@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,11 +117,20 @@ class Adapters:
         finally:
             self.transformer.enable_adapters()
 
+    def detach(self) -> None:
+        """Takes the adapters off: the transformer is what it was, other LoRAs on it stay."""
+        if self.experts is not None:
+            self.experts.remove()
+        if list(self.transformer.peft_config) == ["default"]:
+            self.transformer.unload_lora()
+        else:
+            self.transformer.delete_adapters("default")
+
     def state_dict(self) -> dict[str, Tensor]:
         """Trainable tensors by name."""
         return {n: p.detach().clone() for n, p in self.named_parameters()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restores `state_dict`; names the key that is wrong."""
         own = dict(self.named_parameters())
         for key in sorted(own.keys() | state.keys()):
@@ -133,17 +142,18 @@ class Adapters:
             for key, parameter in own.items():
                 parameter.copy_(state[key])
 
-    def save(self, folder: Path, **notes: Any) -> Path:
-        """Writes the adapter; ``notes`` (stage, number of references, ...) go into adapter.json."""
+    def save(self, folder: Path, *, state: Mapping[str, Tensor] | None = None, **notes: Any) -> Path:
+        """Writes the adapter (or ``state`` in its place); ``notes`` (stage, number of references, ...) go into adapter.json."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {k: t.contiguous() for k, t in self.state_dict().items()}
+        tensors = {k: t.contiguous() for k, t in (state or self.state_dict()).items()}
         save_file(tensors, folder / "adapter.safetensors.tmp")
         meta = {
             "format": FORMAT,
             "config": asdict(self.config),
             "base": fingerprint(self.transformer),
+            "backbone": self.backbone.name,
             "code": __version__,
             **notes,
         }
@@ -153,11 +163,13 @@ class Adapters:
         return folder
 
     @classmethod
-    def load(cls, transformer: FluxTransformer2DModel, folder: str | Path) -> tuple[Adapters, dict[str, Any]]:
+    def load(
+        cls, transformer: FluxTransformer2DModel, folder: str | Path, *, backbone: Backbone | None = None
+    ) -> tuple[Adapters, dict[str, Any]]:
         """Attaches a saved adapter; returns it and its notes.
 
         Raises:
-            ValueError: A part is missing or broken, or the adapter belongs to a model of another shape.
+            ValueError: A part is missing or broken, its numbers are no floats, or it belongs to another backbone or shape.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -184,11 +196,17 @@ class Adapters:
             raise ValueError(
                 f"adapter {folder} must be written by multicrafter, got {type(error).__name__}: {error}"
             ) from None
+        backbone = backbone or backbone_of(transformer)
+        if meta.get("backbone", backbone.name) != backbone.name:
+            raise ValueError(f"adapter {folder} must be of the backbone {backbone.name}, got one of {meta['backbone']}")
         if meta.get("base") != fingerprint(transformer):
             raise ValueError(
                 f"adapter {folder} must belong to this base {fingerprint(transformer)}, got {meta.get('base')}"
             )
-        adapters = cls(transformer, config)
+        dtypes = {str(t.dtype).removeprefix("torch.") for t in state.values()}
+        if not dtypes <= {"float32", "bfloat16", "float16"}:
+            raise ValueError(f"adapter {folder} must hold float32, bfloat16 or float16, got {', '.join(sorted(dtypes))}")
+        adapters = cls(transformer, config, backbone=backbone)
         adapters.load_state_dict(state)
         return adapters, meta
 

@@ -30,6 +30,10 @@ class Text(NamedTuple):
             return tuple.__getitem__(self, index)
         return Text(self.embeds[index], None if self.pooled is None else self.pooled[index])
 
+    def to(self, device: torch.device) -> Text:
+        """Both on another device."""
+        return Text(self.embeds.to(device), None if self.pooled is None else self.pooled.to(device))
+
 
 def text_length(pipe: FluxPipeline) -> int:
     """Text tokens this pipeline was made for: T5's maximum length, at most 512 as in FLUX.1-dev."""
@@ -83,7 +87,7 @@ def predict_velocity(
     image_grid: Grid,
     references: Sequence[Float[Tensor, "b m d"]] = (),
     reference_grids: Sequence[Grid] = (),
-    guidance: float = 1.0,
+    guidance: float | Float[Tensor, " b"] = 1.0,
     position_ids: Float[Tensor, "m 3"] | None = None,
 ) -> Float[Tensor, "b n d"]:
     """Velocity of the image tokens of a FLUX.1, given text and clean reference tokens (other models: `multicrafter.backbones`).
@@ -96,7 +100,7 @@ def predict_velocity(
         image_grid: Token rows and columns of the picture.
         references: Packed latents of each reference.
         reference_grids: Token rows and columns of each reference.
-        guidance: Distilled guidance, used where the transformer embeds it (FLUX.1-dev).
+        guidance: Distilled guidance, one number or one per row, used where the transformer embeds it (FLUX.1-dev, the tiny FLUX).
         position_ids: Of image and references; by default the UNO layout (`flux.packing.diagonal_ids`).
 
     Raises:
@@ -108,9 +112,9 @@ def predict_velocity(
             f"reference_grids must match the references' token counts {sizes}, got {list(reference_grids)}"
         )
     ids = (diagonal_ids(image_grid, reference_grids) if position_ids is None else position_ids).to(tokens.device)
-    embedded = (
-        torch.full((len(tokens),), guidance, device=tokens.device) if transformer.config.guidance_embeds else None
-    )
+    embedded = None
+    if transformer.config.guidance_embeds:
+        embedded = torch.as_tensor(guidance, dtype=torch.float32, device=tokens.device).expand(len(tokens))
     output = transformer(
         hidden_states=torch.cat([tokens, *references], dim=1),
         encoder_hidden_states=text.embeds,
@@ -142,6 +146,7 @@ def sample(
     sigmas: Float[Tensor, " t"],
     *,
     progress: Callable[[int], object] | None = None,
+    after: Callable[[int, Tensor], Tensor | None] | None = None,
 ) -> Float[Tensor, "b n d"]:
     """Euler steps of the probability-flow ODE: ``x += (sigma_next - sigma) * velocity(x, sigma)``.
 
@@ -150,6 +155,7 @@ def sample(
         noise: Where to start.
         sigmas: Strictly decreasing noise levels, the last one where to stop.
         progress: Called with the number of steps done after each.
+        after: Called with a step's index and its result; what it returns replaces the result, None ends the sampling.
     """
     x = noise
     for step, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
@@ -157,4 +163,9 @@ def sample(
         x = x + (sigma_next - sigma) * velocity
         if progress is not None:
             progress(step + 1)
+        if after is not None:
+            kept = after(step, x)
+            if kept is None:
+                break
+            x = kept
     return x

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from gspo import FlowCPS, FlowSDE, PolicyConfig, PolicyTrainer, Rollout, SlidingWindow, group_advantages, rollout
 from gspo.sde import Kernel
-from id_reward import CompositeReward
+from gspo.step import UpdateStatistics
 from torch import Tensor
 
 from multicrafter.adapters import Adapters
 from multicrafter.backbones import backbone_of
-from multicrafter.loop import optimizer_tensors, restore_optimizer
+from multicrafter.cache import CachedText
+from multicrafter.checkpoint import Section
+from multicrafter.distributed import active, all_sum, any_rank, gather_objects, gather_rows, my_groups, world_size
+from multicrafter.execution import ExecutionConfig
+from multicrafter.flux.model import Text
 from multicrafter.rewards import RewardConfig
 from multicrafter.stages.data import EncodedScenes
+from multicrafter.stages.look import Look, look_at, row_of
+from multicrafter.stages.noise import SlicedNoise
+from multicrafter.stages.scoring import Reward, Scored, score_pictures
+from multicrafter.stages.trainee import Trainee
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -42,6 +51,9 @@ class AlignConfig:
         seed: Of prompt order, noise and rollouts.
         policy: Ratio, clipping, KL, inner epochs.
         reward: Weights.
+        reward_retries: More attempts where the reward raises, before the pictures that cause it are left out.
+        reward_wait_s: Seconds before the first of them, doubled with each.
+        execution: Precision, memory, processes.
     """
 
     num_steps: int = 40
@@ -57,6 +69,9 @@ class AlignConfig:
     seed: int = 0
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    reward_retries: int = 2
+    reward_wait_s: float = 1.0
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "prompts", "window_interval"):
@@ -66,6 +81,9 @@ class AlignConfig:
             raise ValueError(f"group_size must be at least 2, got {self.group_size}")
         if self.lr <= 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
+        for name in ("reward_retries", "reward_wait_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.kernel not in KERNELS:
             raise ValueError(f"kernel must be one of {tuple(KERNELS)}, got {self.kernel!r}")
         self.window()
@@ -80,7 +98,7 @@ class AlignConfig:
 
 
 class Align:
-    """Stage 2 as a `loop.Stage`."""
+    """Stage 2 as a `loop.Stage`, on one process or many: groups of rollouts are spread over the ranks (`multicrafter.distributed`)."""
 
     def __init__(
         self,
@@ -88,83 +106,162 @@ class Align:
         adapters: Adapters,
         config: AlignConfig,
         scenes: EncodedScenes,
-        reward: CompositeReward,
+        reward: Reward,
     ) -> None:
         """Trains ``adapters``, which sit on the pipeline's transformer; only prompts and references of ``scenes`` are used."""
         self.config, self.scenes, self.reward, self.pipe, self.adapters = config, scenes, reward, pipe, adapters
         self.kernel, self.window = config.make_kernel(), config.window()
-        self.optimizer = torch.optim.AdamW(adapters.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
-        self.trainer = PolicyTrainer(list(adapters.parameters()), self.optimizer, config.policy)
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.share = my_groups(config.prompts, config.group_size)
         self.backbone = backbone_of(pipe)
+        cache = config.execution.cache
+        self.text = CachedText(pipe, scenes.captions, cache, backbone=self.backbone) if cache else None
+        sharded = config.execution.parallel == "fsdp" and active()
+        self.trainee = Trainee(
+            adapters, config.execution, lr=config.lr, betas=(0.9, 0.99), seed=config.seed, sync_in_backward=False
+        )
+        self.optimizer, self.generator = self.trainee.optimizer, self.trainee.generator
+        # a sharded model averages gradients in its backward, and needs the same passes on every rank
+        policy = replace(config.policy, reduce_gradients=False, drop_zero_variance=False) if sharded else config.policy
+        self.trainer = PolicyTrainer(list(adapters.parameters()), self.optimizer, policy)
         self.sigmas = self.backbone.sigmas(pipe, config.num_sampling_steps, scenes.tokens.shape[1])
         self.reference_pictures = [list(pictures) for pictures in scenes.reference_images]
+        self.broken_velocities, self.failed_rewards = 0, 0
+        self.last_pictures: Tensor | None = None
 
-    def velocity(self, rows: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The policy for the prompts ``rows``: (latents, sigma, index into rows) -> velocity."""
-        with torch.no_grad():
-            text = self.backbone.encode_prompts(self.pipe, [self.scenes.captions[r] for r in rows.tolist()])
+    @torch.no_grad()
+    def encode(self, rows: Tensor) -> Text:
+        """The prompts ``rows``."""
+        captions = [self.scenes.captions[r] for r in rows.tolist()]
+        text = self.text(captions) if self.text is not None else self.backbone.encode_prompts(self.pipe, captions)
+        return text.to(self.trainee.device)
+
+    def velocity(self, rows: Tensor, text: Text | None = None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The policy for the prompts ``rows``: (latents, sigma, index into rows) -> velocity in fp32.
+
+        What is not finite becomes 0 and is counted: the step is skipped on all ranks, instead of one of them failing alone.
+        """
+        known = self.encode(rows) if text is None else text
 
         def velocity_fn(x: Tensor, sigma: Tensor, index: Tensor) -> Tensor:
-            context = self.scenes.context(rows[index])
-            return self.backbone.velocity(self.pipe.transformer, x, sigma, text[index], **context)
+            context = self.scenes.context(rows[index.cpu()], x.device)
+            velocity = self.trainee.predict(x, sigma, known[index], **context)
+            finite = torch.isfinite(velocity)
+            if not bool(finite.all()):
+                self.broken_velocities += 1
+                velocity = torch.where(finite, velocity, torch.zeros_like(velocity))
+            return velocity
 
         return velocity_fn
 
-    def rollout(self, rows: Tensor, iteration: int) -> Rollout:
-        """Samples of the current policy for the prompts ``rows``."""
+    def rollout(self, rows: Tensor, iteration: int, text: Text | None = None) -> Rollout:
+        """This rank's samples of the current policy for the prompts ``rows`` of the whole batch."""
+        config, share, device = self.config, self.share, self.trainee.device
         noise = torch.randn(len(rows), *self.scenes.tokens.shape[1:], generator=self.generator)
+        kernel: Kernel = self.kernel
+        if active() or device.type != "cpu":
+            kernel = SlicedNoise(kernel, share.rows(config.group_size), config.prompts * config.group_size)
         return rollout(
-            self.velocity(rows), noise, self.sigmas, kernel=self.kernel, window=self.window.at(iteration),
-            group_size=self.config.group_size, generator=self.generator, tail_steps=self.config.tail_steps,
+            self.velocity(rows[share.prompts], text), noise[share.prompts].to(device), self.sigmas, kernel=kernel,
+            window=self.window.at(iteration), group_size=share.group_size, generator=self.generator, tail_steps=config.tail_steps,
         )  # fmt: skip
 
     def step(self, index: int) -> dict[str, float]:
         """One iteration: rollout, reward, advantages, update."""
-        config = self.config
+        config, share = self.config, self.share
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, (index + 1) / 5)
         rows = torch.randint(len(self.scenes), (config.prompts,), generator=self.generator)
-        drawn = self.rollout(rows, index)
+        mine = rows[share.prompts]
+        text = self.encode(mine)
+        self.broken_velocities = 0
+        drawn = self.rollout(rows, index, text)
         with torch.no_grad():
             pictures = self.backbone.decode_pictures(self.pipe, drawn.latents, self.scenes.grid)
-        members = rows[drawn.index].tolist()
-        score = self.reward(
-            list(pictures), [self.scenes.captions[r] for r in members], [self.reference_pictures[r] for r in members]
+        self.last_pictures = pictures
+        members = mine[drawn.index.cpu()].tolist()
+        score = score_pictures(
+            self.reward,
+            list(pictures),
+            [self.scenes.captions[r] for r in members],
+            [self.reference_pictures[r] for r in members],
+            retries=config.reward_retries,
+            wait_s=config.reward_wait_s,
         )
-        rewards = torch.from_numpy(score.totals).float()
-        advantages = group_advantages(rewards, drawn.index)
-        statistics = self.trainer.update(
-            self.velocity(rows), drawn, advantages, self.kernel, reference=self.adapters.disable
-        )
-        finite = rewards[torch.isfinite(rewards)]
+        self.failed_rewards += score.failed
+        rewards = torch.from_numpy(score.totals).float().to(drawn.latents.device)
+        self.trainee.samples_seen += config.prompts * config.group_size
+        statistics = None
+        if not any_rank(self.broken_velocities > 0):
+            advantages = group_advantages(rewards, drawn.index + share.prompts.start)
+            statistics = self.trainer.update(
+                self.velocity(mine, text), drawn, advantages, self.kernel, reference=self.adapters.disable
+            )
+            if not statistics.skipped:
+                self.trainee.update_ema()
+        return self._metrics(index, rewards, score, statistics)
+
+    def _metrics(
+        self, index: int, rewards: Tensor, score: Scored, statistics: UpdateStatistics | None
+    ) -> dict[str, float]:
+        """Rewards over all ranks' samples, and what the update did."""
+        config, ranks = self.config, world_size()
+        where, count = self.share.rows(config.group_size), config.prompts * config.group_size
+        totals = gather_rows(rewards, where, count)
+        names = sorted({name for found in gather_objects(list(score.parts)) for name in found})
+        nothing = np.full(len(rewards), np.nan)
+        parts = {name: gather_rows(torch.from_numpy(score.parts.get(name, nothing)), where, count) for name in names}
+        failed = sum(gather_objects(score.failed))
+        finite = totals[torch.isfinite(totals)]
+        local = [0.0, 0.0] if statistics is None else [float(statistics.surrogate.clip_fraction) / ranks, statistics.kl]
+        clip_fraction, kl = all_sum(torch.tensor(local, dtype=torch.float64)).tolist()
+        # without a signal (all rewards of each group equal) nothing is wrong: only what is not finite counts as skipped
+        skipped = statistics is None or (statistics.skipped and statistics.num_samples > 0) or not len(finite)
         return {
             "reward": float(finite.mean()) if len(finite) else float("nan"),
-            "reward_spread": float(rewards.unflatten(0, (-1, config.group_size)).std(1).nanmean()),
-            **{f"reward_{name}": float(torch.from_numpy(values).nanmean()) for name, values in score.parts.items()},
-            "clip_fraction": float(statistics.surrogate.clip_fraction),
-            "clip_range": statistics.clip_range,
-            "kl": statistics.kl,
-            "grad_norm": statistics.grad_norm,
+            "reward_spread": float(totals.unflatten(0, (-1, config.group_size)).std(1).nanmean()),
+            **{f"reward_{name}": float(values.nanmean()) for name, values in parts.items()},
+            "clip_fraction": clip_fraction,
+            "clip_range": 0.0 if statistics is None else statistics.clip_range,
+            "kl": kl,
+            "grad_norm": float("nan") if statistics is None else statistics.grad_norm,
             "window": float(self.window.at(index)[0]),
+            "reward_failures": float(failed),
+            "skipped": float(skipped),
         }
+
+    def look(self) -> Look:
+        """Attention and routing on the first prompts, and the pictures drawn last."""
+        rows = torch.arange(min(3, len(self.scenes)))
+        look = look_at(self.trainee, self.scenes, self.encode(rows), rows)
+        if self.last_pictures is None:
+            return look
+        shown = [p.float().cpu() for p in self.last_pictures[: min(8, self.share.group_size)]]
+        return Look({**look.pictures, "group": row_of(shown, size=shown[0].shape[-1])}, look.metrics)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Adapters, optimizer, generator, clip range."""
+        """Adapters, optimizer, moving average, generator, clip range."""
+        trainer = {f"trainer.{k}": torch.tensor(v, dtype=torch.float64) for k, v in self.trainer.state_dict().items()}
+        return {**self.trainee.tensors(), **trainer, "failed_rewards": torch.tensor(self.failed_rewards)}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restores `tensors`."""
+        self.trainee.restore(tensors)
+        self.trainer.load_state_dict({k: float(v) for k, v in Section(tensors, "trainer.").items()})
+        self.failed_rewards = int(tensors["failed_rewards"])
+
+    def notes(self) -> dict[str, Any]:
+        """What a checkpoint says about it: besides `Trainee.notes` the window's schedule."""
         return {
-            **{f"adapters.{k}": v for k, v in self.adapters.state_dict().items()},
-            **optimizer_tensors(self.optimizer),
-            **{f"trainer.{k}": torch.tensor(v, dtype=torch.float64) for k, v in self.trainer.state_dict().items()},
-            "generator": self.generator.get_state(),
+            "stage": 2,
+            "window": asdict(self.window),
+            "clip_range": self.trainer.clip_range,
+            **self.trainee.notes(),
         }
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Restores `tensors`."""
-        self.adapters.load_state_dict(
-            {k.removeprefix("adapters."): v for k, v in tensors.items() if k.startswith("adapters.")}
-        )
-        restore_optimizer(self.optimizer, tensors)
-        self.trainer.load_state_dict(
-            {k.removeprefix("trainer."): float(v) for k, v in tensors.items() if k.startswith("trainer.")}
-        )
-        self.generator.set_state(tensors["generator"])
+    def check_notes(self, notes: Mapping[str, Any]) -> None:
+        """Refuses a checkpoint of another stage, window or adapter."""
+        if notes.get("stage", 2) != 2:
+            raise ValueError(f"checkpoint must be of stage 2, got stage {notes['stage']}")
+        if notes.get("window", asdict(self.window)) != asdict(self.window):
+            raise ValueError(f"checkpoint must have the window {asdict(self.window)}, got {notes['window']}")
+        self.trainee.check_notes(notes)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from idar import Direction, LossKind, Normalization, SubjectLayout, idar_loss, leakage
@@ -13,10 +16,14 @@ from torch import Tensor
 
 from multicrafter.adapters import AdapterConfig, Adapters
 from multicrafter.backbones import Backbone, backbone_of
+from multicrafter.cache import CachedText
 from multicrafter.data.synthetic import WorldConfig
+from multicrafter.distributed import active, all_sum, my_slice, world_size
+from multicrafter.execution import ExecutionConfig, prepare_transformer
 from multicrafter.flux.model import add_noise
-from multicrafter.loop import optimizer_tensors, restore_optimizer
-from multicrafter.stages.data import EncodedScenes
+from multicrafter.stages.data import Buckets, EncodedScenes
+from multicrafter.stages.look import Look, look_at
+from multicrafter.stages.trainee import Trainee
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -64,6 +71,7 @@ class PretrainConfig:
         lr: Peak learning rate; warm-up of 20 steps, linear decay to zero.
         num_scenes: Scenes drawn and encoded.
         seed: Of data order, noise and adapters; scenes come from ``data_seed``.
+        execution: Precision, memory, processes.
     """
 
     num_steps: int = 400
@@ -75,6 +83,7 @@ class PretrainConfig:
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
     idar: IDARConfig = field(default_factory=IDARConfig)
     world: WorldConfig = field(default_factory=lambda: WorldConfig(numbers=(2,), shared_attributes=4))
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch", "num_scenes"):
@@ -90,86 +99,112 @@ def layout_of(backbone: Backbone, scenes: EncodedScenes, num_text: int) -> Subje
 
 
 class Pretrain:
-    """Stage 1 as a `loop.Stage`."""
+    """Stage 1 as a `loop.Stage`, on one process or many (`multicrafter.distributed`)."""
 
-    def __init__(self, pipe: FluxPipeline, config: PretrainConfig, scenes: EncodedScenes) -> None:
-        """Attaches adapters to the pipeline's transformer."""
-        self.config, self.scenes, self.transformer = config, scenes, pipe.transformer
+    def __init__(
+        self, pipe: FluxPipeline, config: PretrainConfig, scenes: EncodedScenes | Sequence[EncodedScenes]
+    ) -> None:
+        """Attaches adapters to the pipeline's transformer; several `EncodedScenes` are buckets of different layouts."""
+        my_slice(config.batch)  # says early that a batch is too small for the processes
+        self.config, self.buckets, self.transformer = config, Buckets(scenes), pipe.transformer
         self.backbone = backbone_of(pipe)
+        self.text = CachedText(pipe, self.buckets.captions, config.execution.cache, backbone=self.backbone)
+        prepare_transformer(pipe.transformer, config.execution)
         self.adapters = Adapters(pipe.transformer, config.adapters, seed=config.seed, backbone=self.backbone)
-        self.optimizer = torch.optim.AdamW(
-            self.adapters.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0
-        )
-        self.generator = torch.Generator().manual_seed(config.seed)
-        unique = sorted(set(scenes.captions))
-        with torch.no_grad():
-            self.text = self.backbone.encode_prompts(pipe, unique)
-        self.text_row = torch.tensor([unique.index(c) for c in scenes.captions])
-        self.layout = layout_of(self.backbone, scenes, self.text.embeds.shape[1])
+        self.trainee = Trainee(self.adapters, config.execution, lr=config.lr, betas=(0.9, 0.98), seed=config.seed)
+        self.optimizer, self.generator = self.trainee.optimizer, self.trainee.generator
 
     def step(self, index: int) -> dict[str, float]:
-        """One optimizer step on one batch."""
-        config, scenes = self.config, self.scenes
+        """One optimizer step on one batch; every rank draws it all and computes its own rows."""
+        config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * min(1, (index + 1) / 20) * (1 - index / config.num_steps)
+        scenes = self.buckets.draw(self.generator)
         rows = torch.randint(len(scenes), (config.batch,), generator=self.generator)
-        latents = scenes.tokens[rows]
-        noise = torch.randn(latents.shape, generator=self.generator)
+        noise = torch.randn(config.batch, *scenes.tokens.shape[1:], generator=self.generator)
         sigma = torch.sigmoid(torch.randn(config.batch, generator=self.generator))
-        supervise = config.idar.coef > 0
-        capture = (
-            capture_subject_attention(
+        self.optimizer.zero_grad()
+        parts, metrics = self._parts(), {}
+        for number, part in enumerate(parts):
+            share = (part.stop - part.start) / config.batch
+            with self.trainee.accumulating(last=number == len(parts) - 1):
+                losses = self._losses(scenes, rows[part], noise[part], sigma[part])
+                (losses["loss"] * (share * world_size())).backward()  # ranks are averaged: their shares add up to 1
+            for name, loss in losses.items():
+                metrics[name] = metrics.get(name, 0.0) + share * loss.item()
+        self.trainee.samples_seen += config.batch
+        norm = self.trainee.apply(1.0)
+        if active():
+            summed = all_sum(torch.tensor(list(metrics.values()), dtype=torch.float64))
+            metrics = dict(zip(metrics, summed.tolist(), strict=True))
+        return {**metrics, "grad_norm": norm, "skipped": float(not math.isfinite(norm))}
+
+    def _parts(self) -> list[slice]:
+        """This rank's rows of the batch, in micro-batches; equally many on every rank, since gradients are exchanged in the last."""
+        mine = my_slice(self.config.batch)
+        longest = -(-self.config.batch // world_size())
+        number = -(-longest // (self.config.execution.micro_batch or longest))
+        edges = [mine.start + (mine.stop - mine.start) * k // number for k in range(number + 1)]
+        return [slice(a, b) for a, b in itertools.pairwise(edges) if b > a or number == 1]
+
+    def _losses(self, scenes: EncodedScenes, rows: Tensor, noise: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+        """``L_diff + lambda * L_attn + router losses`` and its parts, means over these rows."""
+        config, device = self.config, self.trainee.device
+        latents, noise, sigma = scenes.tokens[rows].to(device), noise.to(device), sigma.to(device)
+        capture: Any = nullcontext()
+        if config.idar.coef > 0:
+            capture = capture_subject_attention(
                 self.transformer,
-                self.layout,
+                layout_of(self.backbone, scenes, self.text.num_tokens),
                 direction=config.idar.direction,
                 blocks=(lambda _: True) if config.idar.all_blocks else None,
             )
-            if supervise
-            else nullcontext()
-        )
         with capture as captured:
-            velocity = self.backbone.velocity(
-                self.transformer,
+            velocity = self.trainee.predict(
                 add_noise(latents, noise, sigma),
                 sigma,
-                self.text[self.text_row[rows]],
-                **scenes.context(rows),
+                self.text([scenes.captions[r] for r in rows.tolist()]).to(device),
+                **scenes.context(rows, device),
             )
         diffusion = (velocity - (noise - latents)).square().mean()
-        loss = diffusion + self.adapters.aux_loss()
-        metrics = {"diffusion_loss": diffusion.item()}
+        loss = diffusion + self.trainee.aux_loss()
+        losses = {"diffusion_loss": diffusion}
         if captured is not None:
-            weight = (sigma <= config.idar.sigma_max).float()
-            attention = idar_loss(
-                captured.maps,
-                scenes.masks[rows],
-                kind=config.idar.kind,
-                normalization=config.idar.normalization,
-                weight=weight,
-            ).loss
-            loss = loss + config.idar.coef * attention
-            metrics["attention_loss"] = attention.item()
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(self.adapters.parameters()), 1.0)
-        self.optimizer.step()
-        return {"loss": loss.item(), **metrics}
+            losses["attention_loss"] = self._attention_loss(captured.maps, scenes.masks[rows].to(device), sigma)
+            loss = loss + config.idar.coef * losses["attention_loss"]
+        return {"loss": loss, **{name: value.detach() for name, value in losses.items()}}
+
+    def _attention_loss(self, maps: Tensor, masks: Tensor, sigma: Tensor) -> Tensor:
+        """`idar_loss`; 0 where no subject shows, NaN (the step will be skipped) where the maps are broken."""
+        config = self.config.idar
+        if not bool((masks > 0).any()) or not bool(torch.isfinite(maps).all()):
+            return maps.sum() * 0
+        weight = (sigma <= config.sigma_max).float()
+        return idar_loss(maps, masks, kind=config.kind, normalization=config.normalization, weight=weight).loss
+
+    def look(self) -> Look:
+        """Attention and routing on the first scenes."""
+        scenes = self.buckets.buckets[0]
+        rows = torch.arange(min(3, len(scenes)))
+        return look_at(self.trainee, scenes, self.text([scenes.captions[r] for r in rows.tolist()]), rows)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Adapters, optimizer and generator."""
-        return {
-            **{f"adapters.{k}": v for k, v in self.adapters.state_dict().items()},
-            **optimizer_tensors(self.optimizer),
-            "generator": self.generator.get_state(),
-        }
+        """See `Trainee.tensors`."""
+        return self.trainee.tensors()
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores `tensors`."""
-        self.adapters.load_state_dict(
-            {k.removeprefix("adapters."): v for k, v in tensors.items() if k.startswith("adapters.")}
-        )
-        restore_optimizer(self.optimizer, tensors)
-        self.generator.set_state(tensors["generator"])
+        self.trainee.restore(tensors)
+
+    def notes(self) -> dict[str, Any]:
+        """See `Trainee.notes`."""
+        return {"stage": 1, **self.trainee.notes()}
+
+    def check_notes(self, notes: Mapping[str, Any]) -> None:
+        """Refuses a checkpoint of another stage or of other adapters."""
+        if notes.get("stage", 1) != 1:
+            raise ValueError(f"checkpoint must be of stage 1, got stage {notes['stage']}")
+        self.trainee.check_notes(notes)
 
 
 @torch.no_grad()

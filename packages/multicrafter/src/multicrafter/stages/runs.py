@@ -1,53 +1,77 @@
-"""Whole runs of a stage: data, loop, adapter on disk."""
+"""Whole runs of a stage: data, loop, adapter on disk. On every rank; rank 0 writes."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multicrafter import loop
 from multicrafter.adapters import Adapters
 from multicrafter.data.synthetic import WorldConfig
+from multicrafter.loop import LoopConfig
 from multicrafter.rewards import tiny_reward
 from multicrafter.stages.align import Align, AlignConfig
 from multicrafter.stages.data import EncodedScenes, encode_scenes
 from multicrafter.stages.pretrain import Pretrain, PretrainConfig
+from multicrafter.stages.scoring import Reward
+from multicrafter.trackers import Tracker
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
+
+STAGE1_LOOP = LoopConfig(save_every=200, best="loss", best_is="lowest", picture_every=50)
+STAGE2_LOOP = LoopConfig(save_every=10, best="reward", best_is="highest", picture_every=10)
+FREE = ("parallel", "cache", "micro_batch")  # of ExecutionConfig: may differ when a run goes on
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    execution = {k: v for k, v in (config.get("execution") or {}).items() if k not in FREE}
+    return {**json.loads(json.dumps(config, default=str)), "execution": execution}
 
 
 def _check_resume(out: Path, config: dict[str, Any]) -> None:
     """Going on under another configuration would be neither run."""
     path = out / "config.json"
-    if not path.exists():
+    if not path.exists() or not any((out / "checkpoints").glob("step_*")):
         return
-    before, now = json.loads(path.read_text()), json.loads(json.dumps(config, default=str))
+    before, now = _comparable(json.loads(path.read_text())), _comparable(config)
     changed = [k for k in now if before.get(k) != now[k]]
     if changed:
         raise ValueError(f"--resume needs the configuration of {path}, but {', '.join(changed)} changed")
 
 
 def run_pretrain(
-    pipe: FluxPipeline, config: PretrainConfig, out: Path, *, scenes: EncodedScenes | None = None, resume: bool = False
+    pipe: FluxPipeline,
+    config: PretrainConfig,
+    out: Path,
+    *,
+    scenes: EncodedScenes | Sequence[EncodedScenes] | None = None,
+    resume: loop.Resume = False,
+    settings: LoopConfig = STAGE1_LOOP,
+    tracker: Tracker | None = None,
 ) -> Adapters:
     """Stage 1 into ``out``: config.json, metrics.jsonl, checkpoints/, adapter/. ``scenes`` spares drawing them anew."""
     if resume:
         _check_resume(out, asdict(config))
-    scenes = scenes or encode_scenes(pipe, config.world, config.num_scenes, seed=config.data_seed)
+    scenes = scenes or encode_scenes(
+        pipe, config.world, config.num_scenes, seed=config.data_seed, cache=config.execution.cache
+    )
     stage = Pretrain(pipe, config, scenes)
     loop.run(
         stage,
         num_steps=config.num_steps,
         out=out,
         resume=resume,
-        save_every=200,
         description="stage 1",
         config=asdict(config),
+        loop=settings,
+        tracker=tracker,
     )
-    stage.adapters.save(out / "adapter", stage=1, num_references=config.world.numbers[0], steps=config.num_steps)
+    references = max(b.references.shape[1] for b in stage.buckets.buckets)
+    stage.trainee.save(out, stage=1, num_references=references, steps=config.num_steps)
     return stage.adapters
 
 
@@ -59,22 +83,35 @@ def run_align(
     *,
     num_references: int = 2,
     scenes: EncodedScenes | None = None,
-    resume: bool = False,
+    resume: loop.Resume = False,
+    reward: Reward | None = None,
+    settings: LoopConfig = STAGE2_LOOP,
+    tracker: Tracker | None = None,
 ) -> list[dict[str, float]]:
-    """Stage 2 into ``out``, as `run_pretrain`; returns the metrics of every iteration."""
+    """Stage 2 into ``out``, as `run_pretrain`; returns the metrics of every iteration. The tiny world's reward by default."""
     if resume:
         _check_resume(out, asdict(config))
     world = WorldConfig(numbers=(num_references,), shared_attributes=4)
-    scenes = scenes or encode_scenes(pipe, world, 512, seed=config.seed + 10_000)
-    stage = Align(pipe, adapters, config, scenes, tiny_reward(config.reward))
+    scenes = scenes or encode_scenes(pipe, world, 512, seed=config.seed + 10_000, cache=config.execution.cache)
+    stage = Align(pipe, adapters, config, scenes, reward or tiny_reward(config.reward))
     history = loop.run(
         stage,
         num_steps=config.num_steps,
         out=out,
         resume=resume,
-        save_every=10,
         description="stage 2",
         config=asdict(config),
+        loop=settings,
+        tracker=tracker,
     )
-    adapters.save(out / "adapter", stage=2, num_references=num_references, steps=config.num_steps)
+    stage.trainee.save(out, stage=2, num_references=num_references, steps=config.num_steps)
     return history
+
+
+def with_execution(config: Any, **changes: Any) -> Any:
+    """A stage's config with some of its ``execution`` changed.
+
+    >>> with_execution(PretrainConfig(), dtype="bfloat16").execution.dtype
+    'bfloat16'
+    """
+    return replace(config, execution=replace(config.execution, **changes))
