@@ -1,4 +1,4 @@
-"""The command line: ``multicrafter demo | pretrain | align | generate | evaluate | ablation | report``."""
+"""The command line: ``multicrafter demo | data | pretrain | align | generate | evaluate | ablation | report``."""
 
 from __future__ import annotations
 
@@ -265,6 +265,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--scenes", type=_positive, default=2500)
     sub.add_argument("--cases", type=_positive, default=128)
 
+    from multicrafter.data.cli import add_parser as add_data
+
+    add_data(commands)
     sub = command("report", report, model=False)
     sub.add_argument("run", type=Path)
     return top
