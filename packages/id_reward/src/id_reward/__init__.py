@@ -1,21 +1,27 @@
 """Identity rewards by Hungarian matching, with text and aesthetic rewards."""
 
-from id_reward.aggregate import CompositeReward, CompositeScore, IdentityScorer
+from id_reward.aggregate import CompositeReward, CompositeScore
 from id_reward.alignment import (
+    CONVENTIONS,
     IdentityScore,
+    box_overlap,
     copy_paste,
     cosine_similarity,
     multi_id_alignment_reward,
+    placed_confusion,
     score_similarity,
     swap_matrix,
+    swap_rate,
 )
 from id_reward.backends.faces import get_face_backend
+from id_reward.identity import IdentityScorer
 from id_reward.matching import Matching, match
 from id_reward.protocols import FaceBackend, Faces, Scorer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CONVENTIONS",
     "CompositeReward",
     "CompositeScore",
     "FaceBackend",
@@ -24,11 +30,14 @@ __all__ = [
     "IdentityScorer",
     "Matching",
     "Scorer",
+    "box_overlap",
     "copy_paste",
     "cosine_similarity",
     "get_face_backend",
     "match",
     "multi_id_alignment_reward",
+    "placed_confusion",
     "score_similarity",
     "swap_matrix",
+    "swap_rate",
 ]

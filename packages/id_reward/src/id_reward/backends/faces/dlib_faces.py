@@ -106,6 +106,7 @@ class DlibBackend:
 
     name = "dlib"
     dim = DIM
+    releases_gil = True
     same_person = 0.65
 
     def __init__(

@@ -106,6 +106,7 @@ class InsightFaceBackend:
     """
 
     name = "insightface"
+    releases_gil = True
     same_person = 0.4
 
     def __init__(

@@ -176,6 +176,7 @@ class TorchFaceBackend:
 
     name = "torch"
     dim = 128
+    releases_gil = True
     same_person = 0.65
 
     def __init__(
@@ -198,6 +199,11 @@ class TorchFaceBackend:
     def device(self) -> torch.device:
         """Where the network runs."""
         return self.network.mean.device
+
+    def to(self, device: str | torch.device) -> TorchFaceBackend:
+        """Moves the network."""
+        self.network.to(device)
+        return self
 
     def embed(self, chips: Float[Tensor, "f 3 h w"]) -> Float[Tensor, "f d"]:
         """Unit embeddings of aligned faces, RGB in [0, 1]; differentiable."""
