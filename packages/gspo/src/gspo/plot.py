@@ -31,7 +31,8 @@ def pyplot() -> Any:
 
 def scatter(axes: Axes, points: Float[Tensor, "n 2"], *, label: str, color: str) -> None:
     """Points of the plane."""
-    axes.scatter(*points.T.tolist(), s=8, alpha=0.5, label=label, color=color, linewidths=0)
+    x, y = points.T.tolist()
+    axes.scatter(x, y, s=8, alpha=0.5, label=label, color=color, linewidths=0)
 
 
 def save_point_mass(

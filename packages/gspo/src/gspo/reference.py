@@ -38,6 +38,20 @@ def flow_sde_step(
     return mean, s * math.sqrt(-dt)
 
 
+def flow_cps_step(x: float, v: float, sigma: float, sigma_next: float, noise_level: float) -> tuple[float, float]:
+    """Mean and std of Flow-CPS's step for one element."""
+    std = sigma_next * math.sin(noise_level * math.pi / 2)
+    data, noise = x - sigma * v, x + (1 - sigma) * v
+    return (1 - sigma_next) * data + math.sqrt(sigma_next**2 - std**2) * noise, std
+
+
+def dance_sde_step(x: float, v: float, sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
+    """Mean and std of Dance-GRPO's step for one element."""
+    dt = sigma_next - sigma
+    data = x - sigma * v
+    return x + v * dt + 0.5 * eta**2 * ((x - (1 - sigma) * data) / sigma**2) * dt, eta * math.sqrt(-dt)
+
+
 def log_prob(value: list[float], mean: list[float], std: float) -> float:
     """Gaussian log density, mean over elements."""
     terms = [
@@ -66,6 +80,25 @@ def group_advantages(rewards: list[float], group_ids: list[int], ddof: int = 0, 
         std = math.sqrt(sum((m - mean) ** 2 for m in members) / (len(members) - ddof))
         result.append((reward - mean) / (std + eps))
     return result
+
+
+def update_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    clip_range: float,
+    scale: Tensor,
+    shift: Tensor,
+    sequence: bool,
+) -> Tensor:
+    """The surrogate of all samples and steps in one graph: what `PolicyTrainer` accumulates a step at a time.
+
+    ``scale`` and ``shift`` are GRPO-Guard's std and re-centring, 1 and 0 else. Returns the loss.
+    """
+    log_ratio = scale * (log_prob - old_log_prob + shift)
+    ratio = log_ratio.mean(1, keepdim=True).exp() if sequence else log_ratio.exp()
+    gain = advantages[:, None]
+    return -torch.minimum(ratio * gain, ratio.clamp(1 - clip_range, 1 + clip_range) * gain).mean()
 
 
 def surrogate(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> Tensor:

@@ -294,27 +294,33 @@ class PolicyTrainer:
         ``known`` are the log-ratios from which a sequence ratio's ``dL/dl`` comes; step ratios find their own on the way.
         On policy nothing is clipped, whatever the range: without one, 1 stands for it.
         """
-        config, steps = self.config, problem.num_steps
-        seen = torch.zeros(len(problem.rows), steps, dtype=torch.float64, device=problem.rows.device)
+        seen = torch.zeros(len(problem.rows), problem.num_steps, dtype=torch.float64, device=problem.rows.device)
         pull = None if known is None else self._pull(problem, known, slice(None), None, beta)
-        total_kl = torch.zeros((), dtype=torch.float64, device=seen.device)
-        for position in range(steps):
+        total_kl = 0.0
+        for position in range(problem.num_steps):
             for part in problem.parts():
-                score = problem.score(position, part)
-                log_ratio = own_log_ratio(config.ratio, score)
-                seen[part, position] = log_ratio.detach().double()
-                if pull is None:
-                    own = self._pull(problem, seen[part, position : position + 1], part, position, beta)[:, 0]
-                else:
-                    own = pull[part, position]
-                loss = (log_ratio * own.to(log_ratio.dtype)).sum()
-                if config.kl_coef:
-                    kl = gaussian_kl(score.mean, problem.reference_mean(position, part), score.std)
-                    kl = kl[torch.isfinite(problem.advantages[part])].sum() / (problem.count * steps)
-                    loss = loss + config.kl_coef * kl
-                    total_kl += kl.detach()
-                (loss * problem.scale).backward()  # type: ignore[no-untyped-call]
-        return seen, float(total_kl)
+                own = None if pull is None else pull[part, position]
+                seen[part, position], kl = self._backward_part(problem, part, position, own, beta)
+                total_kl += kl
+        return seen, total_kl
+
+    def _backward_part(
+        self, problem: _Problem, part: slice, position: int, pull: Tensor | None, beta: float | None
+    ) -> tuple[Tensor, float]:
+        """Forward and backward of one step of one micro-batch; nothing of its graph is left when it returns."""
+        score, kl_coef = problem.score(position, part), self.config.kl_coef
+        log_ratio = own_log_ratio(self.config.ratio, score)
+        seen = log_ratio.detach().double()
+        if pull is None:
+            pull = self._pull(problem, seen[:, None], part, position, beta)[:, 0]
+        loss = (log_ratio * pull.to(log_ratio.dtype)).sum()
+        kl = torch.zeros(())
+        if kl_coef:
+            rows = gaussian_kl(score.mean, problem.reference_mean(position, part), score.std)
+            kl = rows[torch.isfinite(problem.advantages[part])].sum() / (problem.count * problem.num_steps)
+            loss = loss + kl_coef * kl
+        (loss * problem.scale).backward()  # type: ignore[no-untyped-call]
+        return seen, float(kl.detach())
 
     def _pull(
         self, problem: _Problem, log_ratio: Tensor, part: slice, position: int | None, beta: float | None

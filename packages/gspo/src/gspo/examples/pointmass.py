@@ -34,19 +34,11 @@ class PointPolicy(torch.nn.Module):
     def __init__(self, width: int = 32, generator: torch.Generator | None = None) -> None:
         """``generator`` draws the first layers' weights."""
         super().__init__()
-        self.network = torch.nn.Sequential(
-            torch.nn.Linear(3, width),
-            torch.nn.SiLU(),
-            torch.nn.Linear(width, width),
-            torch.nn.SiLU(),
-            torch.nn.Linear(width, 2),
-        )
-        for layer in self.network[:-1]:
-            if isinstance(layer, torch.nn.Linear):
-                torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
-                torch.nn.init.zeros_(layer.bias)
-        torch.nn.init.zeros_(self.network[-1].weight)
-        torch.nn.init.zeros_(self.network[-1].bias)
+        layers = [torch.nn.Linear(3, width), torch.nn.Linear(width, width), torch.nn.Linear(width, 2)]
+        for layer, scale in zip(layers, (1.0, 1.0, 0.0), strict=True):
+            torch.nn.init.normal_(layer.weight, std=scale * layer.in_features**-0.5, generator=generator)
+            torch.nn.init.zeros_(layer.bias)
+        self.network = torch.nn.Sequential(layers[0], torch.nn.SiLU(), layers[1], torch.nn.SiLU(), layers[2])
 
     def forward(self, latents: Tensor, sigma: Tensor, index: Tensor) -> Tensor:
         """The `gspo.rollout` signature; prompts play no part."""

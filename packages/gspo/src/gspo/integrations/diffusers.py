@@ -153,7 +153,8 @@ class PipelinePolicy:
 
     def _function(self) -> Callable[..., Any]:
         """The pipeline's ``__call__`` without ``torch.no_grad``."""
-        return inspect.unwrap(type(self.pipe).__call__)
+        function: Callable[..., Any] = inspect.unwrap(type(self.pipe).__call__)
+        return function
 
     @contextmanager
     def _replaced(self, **attributes: Any) -> Iterator[None]:
