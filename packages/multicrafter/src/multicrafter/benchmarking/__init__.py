@@ -1,0 +1,1 @@
+"""Scoring pictures of any model with the conventions of several benchmarks side by side, comparing runs, leaderboards."""

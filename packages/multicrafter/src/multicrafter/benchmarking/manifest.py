@@ -1,0 +1,299 @@
+"""What was asked for, and which picture answers it: our manifest, and the prompt lists of published benchmarks, read from local files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+Kind = Literal["human", "object"]
+Box = tuple[float, float, float, float]
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class Reference(NamedTuple):
+    """A reference: a file, or its bytes out of a table; what it shows; where it should be (shares of the picture's sides), if that was asked."""
+
+    image: Path | bytes
+    kind: Kind = "human"
+    box: Box | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One entry of a prompt list.
+
+    Attributes:
+        key: Its pictures are called KEY.png, or KEY_0.png, KEY_1.png, ...
+        prompt: What the picture should show.
+        references: One per subject.
+        target: A real picture of these subjects, if the benchmark has one.
+        count: People the picture should show; None: as many as human references.
+        category: A part of the benchmark that is also reported on its own.
+    """
+
+    key: str
+    prompt: str
+    references: tuple[Reference, ...]
+    target: Path | bytes | None = None
+    count: int | None = None
+    category: str = ""
+
+    @property
+    def people(self) -> int:
+        """How many people the picture should show."""
+        return self.count if self.count is not None else sum(r.kind == "human" for r in self.references)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A picture to score; ``group`` is the prompt's key: pictures of one prompt are not independent."""
+
+    key: str
+    picture: Path
+    group: str
+    prompt: Prompt
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Prompts and the cases found for them; ``missing``: keys of prompts without a picture."""
+
+    format: str
+    cases: list[Case]
+    missing: list[str] = field(default_factory=list)
+
+
+def _fail(where: str, what: str) -> ValueError:
+    return ValueError(f"{where}: {what}")
+
+
+def _native(rows: Sequence[Mapping[str, Any]], where: str, root: Path) -> list[Prompt]:
+    prompts = []
+    for number, row in enumerate(rows, 1):
+        at = f"{where}, entry {number}"
+        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+            raise _fail(at, f"prompt must be a sentence, got {row.get('prompt')!r}")
+        key = row.get("key", row.get("picture", str(number - 1)))
+        count = row.get("count")
+        if count is not None and (not isinstance(count, int) or count < 0):
+            raise _fail(at, f"count must be a whole number, got {count!r}")
+        references = []
+        for item in row.get("references") or ():
+            item = {"image": item} if isinstance(item, str) else item
+            if (
+                not isinstance(item, Mapping)
+                or not isinstance(item.get("image"), str)
+                or item.get("kind", "human") not in ("human", "object")
+            ):
+                raise _fail(
+                    at, f"a reference must be a path, or an object with image and kind human or object, got {item!r}"
+                )
+            box = item.get("box")
+            if box is not None and (
+                len(box) != 4 or not all(0 <= float(x) <= 1 for x in box) or box[0] >= box[2] or box[1] >= box[3]
+            ):
+                raise _fail(at, f"box must be left, top, right, bottom as shares of the picture in [0, 1], got {box!r}")
+            place: Any = tuple(map(float, box)) if box else None
+            references.append(Reference(root / item["image"], item.get("kind", "human"), place))
+        prompts.append(
+            Prompt(
+                key=os.path.splitext(str(key))[0] if "picture" in row and "key" not in row else str(key),
+                prompt=row["prompt"], references=tuple(references), target=root / row["target"] if row.get("target") else None,
+                count=count, category=str(row.get("category", "")),
+            )
+        )  # fmt: skip
+    return prompts
+
+
+def _xverse(rows: Sequence[Mapping[str, Any]], where: str, root: Path) -> list[Prompt]:
+    """XVerseBench_single.json, XVerseBench_multi.json: a reference under .../human/ is a person (arXiv 2506.21416)."""
+    prompts = []
+    for number, row in enumerate(rows):
+        sources = [s for part in row["modulation"] for s in part.get("src_inputs", ())]
+        references = tuple(
+            Reference(root / s["image_path"], "human" if "/human/" in s["image_path"] else "object") for s in sources
+        )
+        category = f"{sum(r.kind == 'human' for r in references)} people, {sum(r.kind == 'object' for r in references)} objects"
+        prompts.append(
+            Prompt(key=str(row.get("index", number)), prompt=row["prompt"], references=references, category=category)
+        )
+    return prompts
+
+
+def _multihuman(rows: Sequence[Mapping[str, Any]], where: str, root: Path) -> list[Prompt]:
+    """multihuman_metadata.json (arXiv 2506.20879): pictures are numbered; the first 1,500 prompts are the simple ones."""
+    return [
+        Prompt(
+            key=str(number), prompt=row["prompt"], references=tuple(Reference(root / p) for p in row["people"]),
+            category=f"{'simple' if number < 1500 else 'complex'}, {len(row['people'])} people",
+        )
+        for number, row in enumerate(rows)
+    ]  # fmt: skip
+
+
+def _multiid(rows: Sequence[Mapping[str, Any]], where: str, root: Path) -> list[Prompt]:
+    """Index files of MultiID-Bench (v202.json and others, arXiv 2510.14975): with the real picture as target."""
+    return [
+        Prompt(
+            key=Path(row["ori_img_path"]).stem, prompt=row["prompt"], references=tuple(Reference(root / p) for p in row["image_paths"]),
+            target=root / row["ori_img_path"], category=f"{len(row['image_paths'])} people",
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def _omnicontext(rows: Sequence[Mapping[str, Any]], where: str, root: Path) -> list[Prompt]:
+    """OmniContext (arXiv 2506.18871), as JSON lines with paths or as Parquet with pictures inside; tasks named *character* show people."""
+    prompts = []
+    for row in rows:
+        kind: Kind = "human" if "character" in row["task_type"] else "object"
+        images = [root / i if isinstance(i, str) else i["bytes"] or root / i["path"] for i in row["input_images"]]
+        prompts.append(
+            Prompt(
+                key=str(row["key"]),
+                prompt=row["instruction"],
+                references=tuple(Reference(i, kind) for i in images),
+                category=row["task_type"],
+            )
+        )
+    return prompts
+
+
+class _Format(NamedTuple):
+    read: Callable[[Sequence[Mapping[str, Any]], str, Path], list[Prompt]]
+    fields: frozenset[str]
+
+
+FORMATS: Mapping[str, _Format] = {
+    "xverse": _Format(_xverse, frozenset({"prompt", "modulation"})),
+    "multihuman": _Format(_multihuman, frozenset({"prompt", "people", "vlm_questions"})),
+    "multiid": _Format(_multiid, frozenset({"prompt", "image_paths", "ori_img_path"})),
+    "omnicontext": _Format(_omnicontext, frozenset({"key", "task_type", "instruction", "input_images"})),
+    "native": _Format(_native, frozenset({"prompt"})),
+}
+
+
+def _rows(path: Path) -> list[Mapping[str, Any]]:
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+            return list(pq.read_table(path).to_pylist())
+        text = path.read_text(encoding="utf-8")
+        rows = (
+            [json.loads(line) for line in text.splitlines() if line.strip()]
+            if path.suffix == ".jsonl"
+            else json.loads(text)
+        )
+    except OSError as error:
+        raise ValueError(f"manifest {path} must be a file, got: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"manifest {path} must be JSON, JSON lines or Parquet, got: {error}") from None
+    if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
+        raise ValueError(f"manifest {path} must be a list of objects with at least one entry")
+    return rows
+
+
+def read_prompts(path: Path, *, format: str = "auto", root: Path | None = None) -> tuple[str, list[Prompt]]:
+    """Prompts of a manifest or of a published list, and the name of its format.
+
+    Args:
+        path: JSON, JSON lines or Parquet; or a folder of MultiID-Bench's evaluation layout (ID/meta.json, ref_1.jpg, ..., ori.jpg).
+        format: "auto" recognises it by its fields.
+        root: Folder that paths in the file are relative to; None takes the file's.
+
+    Raises:
+        ValueError: Names the entry and what is wrong with it.
+    """
+    if path.is_dir():
+        return "multiid", _layout(path)
+    rows = _rows(path)
+    if format == "auto":
+        format = next((n for n, f in FORMATS.items() if f.fields <= rows[0].keys()), "")
+    if format not in FORMATS:
+        raise ValueError(
+            f"format must be auto or one of {', '.join(FORMATS)}; {path} has the fields {', '.join(sorted(rows[0]))}"
+        )
+    try:
+        prompts = FORMATS[format].read(rows, str(path), root or path.parent)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"manifest {path} must be in the format {format}, but {type(error).__name__}: {error}"
+        ) from None
+    twice = (
+        {p.key for p in prompts if sum(q.key == p.key for q in prompts) > 1}
+        if len({p.key for p in prompts}) < len(prompts)
+        else set()
+    )
+    if twice:
+        raise ValueError(f"manifest {path} must have every key once, but {sorted(twice)[0]!r} is there twice")
+    return format, prompts
+
+
+def _layout(folder: Path) -> list[Prompt]:
+    """MultiID-Bench's evaluation layout: one folder per prompt."""
+    prompts = []
+    for meta in sorted(folder.glob("*/meta.json")):
+        references = sorted(meta.parent.glob("ref_*.*"), key=lambda p: (len(p.stem), p.stem))
+        target = next(iter(sorted(meta.parent.glob("ori.*"))), None)
+        try:
+            prompt = json.loads(meta.read_text(encoding="utf-8"))["prompt"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{meta} must hold a prompt, got {type(error).__name__}") from None
+        prompts.append(
+            Prompt(
+                key=meta.parent.name, prompt=prompt, references=tuple(Reference(r) for r in references), target=target,
+                category=f"{len(references)} people",
+            )
+        )  # fmt: skip
+    if not prompts:
+        raise ValueError(f"manifest {folder} must be a file, or a folder with ID/meta.json in it")
+    return prompts
+
+
+def find_cases(prompts: Iterable[Prompt], pictures: Path, *, format: str = "native") -> Benchmark:
+    """The pictures of each prompt: KEY.png, KEY_ANYTHING.png, KEY/out.png; or in OmniContext's folders, .../TASK/KEY.png.
+
+    Raises:
+        ValueError: ``pictures`` is no folder, or holds a picture for no prompt.
+    """
+    if not pictures.is_dir():
+        raise ValueError(f"--pictures must be a folder, but {pictures} is none")
+    by_key: dict[str, list[Path]] = {}
+    for path in sorted(p for p in pictures.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")):
+        relative = path.relative_to(pictures).with_suffix("").as_posix()
+        for key in {relative, path.stem, relative.removesuffix("/out")}:
+            by_key.setdefault(key, []).append(path)
+    numbered: dict[str, list[Path]] = {}
+    for path in (p for p in pictures.iterdir() if p.suffix.lower() in SUFFIXES):
+        for cut in re.finditer("_", path.stem):
+            numbered.setdefault(path.stem[: cut.start()], []).append(path)
+    known = list(prompts)
+    keys = {p.key for p in known}
+    cases, missing = [], []
+    for prompt in known:
+        found = by_key.get(prompt.key, [])
+        if len(found) > 1 and prompt.category:
+            found = [p for p in found if prompt.category in p.parts] or found
+        found = found[:1] or sorted(p for p in numbered.get(prompt.key, ()) if p.stem not in keys)
+        if not found:
+            missing.append(prompt.key)
+        cases += [
+            Case(
+                key=f"{prompt.key}/{p.name}" if len(found) > 1 else prompt.key,
+                picture=p,
+                group=prompt.key,
+                prompt=prompt,
+            )
+            for p in found
+        ]
+    if not cases:
+        raise ValueError(
+            f"--pictures {pictures} must hold pictures named after the manifest's keys ({known[0].key}.png, ...), but holds none"
+        )
+    return Benchmark(format, cases, missing)
