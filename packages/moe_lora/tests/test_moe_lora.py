@@ -112,7 +112,7 @@ def test_balance_and_z_by_hand() -> None:
 def test_masked_tokens_are_not_routed() -> None:
     layer = MoELoRALayer(nn.Linear(8, 8), config())
     nn.init.normal_(layer.lora_b)
-    x, layer.token_mask = torch.randn(4, 8), torch.tensor([True, False, True, False])
+    x, layer.state.token_mask = torch.randn(4, 8), torch.tensor([True, False, True, False])
     delta = layer(x) - layer.base(x)
     assert bool((delta[1::2] == 0).all()) and bool((delta[::2] != 0).any())
 

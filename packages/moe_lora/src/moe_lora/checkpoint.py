@@ -1,4 +1,8 @@
-"""Files: ``moe_lora.safetensors`` (keys ``<module>.router.weight | .lora_a | .lora_b``) and ``moe_lora.json`` (config, targets)."""
+"""Files: ``moe_lora.safetensors`` and ``moe_lora.json``; only the adapter, never the base.
+
+Keys are ``<module>.router.weight`` (e, d), ``<module>.lora_a`` (e, r, d) and ``<module>.lora_b`` (e, o, r), with the module's
+name in the model. The JSON holds ``format`` (1), ``config`` (the fields of `MoELoRAConfig`) and ``targets`` (module names).
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,48 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_lora.config import MoELoRAConfig
 
 FORMAT = 1
+WEIGHTS, META = "moe_lora.safetensors", "moe_lora.json"
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a sharded one gathered from all ranks."""
+    gather = getattr(tensor, "full_tensor", None)
+    result: Tensor = tensor if gather is None else gather()
+    return result
+
+
+def write_parameter(parameter: nn.Parameter, value: Tensor) -> None:
+    """Copies a whole tensor into a parameter, sharded or not."""
+    if hasattr(parameter, "full_tensor"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(parameter, DTensor)
+        local = value.to(parameter.device, parameter.dtype)
+        value = distribute_tensor(local, parameter.device_mesh, parameter.placements)
+    with torch.no_grad():
+        parameter.copy_(value)
+
+
+def _first_rank() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def save_tensors(folder: Path, tensors: dict[str, Tensor], config: MoELoRAConfig, targets: list[str]) -> Path:
-    """Writes both files through temporary names."""
+    """Writes both files through temporary names; of several ranks the first does."""
+    if not _first_rank():
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
-    weights, meta = folder / "moe_lora.safetensors", folder / "moe_lora.json"
-    save_file({k: t.contiguous().cpu() for k, t in tensors.items()}, f"{weights}.tmp")
+    weights, meta = folder / WEIGHTS, folder / META
+    save_file({k: t.contiguous().cpu() for k, t in tensors.items()}, f"{weights}.tmp", {"format": "pt"})
     Path(f"{meta}.tmp").write_text(
         json.dumps({"format": FORMAT, "config": asdict(config), "targets": targets}, indent=2) + "\n"
     )
@@ -35,15 +67,15 @@ def read_config(folder: Path) -> tuple[MoELoRAConfig, list[str]]:
     Raises:
         ValueError: The file is missing or not ours.
     """
-    meta = folder / "moe_lora.json"
+    meta = folder / META
     try:
         data = json.loads(meta.read_text())
         if data["format"] != FORMAT:
-            raise ValueError(f"{meta} must have format {FORMAT}, got {data['format']!r}")
-        return MoELoRAConfig(**data["config"]), list(data["targets"])
-    except FileNotFoundError:
-        raise ValueError(f"{folder} must hold moe_lora.json, but it is missing") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"format must be {FORMAT}, got {data['format']!r}")
+        return MoELoRAConfig(**data["config"]), [str(t) for t in data["targets"]]
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{folder} must hold {META}, but it is missing") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{meta} must be a config written by moe_lora, got {type(error).__name__}: {error}") from None
 
 
@@ -57,13 +89,12 @@ def load_tensors(folder: Path, config: MoELoRAConfig, targets: list[str]) -> dic
     for name in ("rank", "num_experts", "alpha", "top_k", "gating"):
         if getattr(saved, name) != getattr(config, name):
             raise ValueError(f"{folder} must have {name} = {getattr(config, name)!r}, got {getattr(saved, name)!r}")
-    if sorted(saved_targets) != sorted(targets):
-        wrong = sorted(set(saved_targets) ^ set(targets))[:3]
-        raise ValueError(f"{folder} must have the model's targets, but they differ in {wrong}")
+    if lacking := sorted(set(targets) - set(saved_targets)):
+        raise ValueError(f"{folder} must have the model's targets, but lacks {lacking[:3]}")
+    if unknown := sorted(set(saved_targets) - set(targets)):
+        raise ValueError(f"{folder} must have the model's targets only, got {unknown[:3]} too")
     try:
-        tensors: dict[str, Tensor] = load_file(folder / "moe_lora.safetensors")
+        tensors: dict[str, Tensor] = load_file(folder / WEIGHTS)
         return tensors
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{folder / 'moe_lora.safetensors'} must be a readable safetensors file, got: {error}"
-        ) from None
+        raise ValueError(f"{folder / WEIGHTS} must be a readable safetensors file, got: {error}") from None

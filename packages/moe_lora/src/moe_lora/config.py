@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,8 +23,9 @@ class MoELoRAConfig:
             top_k 1) or "topk_then_softmax" (MultiCrafter's letter: with top_k 1 the weight is 1 and the router's gradient zero).
         dispatch: How experts are computed; all give the same values.
         jitter: Half width of the uniform noise that multiplies the router's input in training, in [0, 1).
-        balance_coef: Weight of the load-balance loss.
-        z_coef: Weight of the router z-loss.
+        balance_coef: Weight of the load-balance loss; 0 turns it off.
+        z_coef: Weight of the router z-loss; 0 turns it off.
+        check_gate: Whether a NaN in the gate raises. It costs an accelerator one synchronisation per layer; compiled graphs never check.
     """
 
     rank: int
@@ -35,23 +37,26 @@ class MoELoRAConfig:
     jitter: float = 0.0
     balance_coef: float = 0.01
     z_coef: float = 0.001
+    check_gate: bool = True
 
     def __post_init__(self) -> None:
         for name in ("rank", "num_experts", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k must be at most num_experts = {self.num_experts}, got {self.top_k}")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be positive, got {self.alpha}")
+        if not (self.alpha > 0 and math.isfinite(self.alpha)):
+            raise ValueError(f"alpha must be positive and finite, got {self.alpha}")
         if self.gating not in ("softmax_then_topk", "topk_then_softmax"):
             raise ValueError(f"gating must be 'softmax_then_topk' or 'topk_then_softmax', got {self.gating!r}")
         if self.dispatch not in ("grouped", "loop", "dense"):
             raise ValueError(f"dispatch must be 'grouped', 'loop' or 'dense', got {self.dispatch!r}")
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter must be in [0, 1), got {self.jitter}")
-        if self.balance_coef < 0 or self.z_coef < 0:
-            raise ValueError(f"balance_coef and z_coef must not be negative, got {self.balance_coef} and {self.z_coef}")
+        for name in ("balance_coef", "z_coef"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
 
     @property
     def scaling(self) -> float:

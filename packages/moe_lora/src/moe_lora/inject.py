@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from moe_lora.checkpoint import load_tensors, save_tensors
+from moe_lora.checkpoint import load_tensors, read_config, save_tensors, whole, write_parameter
 from moe_lora.config import MoELoRAConfig
 from moe_lora.layer import MoELoRALayer
 from moe_lora.stats import RoutingStatistics, routing_statistics
 
-Targets = Sequence[str] | Callable[[str], bool]
+Targets = str | Sequence[str] | Callable[[str], bool]
 
 
 def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -24,29 +25,54 @@ def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return (model.get_submodule(path) if path else model), leaf
 
 
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"targets must be regular expressions, got {pattern!r}: {error}") from None
+
+
 def find_targets(model: nn.Module, targets: Targets) -> list[str]:
-    """Names of the modules that a list of regexes (full match) or a predicate chooses.
+    """Names of the modules that regexes (full match) or a predicate on names choose.
 
     Raises:
-        ValueError: Nothing matches (the nearest names are listed), or one target lies inside another.
+        ValueError: A regex matches nothing (the nearest names are listed), one target lies inside another or inside a mixture.
+
+    >>> find_targets(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), ["[02]"])
+    ['0', '2']
     """
-    names = [name for name, _ in model.named_modules() if name]
+    modules = {name: module for name, module in model.named_modules() if name}
+    names = list(modules)
     if callable(targets):
         found = [n for n in names if targets(n)]
     else:
-        found = [n for n in names if any(re.fullmatch(t, n) for t in targets)]
-        for pattern in targets:
-            if not any(re.fullmatch(pattern, n) for n in names):
-                near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.0)
+        patterns = [_compiled(t) for t in ([targets] if isinstance(targets, str) else targets)]
+        found = [n for n in names if any(p.fullmatch(n) for p in patterns)]
+        for pattern in patterns:
+            if not any(pattern.fullmatch(n) for n in names):
+                near = difflib.get_close_matches(pattern.pattern, names, n=4, cutoff=0.0)
                 raise ValueError(
-                    f"targets must match modules of the model, got {pattern!r}, which matches none; nearest: {near}"
+                    f"targets must match modules of the model, got {pattern.pattern!r}, which matches none; nearest: {near}"
                 )
     if not found:
         raise ValueError(f"targets must match at least one module, got none of {len(names)}; for example {names[:4]}")
     for name in found:
         if any(name.startswith(other + ".") for other in found):
             raise ValueError(f"targets must not lie inside each other, got {name!r} inside another target")
+        outer = [n for n, m in modules.items() if isinstance(m, MoELoRALayer) and f"{name}.".startswith(f"{n}.")]
+        inner = [m for m in modules[name].modules() if isinstance(m, MoELoRALayer)]
+        if outer or inner:
+            raise ValueError(
+                f"targets must be modules without a mixture, got {name!r}: remove() the first handle or name others"
+            )
     return found
+
+
+def for_layer(labels: Tensor | Mapping[str, Tensor], name: str) -> Tensor | None:
+    """What belongs to a layer: the tensor itself, or that of the first regex which matches the layer's whole name; None if none does."""
+    if isinstance(labels, Tensor):
+        return labels
+    return next((t for pattern, t in labels.items() if re.fullmatch(pattern, name)), None)
 
 
 class MoELoRA:
@@ -63,34 +89,44 @@ class MoELoRA:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Keys as in the file: ``<module>.router.weight``, ``<module>.lora_a``, ``<module>.lora_b``."""
         for name, layer in self.layers.items():
-            router: nn.Parameter = layer.router.weight  # type: ignore[assignment]
+            router = layer.router.weight
+            assert isinstance(router, nn.Parameter)
             yield f"{name}.router.weight", router
             yield f"{name}.lora_a", layer.lora_a
             yield f"{name}.lora_b", layer.lora_b
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The adapter's tensors, detached."""
-        return {name: p.detach() for name, p in self.named_parameters()}
+        """The adapter's tensors, detached; sharded ones (`fully_shard`) are gathered, which every rank has to join."""
+        return {name: whole(p.detach()) for name, p in self.named_parameters()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Loads tensors; the error names the key that is wrong."""
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Loads tensors, all or none.
+
+        Raises:
+            ValueError: A key is missing, unknown or of another shape; the message names it.
+        """
         own = dict(self.named_parameters())
-        for key in own.keys() | state.keys():
+        for key in [*own, *state]:
             if key not in state:
                 raise ValueError(f"state must hold {key!r}, but it is missing")
             if key not in own:
-                raise ValueError(f"state must hold keys of this model only, got {key!r}")
+                near = difflib.get_close_matches(key, own, n=1, cutoff=0.0)
+                raise ValueError(f"state must hold keys of this model only, got {key!r}; nearest: {near}")
             if own[key].shape != state[key].shape:
                 raise ValueError(
                     f"{key} must have shape {tuple(own[key].shape)}, got {tuple(state[key].shape)} (another rank, width or number of experts?)"
                 )
-        with torch.no_grad():
-            for key, parameter in own.items():
-                parameter.copy_(state[key])
+        for key, parameter in own.items():
+            write_parameter(parameter, state[key])
 
-    def aux_loss(self) -> Tensor:
-        """``balance_coef * mean balance + z_coef * mean z`` over the layers that ran since the last call; then forgets them."""
-        parts = [part for layer in self.layers.values() if (part := layer.aux_loss()) is not None]
+    def aux_loss(self) -> Float[Tensor, ""]:
+        """``balance_coef * mean balance + z_coef * mean z`` over the layers that ran since the last call; then forgets them.
+
+        Each layer counts with its last forward pass: call it once per pass that is trained on. In distributed training it is the
+        loss of this rank's tokens.
+        """
+        wanted = self.config.balance_coef > 0 or self.config.z_coef > 0
+        parts = [part for layer in self.layers.values() if wanted and (part := layer.aux_loss()) is not None]
         self.forget()
         if not parts:
             return torch.zeros((), device=next(self.parameters()).device)
@@ -98,17 +134,42 @@ class MoELoRA:
         return self.config.balance_coef * balance + self.config.z_coef * torch.stack([p.z for p in parts]).mean()
 
     def forget(self) -> None:
-        """Drops the routing kept from the last forward pass."""
+        """Drops the routing kept from the last forward pass, and the graph behind it."""
         for layer in self.layers.values():
-            layer.last = None
+            layer.state.last = None
 
     def stats(self) -> dict[str, RoutingStatistics]:
-        """Expert load and entropy of each layer's last forward pass."""
-        return {
-            n: routing_statistics(layer.last, layer.last_mask)
-            for n, layer in self.layers.items()
-            if layer.last is not None
-        }
+        """Expert load and entropy of each layer's last forward pass; see `moe_lora.collect` for several passes."""
+        last = {name: layer.state.last for name, layer in self.layers.items()}
+        return {name: routing_statistics(routing) for name, routing in last.items() if routing is not None}
+
+    def jitter(self, generator: torch.Generator) -> None:
+        """Draws the router noise of the coming passes from ``generator``, once per layer: call it once per step.
+
+        The noise is then a function of the drawn seed, so gradient checkpointing's second pass sees the same. Before the first
+        call it comes from torch's default generator, as dropout's does.
+        """
+        seeds = torch.randint(2**62, (len(self.layers),), generator=generator, device=generator.device).tolist()
+        for layer, seed in zip(self.layers.values(), seeds, strict=True):
+            layer.state.jitter_seed = seed
+
+    @contextmanager
+    def token_mask(self, mask: Bool[Tensor, "..."] | Mapping[str, Bool[Tensor, "..."]]) -> Iterator[None]:
+        """Tokens with mask False (padding) are not routed, not computed, not counted inside the context.
+
+        With gradient checkpointing, backward belongs inside the context too: it runs forward again.
+
+        Args:
+            mask: (n,) for every row, or (b, n) as the layer's tokens; or regex on layer names -> mask, where layers see different tokens.
+        """
+        before = {name: layer.state.token_mask for name, layer in self.layers.items()}
+        try:
+            for name, layer in self.layers.items():
+                layer.state.token_mask = for_layer(mask, name)
+            yield
+        finally:
+            for name, layer in self.layers.items():
+                layer.state.token_mask = before[name]
 
     @contextmanager
     def disable(self) -> Iterator[None]:
@@ -123,18 +184,22 @@ class MoELoRA:
                 layer.enabled = before[name]
 
     def remove(self) -> None:
-        """Puts the original modules back."""
+        """Puts the original modules back; the handle is empty afterwards."""
         for name, layer in self.layers.items():
             parent, leaf = _parent(self.model, name)
             setattr(parent, leaf, layer.base)
         self.layers = {}
 
     def save(self, path: str | Path) -> Path:
-        """Writes ``moe_lora.safetensors`` and ``moe_lora.json`` into the folder ``path``, atomically."""
+        """Writes ``moe_lora.safetensors`` and ``moe_lora.json`` into the folder ``path``, atomically; of several ranks the first writes."""
         return save_tensors(Path(path), self.state_dict(), self.config, list(self.layers))
 
     def load(self, path: str | Path) -> None:
-        """Reads what `save` wrote; checks targets, shapes and ranks."""
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: Another rank, number of experts, target or shape, or a broken file; the message says which.
+        """
         self.load_state_dict(load_tensors(Path(path), self.config, list(self.layers)))
 
 
@@ -144,19 +209,40 @@ def inject(
     """Wraps the chosen modules of ``model`` in `MoELoRALayer`s; no output bit changes.
 
     Args:
-        model: Changed in place.
+        model: Changed in place. Which of its own parameters train is left as it is.
         config: Of every mixture.
         targets: Regexes that match whole module names, or a predicate on names.
         generator: Source of the initial A and router weights.
 
     Raises:
-        ValueError: See `find_targets`.
+        ValueError: See `find_targets`, `moe_lora.layer.infer_features`.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    >>> handle = inject(model, MoELoRAConfig(rank=2, alpha=2.0), ["0"])
+    >>> sorted(handle.state_dict())
+    ['0.lora_a', '0.lora_b', '0.router.weight']
     """
-    layers = {}
-    for name in find_targets(model, targets):
+    layers = {
+        name: MoELoRALayer(model.get_submodule(name), config, generator=generator)
+        for name in find_targets(model, targets)
+    }
+    for name, layer in layers.items():
         parent, leaf = _parent(model, name)
-        layer = MoELoRALayer(getattr(parent, leaf), config)
-        layer.reset_parameters(generator)
         setattr(parent, leaf, layer)
-        layers[name] = layer
     return MoELoRA(model, config, layers)
+
+
+def inject_saved(model: nn.Module, path: str | Path) -> MoELoRA:
+    """Injects what a folder written by `MoELoRA.save` holds: its config, its targets, its weights.
+
+    Raises:
+        ValueError: The folder is broken or the model lacks its targets; the model is unchanged then.
+    """
+    config, targets = read_config(Path(path))
+    handle = inject(model, config, [re.escape(t) for t in targets])
+    try:
+        handle.load(path)
+    except ValueError:
+        handle.remove()
+        raise
+    return handle

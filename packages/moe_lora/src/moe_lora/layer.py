@@ -4,22 +4,55 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe_lora.config import MoELoRAConfig
 from moe_lora.dispatch import experts
-from moe_lora.routing import Routing, load_balance_loss, route, router_z_loss
+from moe_lora.routing import Router, Routing
+from moe_lora.state import AuxLoss, RoutingState
 
 
-class AuxLoss(NamedTuple):
-    """Router losses, unweighted scalars."""
+def mixture(
+    hidden_states: Float[Tensor, "*tokens d"],
+    router_weight: Float[Tensor, "e d"],
+    lora_a: Float[Tensor, "e r d"],
+    lora_b: Float[Tensor, "e o r"],
+    state: RoutingState,
+    *,
+    scaling: float,
+    training: bool = False,
+) -> Float[Tensor, "n o"]:
+    """``delta(h) = sum_i p_i(h) * scaling * B_i A_i h`` (MultiCrafter, arXiv 2509.21953, section 3.3), tokens flattened.
 
-    balance: Float[Tensor, ""]
-    z: Float[Tensor, ""]
+    Experts compute in the type of lora_a, or in autocast's; the router in fp32, on the tokens in that type.
+
+    Args:
+        hidden_states: Tokens of any leading shape.
+        router_weight: Gate W.
+        lora_a: Down projections.
+        lora_b: Up projections.
+        state: How to route; keeps the routing.
+        scaling: alpha / r.
+        training: Whether the router's input is jittered.
+    """
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else lora_a.dtype
+    h = hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype)
+    h, routing = state.route(h, router_weight, tuple(hidden_states.shape[:-1]), training)
+    weights = routing.gate_weights * scaling
+    return experts(h, lora_a.to(dtype), lora_b.to(dtype), weights, routing.expert_index, state.config.dispatch)
+
+
+def add_delta(out: Float[Tensor, "*tokens o"], delta: Float[Tensor, "n o"]) -> Float[Tensor, "*tokens o"]:
+    """``out + delta``, into delta's memory where the types agree (nothing keeps delta for backward)."""
+    flat = out.reshape(-1, out.shape[-1])
+    if delta.dtype != out.dtype:
+        return (flat + delta.to(out.dtype)).view(out.shape)
+    return delta.add_(flat).view(out.shape)
 
 
 def infer_features(base: nn.Module) -> tuple[int, int]:
@@ -28,93 +61,126 @@ def infer_features(base: nn.Module) -> tuple[int, int]:
     Raises:
         ValueError: It holds no linear.
     """
-    linears = [m for m in base.modules() if isinstance(m, nn.Linear)]
+    linears = [m for m in base.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
     if not linears:
         raise ValueError(
             f"base must hold a linear layer to infer widths from, got {type(base).__name__}: give in_features and out_features"
         )
-    return linears[0].in_features, linears[-1].out_features
+    return int(linears[0].in_features), int(linears[-1].out_features)  # type: ignore[arg-type]
 
 
-class MoELoRALayer(nn.Module):
-    """``h_out = base(h) + sum_i p_i * (alpha / r) * B_i A_i h`` (MultiCrafter, arXiv 2509.21953, section 3.3).
+def reset_mixture(
+    router_weight: Tensor, lora_a: Tensor, lora_b: Tensor, generator: torch.Generator | None = None
+) -> None:
+    """Kaiming-uniform A as in LoRA (arXiv 2106.09685; each expert its own), zero B, router weights of deviation 0.02."""
+    bound = 1 / math.sqrt(lora_a.shape[-1])
 
-    B is zero at first, so wrapping changes no output bit. The router runs in fp32. The routing of the last forward pass is kept on the
-    layer (`last`) with its graph, for the losses and statistics; `MoELoRA.aux_loss` collects and forgets it.
+    def draw(t: Tensor, fill: Callable[[Tensor], Tensor]) -> None:
+        if t.device.type == "meta" or generator is None or generator.device == t.device:
+            fill(t)
+        else:
+            t.copy_(fill(torch.empty(t.shape, device=generator.device)))
+
+    with torch.no_grad():
+        draw(lora_a, lambda t: t.uniform_(-bound, bound, generator=generator))
+        draw(router_weight, lambda t: t.normal_(0, 0.02, generator=generator))
+        lora_b.zero_()
+
+
+class Mixture(nn.Module):
+    """The experts and their router without a base; see `mixture`.
+
+    B is zero at first. Parameters: ``router.weight`` (e, d), ``lora_a`` (e, r, d), ``lora_b`` (e, o, r). `state` keeps the routing of the
+    last pass, for the losses and statistics.
     """
 
     def __init__(
-        self, base: nn.Module, config: MoELoRAConfig, in_features: int | None = None, out_features: int | None = None
+        self,
+        config: MoELoRAConfig,
+        in_features: int,
+        out_features: int,
+        *,
+        device: torch.device | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
-        """Wraps ``base``, any module that maps (..., d_in) to (..., d_out)."""
+        """Draws A and the router from ``generator``; parameters are fp32."""
         super().__init__()
+        for name, width in (("in_features", in_features), ("out_features", out_features)):
+            if width < 1:
+                raise ValueError(f"{name} must be at least 1, got {width}")
+        self.config, self.state = config, RoutingState(config)
+        self.router = Router(in_features, config.num_experts, device)
+        self.lora_a = nn.Parameter(torch.empty(config.num_experts, config.rank, in_features, device=device))
+        self.lora_b = nn.Parameter(torch.empty(config.num_experts, out_features, config.rank, device=device))
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """See `reset_mixture`."""
+        reset_mixture(self.router.weight, self.lora_a, self.lora_b, generator)
+
+    def extra_repr(self) -> str:
+        """Experts, rank and widths."""
+        e, r, d = self.lora_a.shape
+        return (
+            f"{d} -> {self.lora_b.shape[1]}, num_experts={e}, top_k={self.config.top_k}, rank={r}, {self.config.gating}"
+        )
+
+    def forward(self, hidden_states: Float[Tensor, "*tokens d"]) -> Float[Tensor, "n o"]:
+        """The mixture's part alone, tokens flattened."""
+        return mixture(
+            hidden_states, self.router.weight, self.lora_a, self.lora_b, self.state,
+            scaling=self.config.scaling, training=self.training,
+        )  # fmt: skip
+
+    @property
+    def last(self) -> Routing | None:
+        """Routing of the last forward pass, with its graph; None before one and after `MoELoRA.aux_loss`."""
+        return self.state.last
+
+    def aux_loss(self) -> AuxLoss | None:
+        """Load-balance and z-loss of the last forward pass; None if there was none (see `RoutingState.aux_loss`)."""
+        return self.state.aux_loss(self.training and self.router.weight.requires_grad)
+
+
+class MoELoRALayer(Mixture):
+    """``h_out = base(h) + sum_i p_i * (alpha / r) * B_i A_i h`` (MultiCrafter, arXiv 2509.21953, section 3.3).
+
+    B is zero at first, so wrapping changes no output bit.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        config: MoELoRAConfig,
+        in_features: int | None = None,
+        out_features: int | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Wraps ``base``, any module that maps (..., d_in) to (..., d_out).
+
+        Raises:
+            ValueError: Widths are not given and ``base`` holds no linear.
+
+        >>> layer = MoELoRALayer(nn.Linear(8, 8), MoELoRAConfig(rank=2, alpha=2.0))
+        >>> x = torch.randn(3, 8)
+        >>> torch.equal(layer(x), layer.base(x))
+        True
+        """
         if in_features is None or out_features is None:
             inferred = infer_features(base)
             in_features, out_features = in_features or inferred[0], out_features or inferred[1]
-        self.base, self.config = base, config
         like = next(iter(base.parameters()), torch.empty(0))
-        self.router = nn.Linear(in_features, config.num_experts, bias=False, device=like.device, dtype=torch.float32)
-        self.lora_a = nn.Parameter(torch.empty(config.num_experts, config.rank, in_features, device=like.device))
-        self.lora_b = nn.Parameter(torch.zeros(config.num_experts, out_features, config.rank, device=like.device))
+        super().__init__(config, in_features, out_features, device=like.device, generator=generator)
+        self.base = base
         self.enabled = True
-        self.last: Routing | None = None
-        self.last_mask: Bool[Tensor, " n"] | None = None
-        self.token_mask: Bool[Tensor, " n"] | None = None
-        self.recorder: Callable[[Routing], Routing] | None = None
-        self.reset_parameters()
+        self.train(base.training)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Kaiming-uniform A as in LoRA (arXiv 2106.09685), zero B, small router."""
-        bound = 1 / math.sqrt(self.lora_a.shape[-1])
-        with torch.no_grad():
-            self.lora_a.uniform_(-bound * math.sqrt(3), bound * math.sqrt(3), generator=generator)
-            self.lora_b.zero_()
-            self.router.weight.normal_(0, 0.02, generator=generator)
-
-    def _route(self, h: Tensor) -> Routing:
-        x = h.float()
-        if self.training and self.config.jitter:
-            x = x * torch.empty_like(x).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
-        with torch.autocast(h.device.type, enabled=False):
-            logits = x @ self.router.weight.float().T
-        routing = route(logits, self.config.top_k, self.config.gating)
-        return routing if self.recorder is None else self.recorder(routing)
-
-    def delta(self, hidden_states: Float[Tensor, "... d"]) -> Float[Tensor, "... o"]:
+    def delta(self, hidden_states: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens o"]:
         """The mixture's part alone."""
-        h = hidden_states.reshape(-1, hidden_states.shape[-1])
-        routing = self._route(h)
-        self.last, self.last_mask = routing, self.token_mask
-        weights = routing.gate_weights
-        if self.token_mask is not None:
-            if self.token_mask.shape != (len(h),):
-                raise ValueError(
-                    f"token_mask must hold one entry per token ({len(h)}), got {tuple(self.token_mask.shape)}"
-                )
-            weights = weights * self.token_mask[:, None]
-        dtype = (
-            torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else self.lora_a.dtype
-        )
-        out = experts(
-            h.to(dtype),
-            self.lora_a.to(dtype),
-            self.lora_b.to(dtype),
-            weights * self.config.scaling,
-            routing.expert_index,
-            self.config.dispatch,
-        )
-        return out.view(*hidden_states.shape[:-1], -1)
+        return super().forward(hidden_states).view(*hidden_states.shape[:-1], self.lora_b.shape[1])
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output, plus the mixture where it is enabled."""
         out: Tensor = self.base(hidden_states, *args, **kwargs)
-        return out + self.delta(hidden_states).to(out.dtype) if self.enabled else out
-
-    def aux_loss(self) -> AuxLoss | None:
-        """Load-balance and z-loss of the last forward pass; None if there was none."""
-        if self.last is None:
-            return None
-        return AuxLoss(
-            load_balance_loss(self.last.gate_logits, self.last.expert_index, self.last_mask),
-            router_z_loss(self.last.gate_logits, self.last_mask),
-        )
+        return add_delta(out, super().forward(hidden_states)) if self.enabled else out

@@ -1,18 +1,24 @@
-"""Which experts a token goes to and with what weight, and the losses that keep a router healthy."""
+"""Which experts a token goes to, and with what weight."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from moe_lora.balance import load_balance_loss, router_z_loss
 from moe_lora.config import Gating
+
+__all__ = ["Router", "Routing", "gate_logits", "load_balance_loss", "route", "router_z_loss"]
 
 
 class Routing(NamedTuple):
-    """gate_logits (n, e) fp32, gate_weights (n, k) fp32, expert_index (n, k)."""
+    """Of n tokens to k of e experts; a masked token has index -1 and weight 0, and its logits are never looked at.
+
+    gate_logits (n, e) fp32, gate_weights (n, k) fp32, expert_index (n, k) int64.
+    """
 
     gate_logits: Float[Tensor, "n e"]
     gate_weights: Float[Tensor, "n k"]
@@ -20,46 +26,109 @@ class Routing(NamedTuple):
 
 
 def route(
-    gate_logits: Float[Tensor, "n e"], top_k: int, gating: Gating, *, expert_index: Int[Tensor, "n k"] | None = None
+    gate_logits: Float[Tensor, "n e"],
+    top_k: int,
+    gating: Gating,
+    *,
+    expert_index: Int[Tensor, "n k"] | None = None,
+    token_mask: Bool[Tensor, " n"] | None = None,
+    check_gate: bool = True,
 ) -> Routing:
     """Top-k routing in fp32.
 
     "softmax_then_topk": ``p = softmax(logits)``, the k largest p are the weights as they are (Switch, arXiv 2101.03961, section 2.1).
-    "topk_then_softmax": softmax over the k largest logits (MultiCrafter's letter, arXiv 2509.21953; Mixtral).
+    "topk_then_softmax": softmax over the k largest logits (MultiCrafter's letter, arXiv 2509.21953; Mixtral, arXiv 2401.04088).
 
-    With ``expert_index`` these experts are taken instead of the largest (replay); the weights are still the router's.
+    Args:
+        gate_logits: Router outputs.
+        top_k: Experts per token, in [1, e].
+        gating: See above. With top_k 1 the second gives weight 1 and the router exactly zero gradient (docs/adr/0030).
+        expert_index: Take these experts instead of the largest (replay; -1 for none); the weights are still the router's.
+        token_mask: False for padding: routed nowhere.
+        check_gate: Whether to look for NaN; skipped while compiling.
 
     Raises:
-        ValueError: A logit is NaN.
+        ValueError: A logit of a routed token is NaN, or its softmax is (an infinite logit).
+
+    >>> routing = route(torch.tensor([[2.0, 1.0, 0.0]]), 2, "topk_then_softmax")
+    >>> routing.expert_index.tolist(), [round(w, 3) for w in routing.gate_weights[0].tolist()]
+    ([[0, 1]], [0.731, 0.269])
     """
     logits = gate_logits.float()
+    if token_mask is not None:
+        logits = logits.masked_fill(~token_mask[:, None], 0.0)
     chosen = logits.topk(top_k, dim=-1).indices if expert_index is None else expert_index
     if gating == "softmax_then_topk":
-        weights = logits.softmax(-1).gather(-1, chosen)
+        weights = logits.softmax(-1).gather(-1, chosen.clamp_min(0))
     else:
-        weights = logits.gather(-1, chosen).softmax(-1)
+        weights = logits.gather(-1, chosen.clamp_min(0)).softmax(-1)
+    if expert_index is not None:
+        weights = weights.masked_fill(chosen < 0, 0.0)
+    if token_mask is not None:
+        chosen = chosen.masked_fill(~token_mask[:, None], -1)
+        weights = weights.masked_fill(~token_mask[:, None], 0.0)
+    if check_gate and not torch.compiler.is_compiling() and bool(logits.isnan().any() | weights.isnan().any()):
+        bad = int((logits.isnan().any(-1) | weights.isnan().any(-1)).sum())
+        raise ValueError(f"gate_logits must hold no NaN and no infinity, got some in {bad} of {len(logits)} tokens")
     return Routing(logits, weights, chosen)
 
 
-def load_balance_loss(
-    gate_logits: Float[Tensor, "n e"], expert_index: Int[Tensor, "n k"], mask: Bool[Tensor, " n"] | None = None
-) -> Float[Tensor, ""]:
-    """``e * sum_i f_i * P_i`` (Switch, arXiv 2101.03961, Eq. 4-6): f_i share of assignments, P_i mean probability; 1 when balanced."""
-    probabilities = gate_logits.softmax(-1)
-    count = gate_logits.shape[-1]
-    assigned = torch.zeros_like(probabilities).scatter_add_(
-        -1, expert_index, torch.ones_like(expert_index, dtype=probabilities.dtype)
-    )
-    if mask is not None:
-        probabilities, assigned = probabilities[mask], assigned[mask]
-    if not len(probabilities):
-        return gate_logits.sum() * 0
-    return count * (assigned.mean(0) / expert_index.shape[-1] * probabilities.mean(0)).sum()
+class _GateLogits(torch.autograd.Function):
+    """``(h, W) -> (h, h W^T)`` in fp32. Handing h on lets the router's part of its gradient be added in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(h, weight)
+        ctx.set_materialize_grads(False)
+        with torch.autocast(h.device.type, enabled=False):
+            return h.view_as(h), h.float() @ weight.float().T
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor | None, grad_logits: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        h, weight = ctx.saved_tensors
+        if grad_logits is None:
+            return grad_h, None
+        with torch.autocast(h.device.type, enabled=False):
+            grad_weight = (grad_logits.T @ h.float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
+            if not ctx.needs_input_grad[0]:
+                return None, grad_weight
+            if grad_h is None:
+                return (grad_logits @ weight.float()).to(h.dtype), grad_weight
+            if h.dtype != torch.float32:
+                return grad_h + (grad_logits @ weight.float()).to(h.dtype), grad_weight
+            # in place: the experts' backward made grad_h for us alone; not when this backward is itself differentiated
+            add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
+            return add(grad_h, grad_logits, weight.float()), grad_weight
 
 
-def router_z_loss(gate_logits: Float[Tensor, "n e"], mask: Bool[Tensor, " n"] | None = None) -> Float[Tensor, ""]:
-    """``mean over tokens of logsumexp(logits)^2`` (ST-MoE, arXiv 2202.08906, Eq. 5)."""
-    values = gate_logits.logsumexp(-1).square()
-    if mask is not None:
-        values = values[mask]
-    return values.mean() if len(values) else gate_logits.sum() * 0
+def gate_logits(
+    h: Float[Tensor, "n d"], weight: Float[Tensor, "e d"]
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n e"]]:
+    """``logits = h W^T`` in fp32 whatever the type of h; returns h (to go on with) and the logits.
+
+    Going on with the returned h adds the router's part of the gradient to the experts' in one pass instead of three; no fp32 copy of
+    h is kept for backward.
+    """
+    if torch.compiler.is_compiling():
+        with torch.autocast(h.device.type, enabled=False):
+            return h, h.float() @ weight.float().T
+    passed, logits = _GateLogits.apply(h, weight)
+    return passed, logits
+
+
+class Router(nn.Linear):
+    """The gate ``W``: one linear map without bias that stays in fp32 when the model around it is cast to another type."""
+
+    def __init__(self, in_features: int, num_experts: int, device: torch.device | None = None) -> None:
+        """Weights are left to `Mixture.reset_parameters`, which has the generator."""
+        super().__init__(in_features, num_experts, bias=False, device=device, dtype=torch.float32)
+
+    def reset_parameters(self) -> None:
+        """Draws nothing, so that building a mixture takes nothing from the global generator."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        def keep_float32(t: Tensor) -> Tensor:
+            moved: Tensor = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(keep_float32, recurse)  # type: ignore[no-untyped-call]
