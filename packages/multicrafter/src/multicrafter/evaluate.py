@@ -51,6 +51,7 @@ class EvaluateConfig:
         num_references: Subjects of each.
         shared_attributes: See `WorldConfig`: how similar the subjects of a case may be.
         num_sampling_steps: Euler steps of a picture.
+        guidance: Of a base that takes it as an input; training uses 1, as the paper does.
         seed: Of cases and noise.
     """
 
@@ -58,10 +59,11 @@ class EvaluateConfig:
     num_references: int = 2
     shared_attributes: int = 4
     num_sampling_steps: int = 16
+    guidance: float = 2.5
     seed: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("num_cases", "num_sampling_steps"):
+        for name in ("num_cases", "num_sampling_steps", "guidance"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -143,7 +145,12 @@ def generate_cases(pipe: FluxPipeline, scenes: EncodedScenes, config: EvaluateCo
     pictures = []
     for start in range(0, len(scenes), batch):
         part = slice(start, min(start + batch, len(scenes)))
-        velocity = partial(_velocity, pipe, encode_prompts(pipe, scenes.captions[part]), scenes.context(part))
+        velocity = partial(
+            _velocity,
+            pipe,
+            encode_prompts(pipe, scenes.captions[part]),
+            {**scenes.context(part), "guidance": config.guidance},
+        )
         tokens = sample(velocity, noise[part], sigma_schedule(config.num_sampling_steps))
         pictures.append(decode_latents(pipe.vae, unpack_latents(tokens, scenes.grid)))
     return torch.cat(pictures)

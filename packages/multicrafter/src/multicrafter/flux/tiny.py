@@ -37,6 +37,7 @@ class TinyFluxConfig:
         latent_channels: Channels of the VAE's latents; a token holds 4 of them per channel.
         vae_channels: Widths of the VAE's three levels (two of them halve the resolution).
         text_width: Width of the T5 encoder and of the CLIP text model.
+        guidance_embeds: Whether the transformer takes the guidance as an input, as FLUX.1-dev does.
     """
 
     num_heads: int = 4
@@ -46,6 +47,7 @@ class TinyFluxConfig:
     latent_channels: int = 8
     vae_channels: tuple[int, int, int] = (24, 48, 96)
     text_width: int = 64
+    guidance_embeds: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim % 16:
@@ -96,7 +98,7 @@ def build_transformer(config: TinyFluxConfig) -> FluxTransformer2DModel:
         num_attention_heads=config.num_heads,
         joint_attention_dim=config.text_width,
         pooled_projection_dim=config.text_width,
-        guidance_embeds=False,
+        guidance_embeds=config.guidance_embeds,
         axes_dims_rope=(quarter, 3 * quarter // 2, 3 * quarter // 2),
     )
 
