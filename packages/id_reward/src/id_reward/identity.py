@@ -131,7 +131,10 @@ class IdentityScorer:
         """
         with self._lock:
             keys = [reference_key(reference) for reference in references]
-            todo = {k: (r, n) for n, (k, r) in enumerate(zip(keys, references), 1) if k not in self._cache}
+            todo: dict[Hashable, tuple[Any, int]] = {}
+            for number, (key, reference) in enumerate(zip(keys, references, strict=True), 1):
+                if key not in self._cache:
+                    todo.setdefault(key, (reference, number))
             known = {key: self._cache[key] for key in keys if key in self._cache}
             if todo:
                 found = self.backend.detect_and_embed([reference for reference, _ in todo.values()])
