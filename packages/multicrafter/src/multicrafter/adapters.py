@@ -205,7 +205,9 @@ class Adapters:
             )
         dtypes = {str(t.dtype).removeprefix("torch.") for t in state.values()}
         if not dtypes <= {"float32", "bfloat16", "float16"}:
-            raise ValueError(f"adapter {folder} must hold float32, bfloat16 or float16, got {', '.join(sorted(dtypes))}")
+            raise ValueError(
+                f"adapter {folder} must hold float32, bfloat16 or float16, got {', '.join(sorted(dtypes))}"
+            )
         adapters = cls(transformer, config, backbone=backbone)
         adapters.load_state_dict(state)
         return adapters, meta

@@ -45,11 +45,19 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _number(given: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--lora must be FILE or FILE=WEIGHT, got {given!r}") from None
+
+
 def generate(arguments: argparse.Namespace) -> int:
     """Pictures from references."""
     from id_reward.images import open_image
     from tqdm import tqdm
 
+    from multicrafter.backbones import get_backbone
     from multicrafter.pipeline import MultiCrafterPipeline
 
     if not arguments.reference:
@@ -60,19 +68,26 @@ def generate(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--out must end in .png, .jpg or .webp, got {str(arguments.out)!r}")
     _writable(arguments.out)
     references = [open_image(path) for path in arguments.reference]
-    pipeline = MultiCrafterPipeline.from_pretrained(arguments.model, adapter=arguments.adapter)
+    pipeline = MultiCrafterPipeline.from_pretrained(
+        arguments.model, adapter=arguments.adapter, dtype=arguments.dtype, device=arguments.device,
+        backbone=get_backbone(arguments.backbone) if arguments.backbone else None,
+    )  # fmt: skip
+    for given in arguments.lora:
+        path, _, weight = given.rpartition("=")
+        pipeline.load_lora(path or weight, weight=_number(given, weight) if path else 1.0)
     if len(references) > pipeline.max_references:
         what = "the adapter was" if arguments.adapter else "a base without adapter is"
         print(
             f"warning: {len(references)} references, but {what} trained for {pipeline.max_references}; expect blending",
             file=sys.stderr,
         )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=arguments.steps, desc="generate", disable=not sys.stderr.isatty()) as bar:
         pictures = pipeline(
             arguments.prompt, references, num_images=arguments.num_images, num_steps=arguments.steps, seed=arguments.seed,
-            guidance=arguments.guidance, progress=lambda _: bar.update(),
+            guidance=arguments.guidance, negative_prompt=arguments.negative_prompt, true_guidance=arguments.true_guidance,
+            size=arguments.size, reference_size=arguments.reference_size, progress=lambda _: bar.update(),
         )  # fmt: skip
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for index, picture in enumerate(pictures):
         path = arguments.out if len(pictures) == 1 else arguments.out.with_stem(f"{arguments.out.stem}_{index}")
         temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
@@ -127,7 +142,11 @@ def align(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Metrics on unseen identities."""
+    """Metrics on unseen identities; with --pictures, of any model's pictures."""
+    if arguments.pictures is not None:
+        from multicrafter.benchmarking.cli import score
+
+        return score(arguments)
     from multicrafter import judges
     from multicrafter.evaluate import METRICS, EvaluateConfig, Judges, cases, summarise, table, write_json
     from multicrafter.evaluate import evaluate as run
@@ -220,7 +239,17 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--adapter", type=Path, help="folder written by pretrain, align or demo")
     sub.add_argument("--num-images", type=_positive, default=1)
     sub.add_argument("--steps", type=_positive, default=20)
-    sub.add_argument("--guidance", type=float, default=3.5)
+    sub.add_argument("--guidance", type=float, help="embedded guidance; default: the backbone's")
+    sub.add_argument("--negative-prompt", default="", help="used with --true-guidance")
+    sub.add_argument("--true-guidance", type=float, help="scale of a second, negative pass; default: the backbone's")
+    sub.add_argument("--size", type=_positive, help="side of the picture in pixels")
+    sub.add_argument("--reference-size", type=_positive, help="side of the references in pixels")
+    sub.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[=WEIGHT]", help="a plain LoRA to mix in; may be repeated"
+    )
+    sub.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+    sub.add_argument("--backbone", metavar="NAME", help="module:class of a backbone of your own")
 
     sub = command("pretrain", pretrain)
     sub.add_argument("--out", type=Path, required=True)
@@ -265,9 +294,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--scenes", type=_positive, default=2500)
     sub.add_argument("--cases", type=_positive, default=128)
 
+    from multicrafter.benchmarking.cli import add_options as add_scoring
+    from multicrafter.benchmarking.cli import add_parser as add_comparing
     from multicrafter.data.cli import add_parser as add_data
 
     add_data(commands)
+    add_scoring(commands.choices["evaluate"])
+    add_comparing(commands)
     sub = command("report", report, model=False)
     sub.add_argument("run", type=Path)
     return top

@@ -10,6 +10,7 @@ import torch
 from idar.integrations.diffusers import capture_subject_attention
 from torch import Tensor
 
+from multicrafter.backbones import backbone_of
 from multicrafter.flux.model import add_noise, encode_prompts, predict_velocity
 from multicrafter.stages.data import EncodedScenes
 from multicrafter.stages.pretrain import layout_of
@@ -57,7 +58,7 @@ def subject_maps(
     text = encode_prompts(pipe, [scenes.captions[i] for i in cases])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
     with capture_subject_attention(
-        pipe.transformer, layout_of(scenes, text.embeds.shape[1]), direction="image_to_reference"
+        pipe.transformer, layout_of(backbone_of(pipe), scenes, text.embeds.shape[1]), direction="image_to_reference"
     ) as captured:
         predict_velocity(pipe.transformer, add_noise(latents, noise, level), level, text, **scenes.context(rows))
     maps = captured.maps

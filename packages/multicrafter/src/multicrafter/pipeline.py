@@ -1,10 +1,10 @@
-"""Inference: pictures from references and a prompt, on any FLUX in diffusers format."""
+"""Inference: pictures from references and prompts, on any backbone, with adapters and other people's LoRAs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,60 +12,14 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from multicrafter import flux
 from multicrafter.adapters import Adapters
-from multicrafter.flux.model import (
-    decode_latents,
-    encode_images,
-    encode_prompts,
-    predict_velocity,
-    sample,
-    sigma_schedule,
-)
-from multicrafter.flux.packing import pack_latents, unpack_latents
+from multicrafter.backbones import Backbone, ReferenceCache, backbone_of
+from multicrafter.flux.model import Text, sample
+from multicrafter.flux.packing import Grid
+from multicrafter.loading import load_flux, resolve_adapter
+from multicrafter.publish import base_of, push_to_hub, save_pretrained
 
-if TYPE_CHECKING:
-    from diffusers import FluxPipeline
-
-PARTS = (
-    "model_index.json",
-    "transformer",
-    "vae",
-    "text_encoder",
-    "text_encoder_2",
-    "tokenizer",
-    "tokenizer_2",
-    "scheduler",
-)
-
-
-def load_flux(model: str | Path | None = None, *, dtype: torch.dtype = torch.float32) -> FluxPipeline:
-    """A `FluxPipeline` from a folder or hub id; the shipped tiny one by default.
-
-    Raises:
-        ValueError: The folder lacks a part, or its files cannot be read.
-    """
-    from diffusers import FluxPipeline
-    from diffusers.utils import logging
-
-    source = Path(model) if model is not None else flux.shipped()
-    if source.exists() or model is None:
-        missing = [part for part in PARTS if not (source / part).exists()]
-        if missing:
-            raise ValueError(f"model {source} must be a diffusers FLUX directory, but it lacks {', '.join(missing)}")
-    logging.disable_progress_bar()
-    try:
-        pipe = FluxPipeline.from_pretrained(source if source.exists() else str(model), torch_dtype=dtype)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"model {model or source} must be a readable FLUX directory or hub id, got {type(error).__name__}: {reason}"
-        ) from None
-    finally:
-        logging.enable_progress_bar()
-    for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
-        part.requires_grad_(False).eval()
-    return pipe
+References = Sequence[Image.Image]
 
 
 def to_tensor(picture: Image.Image, size: int) -> Float[Tensor, "3 size size"]:
@@ -80,88 +34,343 @@ def to_image(picture: Float[Tensor, "3 h w"]) -> Image.Image:
 
 
 class MultiCrafterPipeline:
-    """Several given subjects in one picture.
+    """Several given subjects in one picture: a pipeline of diffusers, plus references.
+
+    ``interrupt`` set to True by a callback ends the sampling after the step.
 
     >>> # MultiCrafterPipeline.from_pretrained(adapter="runs/demo/stage2/adapter")("two people in the park", references=[a, b])[0]
     """
 
     def __init__(
-        self, pipe: FluxPipeline, adapters: Adapters | None = None, notes: dict[str, Any] | None = None
+        self,
+        pipe: Any,
+        adapters: Adapters | None = None,
+        notes: dict[str, Any] | None = None,
+        *,
+        backbone: Backbone | None = None,
     ) -> None:
-        """Takes a loaded FLUX, with adapters already attached."""
+        """Takes a loaded pipeline, with adapters already attached."""
         self.pipe, self.adapters, self.notes = pipe, adapters, notes or {}
+        self.backbone = backbone or backbone_of(pipe)
+        self.loras: dict[str, float] = {}
+        self.interrupt = False
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path | None = None, *, adapter: str | Path | None = None, dtype: torch.dtype = torch.float32
+        cls,
+        model: str | Path | None = None,
+        *,
+        adapter: str | Path | None = None,
+        dtype: str | torch.dtype = torch.float32,
+        backbone: Backbone | None = None,
+        device: str | torch.device | None = None,
+        **options: Any,
     ) -> MultiCrafterPipeline:
-        """Loads a FLUX (folder or hub id, by default the shipped tiny one) and an adapter folder.
+        """Loads a base and an adapter, or what `save_pretrained` wrote.
+
+        Args:
+            model: A base (folder or hub id, by default the shipped tiny one), or a folder or hub id that `save_pretrained` or
+                `push_to_hub` wrote: then the base named in it is loaded too.
+            adapter: Folder or hub id of an adapter.
+            dtype: Of the base; adapters keep theirs.
+            backbone: Yours, if it is none of `multicrafter.backbones.BACKBONES`.
+            device: Where to run.
+            options: For ``from_pretrained`` of diffusers: ``revision``, ``token``, ``quantization_config``, ...
 
         Raises:
             ValueError: See `load_flux` and `Adapters.load`.
         """
-        pipe = load_flux(model, dtype=dtype)
+        if model is not None and adapter is None and (base := base_of(model)) is not None:
+            adapter, model = model, base
+        pipe = load_flux(model, dtype=dtype, backbone=backbone, **options)
+        if device is not None:
+            pipe.to(device)
         if adapter is None:
-            return cls(pipe)
-        return cls(pipe, *Adapters.load(pipe.transformer, adapter))
+            return cls(pipe, backbone=backbone)
+        backbone = backbone or backbone_of(pipe)
+        folder = resolve_adapter(adapter)
+        adapters, notes = Adapters.load(pipe.transformer, folder, backbone=backbone)
+        notes = {**notes, "folder": str(folder), "base_model": str(model) if model is not None else None}
+        return cls(pipe, adapters, notes, backbone=backbone)
+
+    def save_pretrained(self, folder: str | Path, *, base: bool = False) -> Path:
+        """Writes adapter and model card into ``folder``, with ``base`` also the pipeline itself; see `multicrafter.publish`."""
+        return save_pretrained(self, Path(folder), base=base)
+
+    def push_to_hub(self, repo_id: str, *, base: bool = False, private: bool | None = None, **options: Any) -> str:
+        """Uploads what `save_pretrained` writes; returns the address of the commit."""
+        return push_to_hub(self, repo_id, base=base, private=private, **options)
 
     @property
     def size(self) -> int:
-        """Side of a picture in pixels."""
-        return int(self.pipe.vae.config.sample_size)
+        """Side of a picture in pixels: what the adapter was trained at, or the VAE's."""
+        return int(self.notes.get("size") or self.pipe.vae.config.sample_size)
+
+    @property
+    def reference_size(self) -> int:
+        """Side of a reference in pixels: what the adapter was trained at, or half the picture's."""
+        return int(self.notes.get("reference_size") or self.size // 2)
 
     @property
     def max_references(self) -> int:
         """References the adapter was trained for; 1 for a base."""
         return int(self.notes.get("num_references", 1))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer runs (also when it is offloaded meanwhile)."""
+        return torch.device(getattr(self.pipe, "_execution_device", self.pipe.transformer.device))
+
+    def load_lora(self, source: str | Path | dict[str, Tensor], *, weight: float = 1.0, name: str | None = None) -> str:
+        """Mixes in a plain LoRA of another trainer (diffusers, kohya, ai-toolkit: what diffusers reads); returns its name.
+
+        Args:
+            source: File, folder, hub id or state dict.
+            weight: Scale of its update; change it with `set_loras`.
+            name: To call it by; by default the file's.
+
+        Raises:
+            ValueError: It cannot be read, or does not fit this transformer; the pipeline is then unchanged.
+        """
+        name = name or ("lora" if isinstance(source, dict) else Path(source).stem).replace(".", "_").replace("-", "_")
+        if name == "default" or name in self.loras:
+            raise ValueError(f"name must be new and not 'default', got {name!r} beside {sorted(self.loras)}")
+        state = self.adapters.state_dict() if self.adapters is not None else None
+        if self.adapters is not None:  # LoRAs find their layers by name, so they go on before the experts wrap the FFNs
+            self.adapters.detach()
+        problem: Exception | None = None
+        try:
+            self.pipe.load_lora_weights(source if isinstance(source, dict) else str(source), adapter_name=name)
+            if name not in getattr(self.pipe.transformer, "peft_config", {}):
+                raise ValueError("no weight of it belongs to this transformer")
+        except Exception as error:
+            problem = error
+            if name in getattr(self.pipe.transformer, "peft_config", {}):
+                self.pipe.transformer.delete_adapters(name)
+        if self.adapters is not None and state is not None:
+            self.adapters = Adapters(self.pipe.transformer, self.adapters.config, backbone=self.backbone)
+            self.adapters.load_state_dict(state)
+        if problem is None:
+            self.loras[name] = weight
+        self._activate()
+        if problem is not None:
+            reason = " ".join(str(problem).split())[:200]
+            raise ValueError(
+                f"lora {source if not isinstance(source, dict) else name} must fit {self.backbone.name}, got {reason}"
+            )
+        return name
+
+    def set_loras(self, weights: dict[str, float]) -> None:
+        """New weights of LoRAs that are loaded; 0 switches one off.
+
+        Raises:
+            ValueError: A name is not loaded.
+        """
+        unknown = sorted(weights.keys() - self.loras.keys())
+        if unknown:
+            raise ValueError(f"weights must name loaded LoRAs {sorted(self.loras)}, got {unknown}")
+        self.loras.update(weights)
+        self._activate()
+
+    def _activate(self) -> None:
+        names = (["default"] if self.adapters is not None else []) + list(self.loras)
+        if not names:
+            return
+        transformer = self.pipe.transformer
+        transformer.set_adapters(names, [1.0] * (self.adapters is not None) + list(self.loras.values()))
+        for key, parameter in transformer.named_parameters():
+            if any(f".{name}." in key for name in self.loras):
+                parameter.requires_grad_(False)
+
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str,
-        references: Sequence[Image.Image],
+        prompt: str | Sequence[str],
+        references: References | Sequence[References],
         *,
+        negative_prompt: str = "",
+        true_guidance: float | None = None,
         num_images: int = 1,
         num_steps: int = 20,
-        seed: int = 0,
-        guidance: float = 3.5,
+        seed: int | Sequence[int] = 0,
+        guidance: float | None = None,
+        size: int | tuple[int, int] | None = None,
+        reference_size: int | None = None,
+        cache_references: bool | None = None,
         progress: Callable[[int], object] | None = None,
-    ) -> list[Image.Image]:
-        """Draws ``num_images`` pictures.
+        callback_on_step_end: Callable[[MultiCrafterPipeline, int, float, dict[str, Any]], dict[str, Any] | None]
+        | None = None,
+        output_type: str = "pil",
+    ) -> list[Any]:
+        """Draws ``num_images`` pictures per prompt; a batch gives what its prompts give alone, up to rounding.
 
         Args:
-            prompt: What the picture shows.
-            references: One picture per subject; each is padded to a square of half the picture's side.
-            num_images: Pictures, each from its own noise.
+            prompt: What the picture shows, or one text per picture.
+            references: One picture per subject, padded to a square; with several prompts, one list per prompt. The lists may
+                differ in length: prompts with equally many references run together, nothing is padded.
+            negative_prompt: What to steer away from; used where ``true_guidance`` is not 1.
+            true_guidance: ``velocity = negative + true_guidance * (positive - negative)`` (arXiv 2207.12598), a second pass a step.
+                Default: 1 (off) where the model embeds its guidance or was distilled, else the backbone's.
+            num_images: Pictures per prompt, each from its own noise.
             num_steps: Euler steps.
-            seed: Of the noise.
-            guidance: Distilled guidance, where the model embeds it.
-            progress: Called with the number of steps done.
+            seed: Of the noise; one per prompt, or the same for all.
+            guidance: Distilled guidance, where the model embeds it; default: the backbone's.
+            size: Side, or (height, width), in pixels; multiples of a token's side.
+            reference_size: Side of the references, at most the picture's.
+            cache_references: Keep keys and values of the references between steps. Default: where that is exact.
+            progress: Called with the number of steps done (of the current group of prompts).
+            callback_on_step_end: As in diffusers: ``(pipeline, step, timestep, {"latents": ..., "rows": ...})``, where rows are the
+                prompts of the latents; may return ``{"latents": ...}`` and may set ``pipeline.interrupt``.
+            output_type: "pil", "pt" (tensors (3, H, W) in [0, 1]) or "latent" (tokens (n, d)).
 
         Raises:
-            ValueError: No prompt, no reference, or a number below 1.
+            ValueError: No prompt, no reference, a number out of range, or something that the backbone does not have.
         """
-        if not prompt.strip():
-            raise ValueError("prompt must not be empty")
-        if not references:
-            raise ValueError("references must hold at least one picture, got none")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        lists = _reference_lists(prompts, references)
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         if num_images < 1 or num_steps < 1:
             raise ValueError(f"num_images and num_steps must be at least 1, got {num_images} and {num_steps}")
-        vae, device = self.pipe.vae, self.pipe.transformer.device
-        factor = 2 * 2 ** (len(vae.config.block_out_channels) - 1)
-        grid, reference_grid = (self.size // factor,) * 2, (self.size // 2 // factor,) * 2
-        pictures = torch.stack([to_tensor(r, self.size // 2) for r in references]).to(device)
-        tokens = [t.expand(num_images, -1, -1) for t in pack_latents(encode_images(vae, pictures)).split(1)]
-        text = encode_prompts(self.pipe, [prompt] * num_images)
-        noise = torch.randn(
-            num_images, grid[0] * grid[1], tokens[0].shape[2], generator=torch.Generator().manual_seed(seed)
-        ).to(device)
-
-        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            return predict_velocity(
-                self.pipe.transformer, x, sigma, text,
-                image_grid=grid, references=tokens, reference_grids=[reference_grid] * len(tokens), guidance=guidance,
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seed must be one number or one per prompt ({len(prompts)}), got {len(seeds)}")
+        if output_type not in ("pil", "pt", "latent"):
+            raise ValueError(f"output_type must be 'pil', 'pt' or 'latent', got {output_type!r}")
+        grid, reference_grid = self._grids(size, reference_size)
+        scale = self._true_guidance(true_guidance)
+        guidance = self.backbone.default_guidance if guidance is None else guidance
+        keep = self.backbone.caches_references if cache_references is None else cache_references
+        if keep and not self.backbone.caches_references:
+            raise ValueError(
+                f"cache_references must be off: the reference keys of {self.backbone.name} depend on sigma"
+            )
+        self.interrupt = False
+        results: dict[int, list[Any]] = {}
+        for count in sorted({len(x) for x in lists}):
+            rows = [i for i, x in enumerate(lists) if len(x) == count]
+            sampler = _Sampler(
+                self, grid, reference_grid, num_images=num_images, num_steps=num_steps, guidance=guidance, scale=scale, keep=keep,
+                negative_prompt=negative_prompt,
             )  # fmt: skip
+            tokens = sampler.run(
+                rows,
+                [prompts[i] for i in rows],
+                [lists[i] for i in rows],
+                [seeds[i] for i in rows],
+                progress,
+                callback_on_step_end,
+            )
+            for i, group in zip(rows, tokens.unflatten(0, (len(rows), num_images)), strict=True):
+                results[i] = self._finish(group, grid, output_type)
+        return [picture for i in range(len(prompts)) for picture in results[i]]
 
-        latents = sample(velocity, noise, sigma_schedule(num_steps), progress=progress)
-        return [to_image(p) for p in decode_latents(vae, unpack_latents(latents, grid))]
+    def _finish(self, tokens: Tensor, grid: Grid, output_type: str) -> list[Any]:
+        if output_type == "latent":
+            return list(tokens)
+        pictures = self.backbone.decode_pictures(self.pipe, tokens, grid)
+        return list(pictures) if output_type == "pt" else [to_image(p) for p in pictures]
+
+    def _grids(self, size: int | tuple[int, int] | None, reference_size: int | None) -> tuple[Grid, Grid]:
+        """Token grids of picture and reference."""
+        side = self.backbone.token_side(self.pipe)
+        height, width = (size, size) if isinstance(size, int) else (size or (self.size, self.size))
+        small = reference_size or (self.reference_size if size is None else min(self.reference_size, height, width))
+        for name, value in (("size", height), ("size", width), ("reference_size", small)):
+            if value < side or value % side:
+                raise ValueError(f"{name} must be a positive multiple of {side} pixels, got {value}")
+        if small > max(height, width):
+            raise ValueError(f"reference_size must be at most the picture's {max(height, width)} pixels, got {small}")
+        return (height // side, width // side), (small // side, small // side)
+
+    def _true_guidance(self, value: float | None) -> float:
+        """1 means one pass."""
+        has = self.backbone.has_true_guidance(self.pipe)
+        if value is None:
+            return self.backbone.default_true_guidance if has else 1.0
+        if value != 1 and not has:
+            raise ValueError(f"true_guidance must be 1: this {self.backbone.name} was distilled, got {value}")
+        return value
+
+
+def _reference_lists(prompts: list[str], references: References | Sequence[References]) -> list[list[Image.Image]]:
+    """One list of references per prompt."""
+    if not prompts or not all(p.strip() for p in prompts):
+        raise ValueError("prompt must not be empty")
+    given: list[Any] = list(references)
+    nested = [isinstance(x, (list, tuple)) for x in given]
+    if any(nested) and not all(nested):
+        raise ValueError("references must be pictures, or one list of pictures per prompt, got both")
+    lists = [list(x) for x in given] if given and all(nested) else [given] * len(prompts)
+    if len(lists) != len(prompts):
+        raise ValueError(f"references must hold one list per prompt ({len(prompts)}), got {len(lists)}")
+    if not all(lists):
+        raise ValueError("references must hold at least one picture, got none")
+    return lists
+
+
+class _Sampler:
+    """One group of prompts with equally many references."""
+
+    def __init__(
+        self, owner: MultiCrafterPipeline, grid: Grid, reference_grid: Grid, *, num_images: int, num_steps: int,
+        guidance: float, scale: float, keep: bool, negative_prompt: str,
+    ) -> None:  # fmt: skip
+        self.owner, self.backbone, self.pipe = owner, owner.backbone, owner.pipe
+        self.grid, self.reference_grid, self.num_images, self.num_steps = grid, reference_grid, num_images, num_steps
+        self.guidance, self.scale, self.negative_prompt = guidance, scale, negative_prompt
+        self.caches = [ReferenceCache(), ReferenceCache()] if keep else [None, None]
+
+    def run(
+        self, rows: list[int], prompts: list[str], lists: list[list[Image.Image]], seeds: list[int],
+        progress: Callable[[int], object] | None, callback: Callable[..., Any] | None,
+    ) -> Tensor:  # fmt: skip
+        """Tokens (prompts x num_images, n, d)."""
+        owner, device, dtype = self.owner, self.owner.device, self.pipe.transformer.dtype
+        side = self.reference_grid[0] * self.backbone.token_side(self.pipe)
+        pictures = torch.stack([to_tensor(p, side) for references in lists for p in references]).to(device)
+        encoded = self.backbone.encode_pictures(self.pipe, pictures).to(dtype).unflatten(0, (len(prompts), -1))
+        expanded = (
+            encoded.repeat_interleave(self.num_images, 0)
+            if len(prompts) > 1
+            else encoded.expand(self.num_images, -1, -1, -1)
+        )
+        self.references = list(expanded.unbind(1))
+        repeated = [p for p in prompts for _ in range(self.num_images)]
+        self.text = self._encode(repeated, dtype)
+        self.negative = self._encode([self.negative_prompt] * len(repeated), dtype) if self.scale != 1 else None
+        shape = (self.num_images, self.grid[0] * self.grid[1], encoded.shape[-1])
+        noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
+        sigmas = self.backbone.sigmas(self.pipe, self.num_steps, shape[1])
+
+        def after(step: int, x: Tensor) -> Tensor | None:
+            if progress is not None:
+                progress(step + 1)
+            if callback is not None:
+                changed = callback(owner, step, 1000 * float(sigmas[step]), {"latents": x, "rows": rows})
+                x = (changed or {}).get("latents", x)
+            return None if owner.interrupt else x
+
+        return sample(self._velocity, noise, sigmas, after=after)
+
+    def _encode(self, prompts: list[str], dtype: torch.dtype) -> Text:
+        text = self.backbone.encode_prompts(self.pipe, prompts)
+        pooled = None if text.pooled is None else text.pooled.to(self.owner.device, dtype)
+        return Text(text.embeds.to(self.owner.device, dtype), pooled)
+
+    def _velocity(self, x: Tensor, sigma: Tensor) -> Tensor:
+        positive = self._pass(x, sigma, self.text, self.caches[0])
+        if self.negative is None:
+            return positive
+        negative = self._pass(x, sigma, self.negative, self.caches[1])
+        return negative + self.scale * (positive - negative)
+
+    def _pass(self, x: Tensor, sigma: Tensor, text: Text, cache: ReferenceCache | None) -> Tensor:
+        """The model works in its dtype, the sampler in fp32."""
+        velocity = self.backbone.velocity(
+            self.pipe.transformer, x.to(self.pipe.transformer.dtype), sigma.to(x.device), text, image_grid=self.grid,
+            references=self.references, reference_grids=[self.reference_grid] * len(self.references), guidance=self.guidance,
+            cache=cache,
+        )  # fmt: skip
+        return velocity.to(x.dtype)
+
+
+__all__ = ["MultiCrafterPipeline", "load_flux", "to_image", "to_tensor"]

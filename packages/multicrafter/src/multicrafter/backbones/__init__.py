@@ -23,7 +23,9 @@ def backbone_of(pipe_or_transformer: Any) -> Backbone:
         if backbone.matches(pipe_or_transformer):
             return backbone
     known = ", ".join(b.pipeline_class for b in BACKBONES)
-    raise ValueError(f"pipeline must be one of {known}, or come with a backbone, got {type(pipe_or_transformer).__name__}")
+    raise ValueError(
+        f"pipeline must be one of {known}, or come with a backbone, got {type(pipe_or_transformer).__name__}"
+    )
 
 
 def get_backbone(name: str) -> Backbone:

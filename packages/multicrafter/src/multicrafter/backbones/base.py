@@ -33,7 +33,8 @@ class Backbone(ABC):
         ffn_blocks: Regexes of the modules that the experts sit beside.
         caches_references: Whether keys and values of reference tokens are the same at every sigma, so that they may be kept.
         full_config: Configuration of the full-size transformer.
-        default_guidance: Used where the caller names none.
+        default_guidance: Embedded guidance where the caller names none.
+        default_true_guidance: Scale of the second pass where the caller names none and the pipeline has it; 1 is off.
     """
 
     name: ClassVar[str]
@@ -47,7 +48,8 @@ class Backbone(ABC):
     ffn_blocks: ClassVar[tuple[str, ...]]
     caches_references: ClassVar[bool] = False
     full_config: ClassVar[Mapping[str, Any]]
-    default_guidance: ClassVar[float]
+    default_guidance: ClassVar[float] = 1.0
+    default_true_guidance: ClassVar[float] = 1.0
 
     # Text
 
@@ -116,7 +118,7 @@ class Backbone(ABC):
         return sigma_schedule(num_steps, shift=math.exp(self.shift_exponent(config, num_steps, num_tokens)))
 
     def shift_exponent(self, config: Any, num_steps: int, num_tokens: int) -> float:
-        """mu of dynamic shifting, linear in the number of image tokens (arXiv 2403.03206, section 5.3.2)."""
+        """Exponent mu of dynamic shifting, linear in the number of image tokens (arXiv 2403.03206, section 5.3.2)."""
         low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
         return float(base + (top - base) * (num_tokens - low) / (high - low))

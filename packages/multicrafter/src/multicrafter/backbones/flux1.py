@@ -93,10 +93,10 @@ class Flux1(Backbone):
             vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
             feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
         )  # fmt: skip
-        clip = CLIPTextConfig(
-            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+        clip = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+        return sum(
+            count_parameters(on_meta(lambda f=f, c=c: f(c))) for f, c in ((T5EncoderModel, t5), (CLIPTextModel, clip))
         )
-        return sum(count_parameters(on_meta(lambda f=f, c=c: f(c))) for f, c in ((T5EncoderModel, t5), (CLIPTextModel, clip)))
 
 
 class Flux1Kontext(Flux1):

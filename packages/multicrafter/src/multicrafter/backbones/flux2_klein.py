@@ -28,7 +28,9 @@ class Flux2Klein(Backbone):
         r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
         r"|single_transformer_blocks\.\d+\.attn\.to_qkv_mlp_proj"
     )
-    ffn_linears = r"transformer_blocks\.\d+\.ff(_context)?\.linear_(in|out)|single_transformer_blocks\.\d+\.attn\.to_out"
+    ffn_linears = (
+        r"transformer_blocks\.\d+\.ff(_context)?\.linear_(in|out)|single_transformer_blocks\.\d+\.attn\.to_out"
+    )
     ffn_blocks = (
         r"transformer_blocks\.\d+\.ff",
         r"transformer_blocks\.\d+\.ff_context",
@@ -49,7 +51,7 @@ class Flux2Klein(Backbone):
         "eps": 1e-6,
         "guidance_embeds": False,
     }
-    default_guidance = 4.0
+    default_true_guidance = 4.0
 
     # Text
 
@@ -148,7 +150,7 @@ class Flux2Klein(Backbone):
         }
 
     def shift_exponent(self, config: Any, num_steps: int, num_tokens: int) -> float:
-        """mu as FLUX.2 computes it from tokens and steps."""
+        """Exponent mu as FLUX.2 computes it from tokens and steps."""
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
         return float(compute_empirical_mu(image_seq_len=num_tokens, num_steps=num_steps))

@@ -85,6 +85,10 @@ class Flux2KleinKV(Flux2Klein):
             cache.content = kept
         return velocity  # type: ignore[no-any-return]
 
+    def has_true_guidance(self, pipe: Any) -> bool:
+        """Never: it was distilled."""
+        return False
+
     def text_encoder_parameters(self) -> int:
         """Qwen3-8B."""
         from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -99,7 +103,11 @@ class Flux2KleinKV(Flux2Klein):
 
 
 def use_processors(transformer: Any) -> None:
-    """Puts diffusers' KV processors in where the plain ones are; others (a capture's, say) stay."""
+    """Puts diffusers' KV processors in where the plain ones are.
+
+    Raises:
+        ValueError: Another processor is there (a capture's, say): it would not see the keywords, and attend to everything.
+    """
     from diffusers.models.transformers.transformer_flux2 import (
         Flux2AttnProcessor,
         Flux2KVAttnProcessor,
@@ -112,3 +120,8 @@ def use_processors(transformer: Any) -> None:
             block.attn.set_processor(Flux2KVAttnProcessor())
         elif type(block.attn.processor) is Flux2ParallelSelfAttnProcessor:
             block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
+        elif not isinstance(block.attn.processor, (Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor)):
+            found = type(block.attn.processor).__name__
+            raise ValueError(
+                f"transformer must have diffusers' own attention processors for flux2_klein_kv, got {found}"
+            )

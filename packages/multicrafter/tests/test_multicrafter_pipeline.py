@@ -1,0 +1,401 @@
+"""Inference on every backbone: batches, seeds, callbacks, guidance, LoRAs of others, saving and the hub."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from multicrafter.adapters import AdapterConfig, Adapters
+from multicrafter.backbones import backbone_of
+from multicrafter.backbones.tiny import tiny_flux1, tiny_klein
+from multicrafter.cli import main
+from multicrafter.flux.tiny import TinyFluxConfig
+from multicrafter.loading import resolve_adapter
+from multicrafter.pipeline import MultiCrafterPipeline, load_flux
+from PIL import Image
+
+CONFIG = TinyFluxConfig(num_heads=2, head_dim=16, num_double=1, num_single=1, vae_channels=(8, 8, 8), text_width=16)
+
+
+def filled(pipe):
+    """Random numbers everywhere, so that everything matters."""
+    generator = torch.Generator().manual_seed(1)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    for parameter in pipe.transformer.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return pipe
+
+
+def with_adapter(pipe, **notes):
+    adapters = Adapters(pipe.transformer, AdapterConfig(rank=2, alpha=2.0, num_experts=2), seed=3)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return MultiCrafterPipeline(pipe, adapters, {"num_references": 2, **notes})
+
+
+@pytest.fixture
+def flux():
+    return filled(tiny_flux1(CONFIG, guidance_embeds=True))
+
+
+@pytest.fixture
+def klein():
+    return filled(tiny_klein())
+
+
+RED, BLUE, GREEN = (Image.new("RGB", (40, 60), c) for c in ((200, 40, 40), (40, 40, 200), (40, 200, 40)))
+
+
+def latents(pipeline, prompt, references, **options):
+    return torch.stack(pipeline(prompt, references, output_type="latent", **{"num_steps": 2, **options}))
+
+
+@pytest.mark.parametrize("kind", ["flux", "klein", "kv"])
+def test_a_batch_gives_what_its_prompts_give_alone(kind, request):
+    """Unequal numbers of references too, each prompt with its own seed, two pictures each."""
+    pipe = filled(tiny_klein(kv=True)) if kind == "kv" else request.getfixturevalue(kind)
+    pipeline = with_adapter(pipe)
+    prompts, references, seeds = ["one person", "two people", "one dog"], [[RED, BLUE], [GREEN], [BLUE, RED]], [3, 4, 5]
+    together = latents(pipeline, prompts, references, seed=seeds, num_images=2).unflatten(0, (3, 2))
+    for i in range(3):
+        alone = latents(pipeline, prompts[i], references[i], seed=seeds[i], num_images=2)
+        assert torch.allclose(together[i], alone, atol=2e-4)
+        assert not torch.allclose(alone[0], alone[1], atol=1e-2)
+    shared = latents(pipeline, ["one person"] * 2, [RED], seed=7)
+    assert torch.allclose(shared[0], shared[1], atol=2e-4), "one seed and one list of references serve all prompts"
+
+
+def test_nothing_is_padded(klein):
+    lengths = []
+    klein.transformer.x_embedder.register_forward_hook(lambda _m, i, _o: lengths.append(tuple(i[0].shape[:2])))
+    latents(MultiCrafterPipeline(klein), ["a", "b", "c"], [[RED], [RED, BLUE], [BLUE]], num_steps=1, true_guidance=1.0)
+    assert lengths == [(2, 64 + 16), (1, 64 + 32)]
+
+
+def test_true_guidance_is_the_formula(flux):
+    pipeline, backbone = MultiCrafterPipeline(flux), backbone_of(flux)
+    options = {"num_steps": 1, "guidance": 2.0}
+    noise = torch.randn((1, 64, 32), generator=torch.Generator().manual_seed(0))
+    positive = latents(pipeline, "one person", [RED], **options)
+    negative = latents(pipeline, "night", [RED], **options)
+    guided = latents(pipeline, "one person", [RED], negative_prompt="night", true_guidance=3.0, **options)
+    velocity = (noise - negative) + 3.0 * (
+        (noise - positive) - (noise - negative)
+    )  # one step: latents = noise - velocity
+    assert torch.allclose(guided, noise - velocity, atol=1e-4)
+    assert backbone.default_true_guidance == 1
+    assert not torch.allclose(positive, latents(pipeline, "one person", [RED], num_steps=1, guidance=5.0), atol=1e-4)
+
+
+def test_a_distilled_model_has_no_true_guidance(klein):
+    assert torch.allclose(
+        latents(MultiCrafterPipeline(klein), "x", [RED]),
+        latents(MultiCrafterPipeline(klein), "x", [RED], true_guidance=4.0),
+    )
+    distilled = MultiCrafterPipeline(filled(tiny_klein(distilled=True)))
+    assert torch.allclose(latents(distilled, "x", [RED]), latents(distilled, "x", [RED], true_guidance=1.0))
+    with pytest.raises(ValueError, match="distilled"):
+        latents(distilled, "x", [RED], true_guidance=2.0)
+    with pytest.raises(ValueError, match="cache_references must be off"):
+        latents(distilled, "x", [RED], cache_references=True)
+
+
+def test_callbacks_see_change_and_stop(klein):
+    pipeline, seen = MultiCrafterPipeline(klein), []
+
+    def look(owner, step, timestep, content):
+        assert owner is pipeline
+        seen.append((step, timestep, content["rows"]))
+        return None
+
+    plain = latents(pipeline, "x", [RED], num_steps=3, callback_on_step_end=look)
+    assert torch.equal(plain, latents(pipeline, "x", [RED], num_steps=3))
+    assert [s for s, _, _ in seen] == [0, 1, 2]
+    assert seen[0][1] == 1000
+    assert all(a[1] > b[1] for a, b in zip(seen[:-1], seen[1:]))
+
+    def zero(owner, step, timestep, content):
+        return {"latents": torch.zeros_like(content["latents"])} if step == 2 else None
+
+    assert latents(pipeline, "x", [RED], num_steps=3, callback_on_step_end=zero).abs().max() == 0
+
+    def stop(owner, step, timestep, content):
+        kept.append(content["latents"])
+        owner.interrupt = step == 1
+
+    kept: list[torch.Tensor] = []
+    latents(pipeline, "x", [RED], num_steps=5, callback_on_step_end=stop)
+    assert len(kept) == 2
+    assert torch.equal(latents(pipeline, "x", [RED], num_steps=3), plain), "an interruption does not outlive its call"
+
+
+def test_sizes(klein):
+    pipeline = MultiCrafterPipeline(klein)
+    assert pipeline("x", [RED], num_steps=1, size=(64, 96), reference_size=48)[0].size == (96, 64)
+    for options, words in [
+        ({"size": 60}, "size must be a positive multiple of 8"),
+        ({"reference_size": 20}, "reference_size must be a positive multiple of 8"),
+        ({"reference_size": 128}, "at most the picture's 64"),
+        ({"size": 0}, "size must be"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            pipeline("x", [RED], num_steps=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": ["a", " "]}, "prompt"),
+        ({"references": []}, "at least one"),
+        ({"prompt": ["a", "b"], "references": [[RED]]}, "one list per prompt"),
+        ({"prompt": ["a", "b"], "references": [[RED], []]}, "at least one"),
+        ({"references": [RED, [RED]]}, "got both"),
+        ({"prompt": ["a", "b"], "seed": [1]}, "seed"),
+        ({"num_images": 0}, "num_images"),
+        ({"output_type": "np"}, "output_type"),
+    ],
+)
+def test_bad_calls_are_named(klein, change, words):
+    with pytest.raises(ValueError, match=words):
+        MultiCrafterPipeline(klein)(**{"prompt": "x", "references": [RED], "num_steps": 1, **change})
+
+
+def lora_of(pipe, targets, *, seed=5):
+    """A plain LoRA file's tensors, made by peft on another copy, in diffusers' layout."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(seed)
+    pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False), "made")
+    state = get_peft_model_state_dict(pipe.transformer, adapter_name="made")
+    return {f"transformer.{k}": v.clone() for k, v in state.items()}
+
+
+def merged(pipe, state, weight):
+    """The same update added to the weights: the slow twin."""
+    parameters = dict(pipe.transformer.named_parameters())
+    for key in [k for k in state if "lora_A" in k]:
+        name = key.removeprefix("transformer.").replace(".lora_A", "").removesuffix(".weight")
+        parameters[f"{name}.weight"].data += weight * state[key.replace("lora_A", "lora_B")] @ state[key]
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_flux1(CONFIG, guidance_embeds=True), tiny_klein], ids=["flux", "klein"])
+def test_loras_of_others_mix_in(make, tmp_path):
+    """FFN and attention layers, with our adapters before and after: equal to weights with the update merged in."""
+    from safetensors.torch import save_file
+
+    flux1 = "Flux2" not in type(make().transformer).__name__
+    targets = ["to_k", "net.2", "proj_mlp"] if flux1 else ["to_k", "linear_out", "to_qkv_mlp_proj"]
+    state = lora_of(filled(make()), targets)
+    save_file(state, tmp_path / "style-v1.safetensors")
+    twin = filled(make())
+    merged(twin, state, 0.5)
+    want, pipeline = latents(with_adapter(twin), "x", [RED]), with_adapter(filled(make()))
+    before = latents(pipeline, "x", [RED])
+    trained = {k: v.clone() for k, v in pipeline.adapters.state_dict().items()}
+    assert pipeline.load_lora(tmp_path / "style-v1.safetensors", weight=0.5) == "style_v1"
+    assert torch.allclose(latents(pipeline, "x", [RED]), want, atol=1e-4)
+    assert not torch.allclose(before, want, atol=1e-2)
+    assert pipeline.adapters.state_dict().keys() == trained.keys(), "the other LoRA is not taken for ours"
+    assert all(torch.equal(v, trained[k]) for k, v in pipeline.adapters.state_dict().items())
+    pipeline.set_loras({"style_v1": 0.0})
+    assert torch.allclose(latents(pipeline, "x", [RED]), before, atol=1e-5)
+    second = pipeline.load_lora(lora_of(filled(make()), ["to_q"], seed=6), name="second")
+    assert pipeline.loras == {"style_v1": 0.0, second: 1.0}
+    with pytest.raises(ValueError, match="must be new"):
+        pipeline.load_lora(state, name="second")
+    with pytest.raises(ValueError, match="must name loaded"):
+        pipeline.set_loras({"third": 1.0})
+
+
+def test_a_lora_that_does_not_fit_changes_nothing(klein, flux, tmp_path):
+    pipeline = with_adapter(klein)
+    before = latents(pipeline, "x", [RED])
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    for source in (lora_of(flux, ["proj_mlp"]), tmp_path / "broken.safetensors", tmp_path / "missing.safetensors"):
+        with pytest.raises(ValueError, match="must fit flux2_klein"):
+            pipeline.load_lora(source, name="other")
+        assert pipeline.loras == {}
+        assert torch.equal(latents(pipeline, "x", [RED]), before)
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_a_saved_pipeline_draws_the_same(klein, tmp_path, base):
+    klein.save_pretrained(tmp_path / "base")
+    made = with_adapter(load_flux(tmp_path / "base"), stage=1, size=64, reference_size=24)
+    want = latents(made, "x", [RED, BLUE])
+    folder = made.save_pretrained(tmp_path / "saved", base=base)
+    assert torch.equal(latents(made, "x", [RED, BLUE]), want), "saving leaves it as it was"
+    names = {p.name for p in folder.iterdir()}
+    assert {"adapter.json", "adapter.safetensors", "README.md"} <= names
+    assert ("model_index.json" in names) == base
+    assert not list(tmp_path.glob(".saved*"))
+    if base:
+        assert "lora" not in "".join(json.loads((folder / "transformer" / "config.json").read_text()))
+        (tmp_path / "base" / "model_index.json").unlink()
+    again = MultiCrafterPipeline.from_pretrained(folder)
+    assert (again.size, again.reference_size, again.max_references) == (64, 24, 2)
+    assert torch.equal(latents(again, "x", [RED, BLUE]), want)
+    again.save_pretrained(folder, base=base)
+    assert torch.equal(latents(MultiCrafterPipeline.from_pretrained(folder), "x", [RED, BLUE]), want)
+
+
+def test_the_card_is_written_from_the_run(klein, tmp_path):
+    klein.save_pretrained(tmp_path / "base")
+    run = tmp_path / "run"
+    with_adapter(klein).adapters.save(run / "adapter", stage=1, num_references=2, steps=20)
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": i + 1, "loss": float(i)}) + "\n" for i in range(20)))
+    (run / "config.json").write_text(json.dumps({"lr": 0.125}))
+    loaded = MultiCrafterPipeline.from_pretrained(tmp_path / "base", adapter=run / "adapter")
+    card = (loaded.save_pretrained(tmp_path / "saved") / "README.md").read_text()
+    for words in (
+        "| loss | 18.5 |",
+        "0.125",
+        "2 experts, top 1",
+        "license: apache-2.0",
+        "library_name: multicrafter",
+        "| steps | 20 |",
+    ):
+        assert words in card
+    with pytest.raises(ValueError, match="neither"):
+        MultiCrafterPipeline(loaded.pipe).save_pretrained(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_pushing_uploads_what_is_saved(klein, monkeypatch):
+    import huggingface_hub
+
+    calls = {}
+
+    class Api:
+        def __init__(self, token=None):
+            calls["token"] = token
+
+        def create_repo(self, repo_id, *, private, exist_ok):
+            calls["create"] = (repo_id, private, exist_ok)
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message, create_pr):
+            calls["files"] = sorted(p.name for p in folder_path.iterdir())
+            calls["card"] = (folder_path / "README.md").read_text()
+            return f"https://hub/{repo_id}/commit/1"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert (
+        with_adapter(klein).push_to_hub("me/two-people", private=True, token="t")
+        == "https://hub/me/two-people/commit/1"
+    )
+    assert calls["create"] == ("me/two-people", True, True)
+    assert calls["files"] == ["README.md", "adapter.json", "adapter.safetensors"]
+    assert 'from_pretrained("me/two-people")' in calls["card"]
+    assert calls["token"] == "t"
+    monkeypatch.setattr(Api, "create_repo", lambda *a, **k: (_ for _ in ()).throw(OSError("403 forbidden")))
+    with pytest.raises(ValueError, match="writable on the hub"):
+        with_adapter(filled(tiny_klein())).push_to_hub("me/two-people")
+
+
+def test_half_precision_keeps_the_sampler_exact(klein):
+    """The model in bfloat16, latents in float32; close to full precision, and finite."""
+    want = latents(MultiCrafterPipeline(klein), "one person", [RED], num_steps=4, true_guidance=1.0)
+    klein.to(torch.bfloat16)
+    got = latents(with_adapter(klein), "one person", [RED], num_steps=4, true_guidance=1.0)
+    assert got.dtype == torch.float32
+    assert torch.isfinite(got).all()
+    plain = latents(MultiCrafterPipeline(filled_like(klein)), "one person", [RED], num_steps=4, true_guidance=1.0)
+    assert (plain - want).norm() / want.norm() < 0.05
+
+
+def filled_like(pipe):
+    other = filled(tiny_klein())
+    return other.to(pipe.transformer.dtype)
+
+
+# Bad input: one sentence, exit code 2, nothing half-written
+
+
+def fails(capsys, *words, argv):
+    code = main(argv)
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("error:")]
+    assert (code, captured.out, len(lines)) == (2, "", 1)
+    assert "Traceback" not in captured.err
+    assert all(w in lines[0] for w in words), lines[0]
+
+
+@pytest.fixture
+def command(klein, tmp_path):
+    klein.save_pretrained(tmp_path / "base")
+    RED.save(tmp_path / "a.png")
+    return {
+        "--model": str(tmp_path / "base"), "--reference": str(tmp_path / "a.png"), "--prompt": "x", "--out": str(tmp_path / "o.png"),
+        "--steps": "1",
+    }  # fmt: skip
+
+
+def argv(command, **change):
+    merged = {**command, **{f"--{k.replace('_', '-')}": v for k, v in change.items()}}
+    return ["generate", *[x for pair in merged.items() for x in pair]]
+
+
+def test_another_backbones_adapter(command, flux, tmp_path, capsys):
+    saved = with_adapter(flux).adapters.save(tmp_path / "flux_adapter", num_references=2)
+    fails(capsys, "backbone flux2_klein", "flux1_dev", argv=argv(command, adapter=str(saved)))
+    assert not (tmp_path / "o.png").exists()
+
+
+def test_adapter_of_the_wrong_dtype(command, klein, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    saved = with_adapter(klein).adapters.save(tmp_path / "a", num_references=2)
+    state = load_file(saved / "adapter.safetensors")
+    save_file({k: v.to(torch.int8) for k, v in state.items()}, saved / "adapter.safetensors")
+    fails(capsys, "float32, bfloat16 or float16", "int8", argv=argv(command, adapter=str(saved)))
+    fails(capsys, "dtype must be one of", "int4", argv=argv(command, dtype="int4"))
+
+
+def test_references_larger_than_allowed(command, tmp_path, capsys):
+    fails(capsys, "reference_size must be at most", "128", argv=argv(command, reference_size="128"))
+    assert not (tmp_path / "o.png").exists()
+    fails(capsys, "reference_size must be a positive multiple of 8", argv=argv(command, reference_size="30"))
+
+
+def test_gated_weights_without_a_token(command, capsys, monkeypatch):
+    import diffusers
+    import httpx2
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    def raising(error_class):
+        def from_pretrained(*_args, **_options):
+            response = httpx2.Response(401, request=httpx2.Request("GET", "https://huggingface.co/x"))
+            try:
+                raise error_class("401 Client Error", response=response)
+            except error_class as error:
+                raise OSError("cannot load model") from error
+
+        return from_pretrained
+
+    monkeypatch.setattr("multicrafter.publish._base_on_hub", lambda model: None)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", raising(GatedRepoError))
+    fails(
+        capsys,
+        "is gated",
+        "huggingface.co/black-forest-labs/FLUX.1-dev",
+        argv=argv(command, model="black-forest-labs/FLUX.1-dev"),
+    )
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", raising(RepositoryNotFoundError))
+    fails(capsys, "exists and that you may read", argv=argv(command, model="me/nothing"))
+
+
+def test_an_adapter_without_its_base(klein, tmp_path):
+    folder = with_adapter(klein).adapters.save(tmp_path / "a")
+    with pytest.raises(ValueError, match="must name its base_model"):
+        MultiCrafterPipeline.from_pretrained(folder)
+    assert resolve_adapter("./x") != "./x"
+    assert math.isclose(MultiCrafterPipeline(klein).size, 64)
