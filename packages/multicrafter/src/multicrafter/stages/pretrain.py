@@ -127,8 +127,9 @@ class Pretrain:
         parts, metrics = self._parts(), {}
         for number, part in enumerate(parts):
             share = (part.stop - part.start) / config.batch
-            with self.trainee.accumulating(last=number == len(parts) - 1):
-                losses = self._losses(scenes, rows[part], noise[part], sigma[part])
+            # the backward stays inside the capture: gradient checkpointing runs blocks again, and must find the same graph
+            with self.trainee.accumulating(last=number == len(parts) - 1), self._capture(scenes) as captured:
+                losses = self._losses(scenes, rows[part], noise[part], sigma[part], captured)
                 (losses["loss"] * (share * world_size())).backward()  # ranks are averaged: their shares add up to 1
             for name, loss in losses.items():
                 metrics[name] = metrics.get(name, 0.0) + share * loss.item()
@@ -147,25 +148,29 @@ class Pretrain:
         edges = [mine.start + (mine.stop - mine.start) * k // number for k in range(number + 1)]
         return [slice(a, b) for a, b in itertools.pairwise(edges) if b > a or number == 1]
 
-    def _losses(self, scenes: EncodedScenes, rows: Tensor, noise: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+    def _capture(self, scenes: EncodedScenes) -> Any:
+        """Collects the attention maps of what runs inside, if they are supervised; around forward and backward."""
+        if self.config.idar.coef == 0:
+            return nullcontext()
+        return capture_subject_attention(
+            self.transformer,
+            layout_of(self.backbone, scenes, self.text.num_tokens),
+            direction=self.config.idar.direction,
+            blocks=(lambda _: True) if self.config.idar.all_blocks else None,
+        )
+
+    def _losses(
+        self, scenes: EncodedScenes, rows: Tensor, noise: Tensor, sigma: Tensor, captured: Any
+    ) -> dict[str, Tensor]:
         """``L_diff + lambda * L_attn + router losses`` and its parts, means over these rows."""
         config, device = self.config, self.trainee.device
         latents, noise, sigma = scenes.tokens[rows].to(device), noise.to(device), sigma.to(device)
-        capture: Any = nullcontext()
-        if config.idar.coef > 0:
-            capture = capture_subject_attention(
-                self.transformer,
-                layout_of(self.backbone, scenes, self.text.num_tokens),
-                direction=config.idar.direction,
-                blocks=(lambda _: True) if config.idar.all_blocks else None,
-            )
-        with capture as captured:
-            velocity = self.trainee.predict(
-                add_noise(latents, noise, sigma),
-                sigma,
-                self.text([scenes.captions[r] for r in rows.tolist()]).to(device),
-                **scenes.context(rows, device),
-            )
+        velocity = self.trainee.predict(
+            add_noise(latents, noise, sigma),
+            sigma,
+            self.text([scenes.captions[r] for r in rows.tolist()]).to(device),
+            **scenes.context(rows, device),
+        )
         diffusion = (velocity - (noise - latents)).square().mean()
         loss = diffusion + self.trainee.aux_loss()
         losses = {"diffusion_loss": diffusion}

@@ -1,0 +1,110 @@
+"""Both stages train on every backbone, with and without recomputed blocks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from id_reward import CompositeReward
+from multicrafter.adapters import AdapterConfig, Adapters
+from multicrafter.backbones import backbone_of
+from multicrafter.backbones.tiny import tiny_flux1, tiny_klein, tiny_kontext
+from multicrafter.data.synthetic import WorldConfig
+from multicrafter.execution import ExecutionConfig
+from multicrafter.flux.tiny import TinyFluxConfig
+from multicrafter.stages.align import Align, AlignConfig
+from multicrafter.stages.data import encode_scenes
+from multicrafter.stages.pretrain import IDARConfig, Pretrain, PretrainConfig
+
+CONFIG = TinyFluxConfig(num_heads=2, head_dim=16, num_double=2, num_single=1, vae_channels=(8, 8, 8), text_width=16)
+WORLD = WorldConfig(numbers=(2,), shared_attributes=4)
+SMALL = AdapterConfig(rank=2, alpha=2.0, num_experts=2)
+MAKERS = {
+    "flux1_dev": lambda: tiny_flux1(CONFIG, guidance_embeds=True),
+    "flux1_kontext": lambda: tiny_kontext(CONFIG),
+    "flux2_klein": lambda: tiny_klein(num_double=2),
+    "flux2_klein_kv": lambda: tiny_klein(kv=True),
+}
+
+
+def make(name):
+    pipe = MAKERS[name]()
+    generator = torch.Generator().manual_seed(1)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    for parameter in pipe.transformer.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return pipe
+
+
+def first_step(name, **execution):
+    """Metrics and gradients of one step of stage 1."""
+    pipe = make(name)
+    config = PretrainConfig(
+        batch=3,
+        num_steps=10,
+        adapters=SMALL,
+        idar=IDARConfig(coef=0.5),
+        world=WORLD,
+        execution=ExecutionConfig(**execution),
+    )
+    stage = Pretrain(pipe, config, encode_scenes(pipe, WORLD, 4, seed=3))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in stage.adapters.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    stage.optimizer.step = lambda *a, **k: None
+    metrics = stage.step(5)
+    return metrics, {n: p.grad.clone() for n, p in stage.adapters.named_parameters()}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_stage_1_reaches_every_adapter_and_recomputing_changes_nothing(name):
+    """Also with micro-batches; the attention loss (both passes of a block!) counts once."""
+    metrics, gradients = first_step(name)
+    assert metrics["attention_loss"] > 0
+    silent = [n for n, g in gradients.items() if not g.abs().max() > 0]
+    last = "transformer_blocks.1" if name != "flux2_klein_kv" else "transformer_blocks.0"
+    assert not [n for n in silent if last not in n and "single" not in n], "only the last block's text has no way out"
+    again, recomputed = first_step(name, gradient_checkpointing=True)
+    assert again["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
+    for key, gradient in gradients.items():
+        assert torch.allclose(recomputed[key], gradient, rtol=1e-4, atol=1e-6), key
+
+
+def test_what_klein_kv_cannot_do_is_refused():
+    """Its references look at themselves only, so nobody can say where in the picture they look; foreign processors look at everything."""
+    pipe = make("flux2_klein_kv")
+    config, scenes = (
+        PretrainConfig(batch=2, adapters=SMALL, idar=IDARConfig.paper(), world=WORLD),
+        encode_scenes(pipe, WORLD, 2, seed=3),
+    )
+    with pytest.raises(ValueError, match="only 'image_to_reference' exists"):
+        Pretrain(pipe, config, scenes).step(0)
+    pipe.transformer.transformer_blocks[0].attn.processor = object()
+    with pytest.raises(ValueError, match="own attention processors"):
+        backbone_of(pipe).velocity(
+            pipe.transformer, torch.ones(1, 4, 16), torch.ones(1), backbone_of(pipe).encode_prompts(pipe, ["x"]), image_grid=(2, 2),
+            references=[torch.ones(1, 4, 16)], reference_grids=[(2, 2)],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["flux1_kontext", "flux2_klein", "flux2_klein_kv"])
+def test_stage_2_moves_the_adapters(name):
+    pipe = make(name)
+    adapters = Adapters(pipe.transformer, SMALL)
+    before = adapters.state_dict()
+    reward = CompositeReward(
+        {"bright": (lambda images, prompts, references: torch.stack([i.mean() for i in images]).double().numpy(), 1.0)}
+    )
+    config = AlignConfig(num_steps=1, prompts=1, group_size=3, num_sampling_steps=4, tail_steps=None)
+    stage = Align(pipe, adapters, config, replace_scenes(pipe), reward)
+    metrics = stage.step(0)
+    assert metrics["reward_spread"] > 0
+    assert any(not torch.equal(v, before[k]) for k, v in adapters.state_dict().items())
+
+
+def replace_scenes(pipe):
+    return encode_scenes(pipe, replace(WORLD, numbers=(2,)), 2, seed=4)
