@@ -57,14 +57,16 @@ def measure(pipe, scenes, batch: int = 64) -> dict[str, object]:
             noise = torch.randn(latents.shape, generator=generator)
             level = torch.full((len(latents),), sigma)
             text = backbone.encode_prompts(pipe, scenes.captions[part])
-            for direction in (R2I, I2R):
-                with capture_subject_attention(
-                    pipe.transformer, layout_of(backbone, scenes, text.embeds.shape[1]), direction=direction
-                ) as captured:
-                    velocity = backbone.velocity(
-                        pipe.transformer, add_noise(latents, noise, level), level, text, **scenes.context(part)
-                    )
-                rows[direction].append(captured.maps)
+            layout = layout_of(backbone, scenes, text.embeds.shape[1])
+            with (
+                capture_subject_attention(pipe.transformer, layout, direction=R2I) as looks,
+                capture_subject_attention(pipe.transformer, layout, direction=I2R) as takes,
+            ):
+                velocity = backbone.velocity(
+                    pipe.transformer, add_noise(latents, noise, level), level, text, **scenes.context(part)
+                )
+            rows[R2I].append(looks.maps)
+            rows[I2R].append(takes.maps)
             total += (velocity - (noise - latents)).square().mean((1, 2)).sum().item()
         losses.append(total / len(scenes))
         for direction in (R2I, I2R):
@@ -79,10 +81,10 @@ def main() -> None:
     parser.add_argument("--form", choices=FORMS, required=True)
     parser.add_argument("--coef", type=float, default=0.3)
     parser.add_argument("--sigma-max", type=float, default=1.0)
-    parser.add_argument("--steps", type=int, default=160)
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--scenes", type=int, default=1500)
-    parser.add_argument("--held-out", type=int, default=192)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--scenes", type=int, default=800)
+    parser.add_argument("--held-out", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

@@ -108,7 +108,7 @@ def subject_attention(
     maps = streaming_maps(
         query, key, rows, subject_spans, image_span, image_span, direction, chunk_size, scale, key_mask
     )
-    if not bool(torch.isfinite(maps).all()):
+    if not bool(torch.isfinite(maps.detach()).all()):
         raise ValueError("query and key must be finite, got NaN or infinity where subjects and image meet")
     return maps
 

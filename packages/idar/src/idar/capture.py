@@ -147,7 +147,7 @@ class CapturedMaps:
         if not count:
             raise ValueError("maps are there after a forward pass inside the context, got none so far")
         maps = self._total / count
-        if not bool(torch.isfinite(maps).all()):
+        if not bool(torch.isfinite(maps.detach()).all()):
             raise ValueError("queries and keys must be finite, got NaN or infinity in a captured block")
         return maps
 
