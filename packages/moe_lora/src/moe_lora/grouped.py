@@ -7,8 +7,7 @@ stays in cache; on an accelerator `torch.nn.functional.grouped_mm` does all expe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,31 +30,49 @@ def use_grouped_mm(*tensors: Tensor) -> bool:
     return fits and tensors[0].device.type != "cpu" and hasattr(torch.nn.functional, "grouped_mm")
 
 
-def _slices(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """(expert, its slice of the sorted tokens), experts without tokens included."""
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        yield expert, slice(start, end)
-        start = end
+class _Groups(NamedTuple):
+    """Sorted tokens cut by expert; what is left after the last expert is not routed."""
+
+    rows: tuple[Tensor, ...]
+    sizes: list[int]
+    largest: int
+    covers_all: bool
+
+    def cut(self, by_expert: Tensor) -> tuple[Tensor, ...]:
+        """Slices of something sorted by expert."""
+        return torch.split(by_expert, self.sizes)
 
 
-def _most(ends: Tensor) -> int:
-    return max((s.stop - s.start for _, s in _slices(ends)), default=0)
+def _groups(order: Tensor, ends: Tensor, k: int) -> _Groups:
+    bounds = [0, *ends.tolist(), len(order)]
+    sizes = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    rows = torch.split(order if k == 1 else order // k, sizes)
+    return _Groups(rows, sizes, max(sizes[:-1], default=0), sizes[-1] == 0 and k == 1)
+
+
+def _put(target: Tensor, rows: Tensor, values: Tensor, k: int) -> None:
+    """Adds rows where a token has several experts, writes them where it has one."""
+    if k == 1:
+        target.index_copy_(0, rows, values)
+    else:
+        target.index_add_(0, rows, values)
 
 
 def _forward_slices(
     h: Tensor, a: Tensor, b: Tensor, weight: Tensor, order: Tensor, ends: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
-    out = h.new_zeros(len(h), b.shape[1]) if k > 1 or int(ends[-1]) < len(order) else h.new_empty(len(h), b.shape[1])
+    groups = _groups(order, ends, k)
+    out = (h.new_empty if groups.covers_all else h.new_zeros)(len(h), b.shape[1])
     middle = h.new_empty(len(order), a.shape[1])
-    x, y = h.new_empty(_most(ends), h.shape[1]), h.new_empty(_most(ends), b.shape[1])
-    for i, part in _slices(ends):
-        if size := part.stop - part.start:
-            rows = order[part] if k == 1 else order[part] // k
-            torch.index_select(h, 0, rows, out=x[:size])
-            torch.mm(x[:size], a[i].T, out=middle[part])
-            torch.mm(middle[part] * weight[part], b[i].T, out=y[:size])
-            out = out.index_copy_(0, rows, y[:size]) if k == 1 else out.index_add_(0, rows, y[:size])
+    x, y = h.new_empty(groups.largest, h.shape[1]), h.new_empty(groups.largest, b.shape[1])
+    parts = (a.unbind(0), b.unbind(0), groups.rows, groups.cut(middle), groups.cut(weight))
+    for a_i, b_i, rows, mid, w in zip(*parts, strict=False):
+        if size := len(rows):
+            x_i, y_i = x[:size], y[:size]
+            torch.index_select(h, 0, rows, out=x_i)
+            torch.mm(x_i, a_i.T, out=mid)
+            torch.mm(mid * w, b_i.T, out=y_i)
+            _put(out, rows, y_i, k)
     return out, middle
 
 
@@ -87,30 +104,35 @@ def _backward_slices(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     need_h, need_a, need_b, _ = needs
-    all_routed = int(ends[-1]) == len(order)
-    grad_h = (torch.empty_like if k == 1 and all_routed else torch.zeros_like)(h) if need_h else h.new_empty(0)
-    grad_a, grad_b = (torch.empty_like(t) if need else h.new_empty(0) for t, need in ((a, need_a), (b, need_b)))
-    grad_weight = weight.new_zeros(len(order), 1)
-    x, y = h.new_empty(_most(ends), h.shape[1]), h.new_empty(_most(ends), b.shape[1])
-    for i, part in _slices(ends):
-        size = part.stop - part.start
+    groups = _groups(order, ends, k)
+    grad_h = (torch.empty_like if groups.covers_all else torch.zeros_like)(h) if need_h else h.new_empty(0)
+    grad_a, grad_b = (torch.empty_like(t) if need else t.new_empty(0) for t, need in ((a, need_a), (b, need_b)))
+    grad_weight = weight.new_zeros(len(order), 1, dtype=torch.float32)
+    x, y = h.new_empty(groups.largest, h.shape[1]), h.new_empty(groups.largest, b.shape[1])
+    nothing = [h.new_empty(0)] * len(a)
+    parts = (
+        a.unbind(0), b.unbind(0), grad_a.unbind(0) if need_a else nothing, grad_b.unbind(0) if need_b else nothing,
+        groups.rows, groups.cut(middle), groups.cut(weight), groups.cut(grad_weight),
+    )  # fmt: skip
+    for a_i, b_i, grad_a_i, grad_b_i, rows, mid, w, grad_w in zip(*parts, strict=False):
+        size = len(rows)
         if not size:
-            for g in (*[grad_a] * need_a, *[grad_b] * need_b):
-                g[i].zero_()
+            grad_a_i.zero_()
+            grad_b_i.zero_()
             continue
-        rows = order[part] if k == 1 else order[part] // k
-        torch.index_select(grad, 0, rows, out=y[:size])
-        grad_gated = torch.mm(y[:size], b[i])
-        torch.sum((grad_gated * middle[part]).float(), -1, keepdim=True, out=grad_weight[part])
+        x_i, y_i = x[:size], y[:size]
+        torch.index_select(grad, 0, rows, out=y_i)
+        grad_gated = torch.mm(y_i, b_i)
+        torch.sum(grad_gated * mid, -1, keepdim=True, dtype=torch.float32, out=grad_w)
         if need_b:
-            torch.mm(y[:size].T, middle[part] * weight[part], out=grad_b[i])
-        grad_middle = grad_gated.mul_(weight[part])
+            torch.mm(y_i.T, mid * w, out=grad_b_i)
+        grad_middle = grad_gated.mul_(w)
         if need_a:
-            torch.index_select(h, 0, rows, out=x[:size])
-            torch.mm(grad_middle.T, x[:size], out=grad_a[i])
+            torch.index_select(h, 0, rows, out=x_i)
+            torch.mm(grad_middle.T, x_i, out=grad_a_i)
         if need_h:
-            torch.mm(grad_middle, a[i], out=x[:size])
-            _ = grad_h.index_copy_(0, rows, x[:size]) if k == 1 else grad_h.index_add_(0, rows, x[:size])
+            torch.mm(grad_middle, a_i, out=x_i)
+            _put(grad_h, rows, x_i, k)
     return grad_h, grad_a, grad_b, grad_weight
 
 
@@ -126,19 +148,26 @@ def _backward_grouped(
     k: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mm, rows, empty = torch.nn.functional.grouped_mm, order // k, h.new_empty(0)
+    mm, rows = torch.nn.functional.grouped_mm, order // k
     routed = (torch.arange(len(order), device=order.device) < ends[-1])[:, None]
     y = grad[rows]
     grad_gated = mm(y, b, offs=ends)
     grad_weight = torch.where(routed, (grad_gated * middle).float().sum(-1, keepdim=True), 0.0)
-    grad_b = mm(y.T, middle * weight, offs=ends) if needs[2] else empty
+    grad_b = mm(y.T, middle * weight, offs=ends) if needs[2] else b.new_empty(0)
     grad_middle = grad_gated * weight
-    grad_a = mm(grad_middle.T, h[rows], offs=ends) if needs[1] else empty
-    grad_h = _combine(mm(grad_middle, a, offs=ends), order, ends, k) if needs[0] else empty
+    grad_a = mm(grad_middle.T, h[rows], offs=ends) if needs[1] else a.new_empty(0)
+    grad_h = _combine(mm(grad_middle, a, offs=ends), order, ends, k) if needs[0] else h.new_empty(0)
     return grad_h, grad_a, grad_b, grad_weight
 
 
-@torch.library.custom_op("moe_lora::experts", mutates_args=())
+_FOUR = "(Tensor, Tensor, Tensor, Tensor)"
+
+
+@torch.library.custom_op(
+    "moe_lora::experts",
+    mutates_args=(),
+    schema=f"(Tensor h, Tensor a, Tensor b, Tensor weights, Tensor index) -> {_FOUR}",
+)
 def _experts(h: Tensor, a: Tensor, b: Tensor, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     order, ends = _sort(index, len(a))
     weight = weights.flatten()[order, None].to(h.dtype)
@@ -155,7 +184,12 @@ def _(h: Tensor, a: Tensor, b: Tensor, weights: Tensor, index: Tensor) -> tuple[
     return h.new_empty(h.shape[0], b.shape[1]), h.new_empty(n, a.shape[1]), order, ends
 
 
-@torch.library.custom_op("moe_lora::experts_backward", mutates_args=())
+@torch.library.custom_op(
+    "moe_lora::experts_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor h, Tensor a, Tensor b, Tensor weights, Tensor order, Tensor ends, Tensor middle, bool[] needs)"
+    f" -> {_FOUR}",
+)
 def _experts_backward(
     grad: Tensor,
     h: Tensor,

@@ -191,8 +191,14 @@ class MoELoRA:
         self.layers = {}
 
     def save(self, path: str | Path) -> Path:
-        """Writes ``moe_lora.safetensors`` and ``moe_lora.json`` into the folder ``path``, atomically; of several ranks the first writes."""
-        return save_tensors(Path(path), self.state_dict(), self.config, list(self.layers))
+        """Writes ``moe_lora.safetensors`` and ``moe_lora.json`` into the folder ``path``, atomically.
+
+        Of several ranks the first writes. With sharded parameters every rank has to call it, and returns when the files are there.
+        """
+        folder = save_tensors(Path(path), self.state_dict(), self.config, list(self.layers))
+        if any(hasattr(p, "full_tensor") for p in self.parameters()):
+            torch.distributed.barrier()
+        return folder
 
     def load(self, path: str | Path) -> None:
         """Reads what `save` wrote.

@@ -47,14 +47,6 @@ def mixture(
     return experts(h, lora_a.to(dtype), lora_b.to(dtype), weights, routing.expert_index, state.config.dispatch)
 
 
-def add_delta(out: Float[Tensor, "*tokens o"], delta: Float[Tensor, "n o"]) -> Float[Tensor, "*tokens o"]:
-    """``out + delta``, into delta's memory where the types agree (nothing keeps delta for backward)."""
-    flat = out.reshape(-1, out.shape[-1])
-    if delta.dtype != out.dtype:
-        return (flat + delta.to(out.dtype)).view(out.shape)
-    return delta.add_(flat).view(out.shape)
-
-
 def infer_features(base: nn.Module) -> tuple[int, int]:
     """Input and output width of a module: of a linear, or of its first and last linear.
 
@@ -183,4 +175,4 @@ class MoELoRALayer(Mixture):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output, plus the mixture where it is enabled."""
         out: Tensor = self.base(hidden_states, *args, **kwargs)
-        return add_delta(out, super().forward(hidden_states)) if self.enabled else out
+        return out + super().forward(hidden_states).to(out.dtype).view_as(out) if self.enabled else out

@@ -53,6 +53,12 @@ class RoutingState:
         self.last: Routing | None = None
         self._ran_with: tuple[Tensor | None, Override | None] = (None, None)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> RoutingState:
+        """A copy of a model starts without the graph of the last pass and without anybody's contexts."""
+        copied = RoutingState(self.config)
+        copied.jitter_seed = self.jitter_seed
+        return copied
+
     def jittered(self, h: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """``h * u``, u uniform in [1 - jitter, 1 + jitter] (Switch, arXiv 2101.03961, section 2.2), fp32."""
         noise = torch.empty(h.shape, dtype=torch.float32, device=h.device)

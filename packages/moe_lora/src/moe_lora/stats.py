@@ -147,7 +147,7 @@ class RoutingLog:
     counts: dict[str, list[Tensor]] = field(default_factory=dict)
     sigmas: dict[str, list[Tensor]] = field(default_factory=dict)
     layouts: dict[str, list[Tensor]] = field(default_factory=dict)
-    sigma: float | Tensor | None = None
+    sigma: float | Sequence[float] | Tensor | None = None
     layout: Tensor | Sequence[int] | None = None
 
     def joint(self, by: By, layer: str, *, sigma_bins: int = 4) -> tuple[list[str], Float[Tensor, "c e"]]:
@@ -206,7 +206,11 @@ class RoutingLog:
 
 
 def _per_row(
-    value: Tensor | Sequence[int] | float | None, rows: int, missing: float, dtype: torch.dtype, name: str
+    value: Tensor | Sequence[float] | Sequence[int] | float | None,
+    rows: int,
+    missing: float,
+    dtype: torch.dtype,
+    name: str,
 ) -> Tensor:
     filled = torch.as_tensor(missing if value is None else value, dtype=dtype).cpu()
     if filled.ndim > 1 or (filled.ndim == 1 and len(filled) not in (1, rows)):
@@ -258,7 +262,7 @@ def collect(
             row = torch.arange(len(index)) // max(len(index) // rows, 1)
             log.counts.setdefault(name, []).append(_count(index, kind, row, rows, len(names), num_experts))
             log.sigmas.setdefault(name, []).append(_per_row(log.sigma, rows, float("nan"), torch.float64, "sigma"))
-            log.layouts.setdefault(name, []).append(_per_row(log.layout, rows, -1, torch.int64, "layout"))
+            log.layouts.setdefault(name, []).append(_per_row(log.layout, rows, -1.0, torch.int64, "layout"))
 
         return observe
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from moe_lora.checkpoint import whole
 from moe_lora.config import MoELoRAConfig
 from moe_lora.inject import MoELoRA
-from moe_lora.layer import add_delta, infer_features, mixture, reset_mixture
+from moe_lora.layer import infer_features, mixture, reset_mixture
 from moe_lora.routing import Router
 from moe_lora.state import AuxLoss, RoutingState
 
@@ -34,7 +34,7 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError('moe_lora.integrations.peft needs peft: pip install "moe-lora[peft]"') from error
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
 
 @dataclass
@@ -69,7 +69,7 @@ class PeftMoELoRAConfig(LoraConfig):  # type: ignore[misc]
             raise ValueError(f"init_lora_weights must be a bool for mixtures, got {self.init_lora_weights!r}")
         self._register_custom_module({nn.Module: _adapted})
 
-    def mixture(self, rank: int | None = None, alpha: float | None = None) -> MoELoRAConfig:
+    def mixture(self, rank: int | None = None, alpha: int | float | None = None) -> MoELoRAConfig:
         """The mixture's own config, for a layer of another rank or alpha if PEFT's patterns say so."""
         return MoELoRAConfig(
             rank=self.r if rank is None else rank,
@@ -143,7 +143,9 @@ class PeftMoELoRALayer(nn.Module, LoraLayer):  # type: ignore[misc]
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         return infer_features(module)
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: int | float, config: LoraConfig, **kwargs: Any
+    ) -> None:
         """Adds an adapter.
 
         Raises:
@@ -205,7 +207,7 @@ class PeftMoELoRALayer(nn.Module, LoraLayer):  # type: ignore[misc]
             if name in self.states:
                 h, state = self.lora_dropout[name](hidden_states), self.states[name]
                 delta = mixture(h, *self.tensors(name), state, scaling=self.scaling[name], training=self.training)
-                out = add_delta(out, delta)
+                out = out + delta.to(out.dtype).view_as(out)
         return out
 
 
@@ -264,7 +266,8 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
         raise ValueError(f"adapter_name must be an adapter of the model, got {adapter_name!r}")
     meta = {k: sorted(v) if isinstance(v, set) else v for k, v in model.peft_config[adapter_name].to_dict().items()}  # type: ignore[index, union-attr]
     meta.pop("runtime_config", None)
-    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    tensors = {PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
     save_file(
         {k: whole(t.detach()).contiguous().cpu() for k, t in tensors.items()},
         folder / f"{WEIGHTS}.tmp",
@@ -296,19 +299,24 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
         raise ValueError(
             f"{folder} must be written by save_adapter or save_pretrained, got {type(error).__name__}: {error}"
         ) from None
-    if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, config)
+    if adapter_name in getattr(model, "peft_config", {}):
+        raise ValueError(f"adapter_name must be a new name, got {adapter_name!r}, which the model has already")
+    wrapped = isinstance(model, PeftModel)
+    add: Any = model.add_adapter
+    if wrapped:
+        add(adapter_name, config)
     else:
-        model.add_adapter(config, adapter_name=adapter_name)  # type: ignore[operator]
+        add(config, adapter_name=adapter_name)
+    prefix = PREFIX if wrapped else ""
+    tensors = {prefix + key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     own = {k: tuple(t.shape) for k, t in get_peft_model_state_dict(model, adapter_name=adapter_name).items()}
     given = {k: tuple(t.shape) for k, t in tensors.items()}
-    if not isinstance(model, PeftModel):
-        given = {k.removeprefix("base_model.model."): s for k, s in given.items()}
-    elif not any(k.startswith("base_model.model.") for k in given):
-        given = {f"base_model.model.{k}": s for k, s in given.items()}
-        tensors = {f"base_model.model.{k}": t for k, t in tensors.items()}
     for key in sorted(own.keys() | given.keys()):
         if own.get(key) != given.get(key):
+            delete: Any = (
+                getattr(model, "delete_adapters", None) or model.delete_adapter
+            )  # diffusers' name, or the others'
+            delete(adapter_name)
             raise ValueError(f"{folder / WEIGHTS} must hold {key!r} of shape {own.get(key)}, got {given.get(key)}")
     set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
     return handle(model, adapter_name)
