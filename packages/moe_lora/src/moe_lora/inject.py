@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -78,9 +79,10 @@ def for_layer(labels: Tensor | Mapping[str, Tensor], name: str) -> Tensor | None
 class MoELoRA:
     """Handle on the mixtures injected into one model."""
 
-    def __init__(self, model: nn.Module, config: MoELoRAConfig, layers: dict[str, MoELoRALayer]) -> None:
-        """Made by `inject`."""
-        self.model, self.config, self.layers = model, config, layers
+    def __init__(self, model: nn.Module, config: MoELoRAConfig, layers: Mapping[str, Any]) -> None:
+        """Made by `inject`; the layers of other integrations look alike."""
+        self.model, self.config = model, config
+        self.layers: dict[str, MoELoRALayer] = dict(layers)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Trainable parameters: routers and experts, not the base."""
