@@ -247,7 +247,7 @@ def test_no_pass_yet_and_queries_that_are_not_finite_are_named() -> None:
         bad["hidden_states"][0, 3, 0] = torch.nan
         model(**bad)
         with pytest.raises(ValueError, match="finite"):
-            _ = captured.maps
+            idar_loss(captured.maps, masks())
 
 
 def test_other_attention_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

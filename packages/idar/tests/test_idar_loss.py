@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from idar import idar_loss, leakage, map_iou, normalize_maps, peak_in_mask, token_masks
+from idar import idar_loss, leakage, map_iou, normalize_maps, peak_in_mask, sigma_weight
 
 MAPS = torch.tensor([[[0.6, 0.2, 0.1, 0.1], [0.1, 0.1, 0.2, 0.6]]])
 MASKS = torch.tensor([[[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]])
@@ -68,16 +68,84 @@ def test_normalisations() -> None:
         normalize_maps(MAPS, "softmax")  # type: ignore[arg-type]
 
 
-def test_token_masks_pool_areas() -> None:
-    masks = torch.zeros(1, 1, 4, 8)
-    masks[..., :2, :3] = 1
-    assert token_masks(masks, (2, 4)).tolist() == [[[1.0, 0.5, 0, 0, 0, 0, 0, 0]]]
-    torch.testing.assert_close(token_masks(torch.ones(1, 2, 50, 33), (7, 5)), torch.ones(1, 2, 35))
-    with pytest.raises(ValueError, match="masks"):
-        token_masks(masks * 2, (2, 4))
-
-
 @pytest.mark.parametrize("bad", [torch.full_like(MAPS, torch.nan), MAPS[:, :1]])
 def test_bad_maps(bad: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="maps"):
         idar_loss(bad, MASKS)
+
+
+KINDS = ("dice", "soft_iou", "cross_entropy", "share_cross_entropy")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_fall_as_maps_move_into_their_masks(kind: str) -> None:
+    away = MAPS.flip(1)
+    values = [idar_loss(torch.lerp(away, MASKS / 2, t), MASKS, kind=kind).loss for t in (0.0, 0.3, 0.6, 1.0)]  # type: ignore[arg-type]
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < values[0] - 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_pull_maps_into_their_masks(kind: str) -> None:
+    maps = MAPS.double().requires_grad_()
+    idar_loss(maps, MASKS.double(), kind=kind, normalization="max").loss.backward()  # type: ignore[arg-type]
+    inside, outside = maps.grad[MASKS.bool()], maps.grad[~MASKS.bool()]
+    assert inside.mean() < outside.mean()
+    assert torch.autograd.gradcheck(lambda m: idar_loss(m, MASKS.double(), kind=kind).loss, maps)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_subjects_are_interchangeable_and_tokens_too(kind: str) -> None:
+    value = idar_loss(MAPS, MASKS, kind=kind)  # type: ignore[arg-type]
+    swapped = idar_loss(MAPS.flip(1), MASKS.flip(1), kind=kind)  # type: ignore[arg-type]
+    torch.testing.assert_close(swapped.per_subject.flip(1), value.per_subject)
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(idar_loss(MAPS[..., order], MASKS[..., order], kind=kind).loss, value.loss)  # type: ignore[arg-type]
+
+
+def test_absent_subjects_get_no_gradient_and_no_nan() -> None:
+    for kind in KINDS:
+        maps, masks = MAPS.clone().requires_grad_(), MASKS.clone()
+        masks[:, 1] = 0
+        idar_loss(maps, masks, kind=kind).loss.backward()  # type: ignore[arg-type]
+        assert bool(maps.grad.isfinite().all())
+        if kind != "share_cross_entropy":  # there an absent subject's mass is what the present one competes with
+            assert maps.grad[:, 1].abs().sum() == 0
+
+
+def test_overlapping_masks_are_allowed() -> None:
+    """Both subjects cover the two tokens in the middle: perfect maps have Dice 0 all the same."""
+    masks = torch.tensor([[[1.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 1.0]]])
+    torch.testing.assert_close(idar_loss(masks / 3, masks, normalization="max").loss, torch.tensor(0.0))
+    assert leakage(masks, masks)[0, 0] == 0  # what one shares with the other is no leak
+
+
+def test_weight_by_sigma() -> None:
+    sigma = torch.tensor([0.0, 0.25, 0.75, 1.0])
+    torch.testing.assert_close(sigma_weight(sigma), torch.ones(4))
+    torch.testing.assert_close(sigma_weight(sigma, sigma_max=0.75), torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    torch.testing.assert_close(sigma_weight(sigma, power=2.0), torch.tensor([1.0, 0.5625, 0.0625, 0.0]))
+    for options in ({"sigma_max": 0.0}, {"sigma_max": 1.5}, {"power": -1.0}):
+        with pytest.raises(ValueError, match="sigma_max"):
+            sigma_weight(sigma, **options)
+    with pytest.raises(ValueError, match="sigma"):
+        sigma_weight(torch.tensor([1000.0]))
+
+
+@pytest.mark.parametrize(
+    ("maps", "masks", "options", "word"),
+    [
+        (MAPS, MASKS[:, :1], {}, "subjects"),
+        (MAPS, torch.cat([MASKS, MASKS], 1), {}, "subjects"),
+        (MAPS, MASKS * 0, {}, "empty"),
+        (MAPS, MASKS * 2, {}, "masks"),
+        (MAPS, MASKS * math.nan, {}, "masks"),
+        (MAPS * math.inf, MASKS, {}, "maps"),
+        (MAPS, MASKS, {"kind": "hinge"}, "kind"),
+        (MAPS, MASKS, {"normalization": "softmax"}, "mode"),
+    ],
+)
+def test_bad_input_is_named(maps: torch.Tensor, masks: torch.Tensor, options: dict[str, str], word: str) -> None:
+    with pytest.raises(Exception, match=word) as caught:
+        idar_loss(maps, masks, **options)  # type: ignore[arg-type]
+    assert isinstance(caught.value, ValueError) or "jaxtyping" in type(caught.value).__module__

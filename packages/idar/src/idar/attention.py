@@ -146,9 +146,11 @@ def streaming_maps(
     chunk = chunk_size or (1 << 20 if query.device.type == "cpu" else 1 << 22)
     if direction == "reference_to_image":
         rows = [r.to(query.device) for r in rows]
-        return streaming.reference_to_image(query, key, rows, list(image_keys), key_mask, scale, chunk)
+        looks: Tensor = streaming.reference_to_image(query, key, rows, list(image_keys), key_mask, scale, chunk)
+        return looks
     spans = [edge for span in subject_spans for edge in span]
-    return streaming.image_to_reference(query, key, list(image_queries), spans, key_mask, scale, chunk)
+    takes: Tensor = streaming.image_to_reference(query, key, list(image_queries), spans, key_mask, scale, chunk)
+    return takes
 
 
 def stratified_subset(

@@ -114,42 +114,44 @@ class CapturedMaps:
     _blocks: list[_Block] = field(default_factory=list, repr=False)
     _rows: list[Tensor] = field(default_factory=list, repr=False)
     _total: Tensor = field(default_factory=lambda: torch.zeros(()), repr=False)
+    _nowhere: Tensor = field(default_factory=lambda: torch.zeros(()), repr=False)
+    _aside: Tensor | None = field(default=None, repr=False)
 
     def start(self, layout: SubjectLayout | None = None) -> None:
         """Forgets the pass before (called by the model's forward; call it yourself where you run blocks one by one)."""
         self.layout = layout or self.layout
         self._rows = draw_queries(self.layout.subject_spans, self.direction, self.num_samples, self.generator)
-        self._total = torch.zeros(())
+        self._total, self._aside = torch.zeros(()), None
         for block in self._blocks:
             block.done, block.maps = False, None
 
     def _add(self, block: _Block, call: dict[str, Any]) -> None:
         maps = _maps_of_call(call, self)
-        if block.done:
-            if maps.requires_grad and not block.differentiable:
-                raise ValueError(
-                    "gradient checkpointing must be non-reentrant (use_reentrant=False): maps lost their gradient"
-                )
+        again = block.done
+        if again and maps.requires_grad and not block.differentiable:
+            raise ValueError(
+                "gradient checkpointing must be non-reentrant (use_reentrant=False): maps lost their gradient"
+            )
+        # Run again, a compiled block must keep the same tensors as before: the sum is formed, and goes nowhere.
+        total = (self._nowhere if again else self._total).to(maps.device) + maps
+        if again:
+            self._aside = total
             return
-        block.done, block.differentiable = True, maps.requires_grad
-        self._total = self._total.to(maps.device) + maps
+        block.done, block.differentiable, self._total = True, maps.requires_grad, total
         if self.keep_blocks:
             block.maps = maps
 
     @property
     def maps(self) -> Float[Tensor, "b s n"]:
-        """Mean over the blocks of the last pass.
+        """Mean over the blocks of the last pass; not finite where queries or keys were not (`idar_loss` and the metrics refuse it).
 
         Raises:
-            ValueError: No block has run yet, or queries and keys were not finite.
+            ValueError: No block has run yet.
         """
         count = sum(block.done for block in self._blocks)
         if not count:
             raise ValueError("maps are there after a forward pass inside the context, got none so far")
-        maps = self._total / count
-        if not bool(torch.isfinite(maps.detach()).all()):
-            raise ValueError("queries and keys must be finite, got NaN or infinity in a captured block")
-        return maps
+        return self._total / count
 
     @property
     def blocks(self) -> dict[str, Float[Tensor, "b s n"]]:
@@ -262,7 +264,7 @@ def capture_attention(
     before = {name: module.__dict__.get("forward") for name, module in modules.items()}
     try:
         for block, module in zip(captured._blocks, modules.values(), strict=True):
-            module.forward = _watched(module.forward, block, captured)  # type: ignore[method-assign]
+            module.forward = _watched(module.forward, block, captured)
         yield captured
     finally:
         hook.remove()

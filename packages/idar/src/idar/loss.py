@@ -22,11 +22,15 @@ class IDARLoss(NamedTuple):
 
 
 def check_masks(maps: Tensor, masks: Tensor) -> None:
-    """Raises ValueError unless maps and masks are both (b, s, n) and finite where it matters."""
+    """Raises ValueError unless maps and masks are both (b, s, n), maps finite and masks in [0, 1]."""
+    if maps.dim() == masks.dim() == 3 and maps.shape[1] != masks.shape[1]:
+        raise ValueError(f"masks must be of as many subjects as maps, got {masks.shape[1]} and {maps.shape[1]}")
     if maps.dim() != 3 or maps.shape != masks.shape:
         raise ValueError(f"maps and masks must both be (b, s, n), got {tuple(maps.shape)} and {tuple(masks.shape)}")
-    if not bool(torch.isfinite(maps).all()):
+    if not bool(torch.isfinite(maps.detach()).all()):
         raise ValueError("maps must be finite, got NaN or infinity (are the queries finite?)")
+    if not bool(((masks >= 0) & (masks <= 1)).all()):
+        raise ValueError("masks must lie in [0, 1], got values outside or NaN")
 
 
 def dice(maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s n"], eps: float) -> Float[Tensor, "b s"]:
@@ -83,11 +87,11 @@ def idar_loss(
         masks: From `token_masks`, in [0, 1].
         kind: "dice" (the paper), "soft_iou", "cross_entropy" of the map, or "share_cross_entropy" (image_to_reference).
         normalization: Applied to the maps before the loss (`normalize_maps`).
-        weight: One factor per sample, such as a function of sigma.
+        weight: One factor of at least 0 per sample, such as `sigma_weight`.
         eps: Smoothing.
 
     Raises:
-        ValueError: Shapes differ, kind is unknown, maps are not finite, or every mask is empty.
+        ValueError: Shapes or numbers of subjects differ, kind is unknown, maps are not finite, masks leave [0, 1], or every mask is empty.
 
     >>> perfect = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     >>> round(idar_loss(perfect, perfect).loss.item(), 4)
@@ -103,3 +107,26 @@ def idar_loss(
     values = torch.where(present, values, torch.zeros_like(values))
     total = values.sum(1) if weight is None else values.sum(1) * weight
     return IDARLoss(total.mean(), values.detach(), present)
+
+
+def sigma_weight(sigma: Float[Tensor, " b"], *, sigma_max: float = 1.0, power: float = 0.0) -> Float[Tensor, " b"]:
+    """Weight of a sample by its noise level: ``(1 - sigma)^power where sigma <= sigma_max, else 0`` (docs/adr/0023).
+
+    Near sigma = 1 the place of a subject is not decided yet, so a map cannot be right about it.
+
+    Args:
+        sigma: Noise levels in [0, 1]: 0 data, 1 noise.
+        sigma_max: Noisier samples get no weight; in (0, 1].
+        power: How fast the weight falls with noise; 0 is constant, 1 the share of signal.
+
+    Raises:
+        ValueError: A number is out of range.
+
+    >>> sigma_weight(torch.tensor([0.0, 0.5, 0.9]), sigma_max=0.8, power=1.0).tolist()
+    [1.0, 0.5, 0.0]
+    """
+    if not 0 < sigma_max <= 1 or power < 0:
+        raise ValueError(f"sigma_max must be in (0, 1] and power at least 0, got {sigma_max} and {power}")
+    if not bool(((sigma >= 0) & (sigma <= 1)).all()):
+        raise ValueError("sigma must lie in [0, 1], got values outside or NaN")
+    return torch.where(sigma <= sigma_max, (1 - sigma) ** power, torch.zeros_like(sigma))

@@ -102,7 +102,7 @@ def reference_to_image(
         for i, heads in itertools.product(range(b), slices):
             k, hidden = buffers.copy("key", key[i, heads, keys]), _hidden(key_mask, i, keys)
             for s, positions in enumerate(rows):
-                for part in positions.split(step):
+                for part in torch.split(positions, step):
                     q = buffers.query(query[i, heads].index_select(1, part), scale)
                     e, total = buffers.exponentials(q, k, scale, hidden)
                     maps[i, s] += torch.bmm(total.reciprocal_().transpose(1, 2), e).sum((0, 1)) / (h * len(positions))
@@ -131,7 +131,7 @@ def _reference_to_image_backward(
             d_key = buffers.get("d_key", *k.shape).zero_()
             for s, positions in enumerate(rows):
                 g = grad[i, s].to(buffers.wide) / (h * len(positions))
-                for part in positions.split(step):
+                for part in torch.split(positions, step):
                     q = buffers.query(query[i, heads].index_select(1, part), scale)
                     e, total = buffers.exponentials(q, k, scale, hidden)
                     c = (e @ g)[..., None].div_(total)
@@ -230,11 +230,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(query, key, key_mask, *(where if ctx.sampled else ()))
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     query, key, key_mask, *rows = ctx.saved_tensors
     if ctx.sampled:
         found = _reference_to_image_backward(grad, query, key, rows, ctx.spans, key_mask, ctx.scale, ctx.chunk)
-        return *found, [None] * len(rows), None, None, None, None  # type: ignore[return-value]
+        return *found, [None] * len(rows), None, None, None, None
     found = _image_to_reference_backward(grad, query, key, ctx.where, ctx.spans, key_mask, ctx.scale, ctx.chunk)
     return *found, None, None, None, None, None
 
