@@ -136,13 +136,13 @@ class MoELoRA:
         return self.config.balance_coef * balance + self.config.z_coef * torch.stack([p.z for p in parts]).mean()
 
     def forget(self) -> None:
-        """Drops the routing kept from the last forward pass, and the graph behind it."""
+        """Drops the graph of the last forward pass, as `aux_loss` does; `stats` still knows where tokens went."""
         for layer in self.layers.values():
             layer.state.last = None
 
     def stats(self) -> dict[str, RoutingStatistics]:
         """Expert load and entropy of each layer's last forward pass; see `moe_lora.collect` for several passes."""
-        last = {name: layer.state.last for name, layer in self.layers.items()}
+        last = {name: layer.state.seen for name, layer in self.layers.items()}
         return {name: routing_statistics(routing) for name, routing in last.items() if routing is not None}
 
     def jitter(self, generator: torch.Generator) -> None:

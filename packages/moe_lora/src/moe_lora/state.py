@@ -40,7 +40,8 @@ class RoutingState:
         jitter_seed: Of the router noise; None draws from torch's default generator.
         override: Replaces the routing (replay).
         observers: See every routing, except in gradient checkpointing's second pass.
-        last: Routing of the last forward pass, with its graph.
+        last: Routing of the last forward pass, with its graph; None once the losses were taken.
+        seen: The same without a graph, for statistics.
     """
 
     def __init__(self, config: MoELoRAConfig) -> None:
@@ -51,6 +52,7 @@ class RoutingState:
         self.override: Override | None = None
         self.observers: list[Observer] = []
         self.last: Routing | None = None
+        self.seen: Routing | None = None
         self._ran_with: tuple[Tensor | None, Override | None] = (None, None)
 
     def __deepcopy__(self, memo: dict[int, object]) -> RoutingState:
@@ -109,6 +111,7 @@ class RoutingState:
                 )
             return h, routing
         self.last, self._ran_with = routing, (self.token_mask, self.override)
+        self.seen = Routing(*(t.detach() for t in routing))
         for observe in self.observers:
             observe(routing, shape)
         return h, routing

@@ -85,7 +85,7 @@ def mutual_information(joint: Float[Tensor, "c e"]) -> float:
     0.6931
     """
     p = joint.double() / joint.double().sum().clamp_min(1e-300)
-    return float(_entropy(p.sum(0)) + _entropy(p.sum(1)) - _entropy(p.flatten()))
+    return max(0.0, float(_entropy(p.sum(0)) + _entropy(p.sum(1)) - _entropy(p.flatten())))
 
 
 def specialisation(
