@@ -68,6 +68,11 @@ def generate(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--out must end in .png, .jpg or .webp, got {str(arguments.out)!r}")
     _writable(arguments.out)
     references = [open_image(path) for path in arguments.reference]
+    if arguments.model is not None:
+        from multicrafter.loading import get_dtype
+        from multicrafter.plan import require_weights
+
+        require_weights(arguments.model, get_dtype(arguments.dtype), device=arguments.device)
     pipeline = MultiCrafterPipeline.from_pretrained(
         arguments.model, adapter=arguments.adapter, dtype=arguments.dtype, device=arguments.device,
         backbone=get_backbone(arguments.backbone) if arguments.backbone else None,
@@ -97,10 +102,26 @@ def generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _load(run: Any, arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The base of a run, after a look at whether it fits into memory, and its backbone."""
+    from multicrafter.backbones import backbone_of, get_backbone
+    from multicrafter.pipeline import load_flux
+    from multicrafter.plan import require_memory
+
+    own = get_backbone(run.model.backbone) if ":" in run.model.backbone else None
+    if run.model.path is not None and not Path(run.model.path).exists():
+        require_memory(run, device=arguments.device)
+    pipe = load_flux(run.model.path, dtype=run.execution.torch_dtype, backbone=own)
+    if arguments.device is not None:
+        pipe.to(arguments.device)
+    return pipe, own or backbone_of(pipe)
+
+
 def pretrain(arguments: argparse.Namespace) -> int:
     """Stage 1."""
-    from multicrafter.pipeline import load_flux
-    from multicrafter.recipes import ablation
+    from multicrafter import recipes
+    from multicrafter.recipes import ModelConfig, Stage1, ablation
+    from multicrafter.run_options import annotate, chosen
     from multicrafter.stages.runs import run_pretrain
 
     _writable(arguments.out)
@@ -111,15 +132,24 @@ def pretrain(arguments: argparse.Namespace) -> int:
         config = replace(config, idar=replace(config.idar, coef=arguments.idar_coef))
     if arguments.references is not None:
         config = replace(config, world=replace(config.world, numbers=(arguments.references,)))
-    run_pretrain(load_flux(arguments.model), config, arguments.out, resume=arguments.resume)
+    run = chosen(arguments, Stage1(model=ModelConfig(path=arguments.model, text_tokens=16), pretrain=config))
+    assert isinstance(run, Stage1)
+    pipe, _ = _load(run, arguments)
+    recipes.save(arguments.out / "recipe.yaml", run)
+    run_pretrain(pipe, run.pretrain, arguments.out, resume=arguments.resume)
+    world = run.world
+    annotate(arguments.out, size=world.size, reference_size=world.reference_size, base_model=run.model.path)
     print(f"adapter: {arguments.out / 'adapter'}")
     return 0
 
 
 def align(arguments: argparse.Namespace) -> int:
     """Stage 2."""
-    from multicrafter.pipeline import MultiCrafterPipeline
-    from multicrafter.recipes import tiny
+    from multicrafter import recipes
+    from multicrafter.adapters import Adapters
+    from multicrafter.recipes import ModelConfig, Stage2, tiny
+    from multicrafter.run_options import annotate, chosen
+    from multicrafter.stages.data import encode_scenes
     from multicrafter.stages.runs import run_align
 
     _writable(arguments.out)
@@ -127,16 +157,19 @@ def align(arguments: argparse.Namespace) -> int:
     assert config is not None
     changes = {"num_steps": arguments.steps, "prompts": arguments.prompts, "group_size": arguments.group_size}
     config = replace(config, **{k: v for k, v in changes.items() if v is not None})
-    loaded = MultiCrafterPipeline.from_pretrained(arguments.model, adapter=arguments.adapter)
-    assert loaded.adapters is not None
+    run = chosen(arguments, Stage2(model=ModelConfig(path=arguments.model, text_tokens=16), align=config))
+    assert isinstance(run, Stage2)
+    pipe, backbone = _load(run, arguments)
+    adapters, notes = Adapters.load(pipe.transformer, arguments.adapter, backbone=backbone)
+    number = int(notes.get("num_references", 1))
+    world = replace(run.world, numbers=(number,))
+    run = replace(run, world=world, adapters=adapters.config)
+    recipes.save(arguments.out / "recipe.yaml", run)
+    scenes = encode_scenes(pipe, world, run.num_scenes, seed=run.align.seed + 10_000, cache=run.execution.cache)
     run_align(
-        loaded.pipe,
-        loaded.adapters,
-        config,
-        arguments.out,
-        num_references=loaded.max_references,
-        resume=arguments.resume,
-    )
+        pipe, adapters, run.align, arguments.out, num_references=number, scenes=scenes, resume=arguments.resume
+    )  # fmt: skip
+    annotate(arguments.out, size=world.size, reference_size=world.reference_size, base_model=run.model.path)
     print(f"adapter: {arguments.out / 'adapter'}")
     return 0
 
@@ -210,6 +243,9 @@ def report(arguments: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
+    from multicrafter.plan.command import add_parser as add_plan
+    from multicrafter.run_options import add_options
+
     top = argparse.ArgumentParser(
         prog="multicrafter", description="Several given subjects in one picture, nobody blended."
     )
@@ -252,6 +288,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--backbone", metavar="NAME", help="module:class of a backbone of your own")
 
     sub = command("pretrain", pretrain)
+    add_options(sub)
+    sub.add_argument("--device", help="cpu, cuda, cuda:1, ...")
     sub.add_argument("--out", type=Path, required=True)
     sub.add_argument(
         "--row", default="moe", choices=("baseline", "idar", "idar_paper", "moe"), help="row of the ablation"
@@ -264,6 +302,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
 
     sub = command("align", align)
+    add_options(sub)
+    sub.add_argument("--device", help="cpu, cuda, cuda:1, ...")
     sub.add_argument("--adapter", type=Path, required=True, help="stage-1 adapter")
     sub.add_argument("--out", type=Path, required=True)
     sub.add_argument("--steps", type=_positive)
@@ -303,6 +343,8 @@ def parser() -> argparse.ArgumentParser:
     add_comparing(commands)
     sub = command("report", report, model=False)
     sub.add_argument("run", type=Path)
+
+    add_plan(commands)
     return top
 
 

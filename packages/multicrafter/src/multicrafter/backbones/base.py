@@ -149,6 +149,21 @@ class Backbone(ABC):
     def text_encoder_parameters(self) -> int:
         """Parameters of the full-size text encoders."""
 
+    def vae_parameters(self) -> int:
+        """Parameters of the full-size VAE."""
+        from diffusers import AutoencoderKL
+
+        blocks: dict[str, Any] = {
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "block_out_channels": (128, 256, 512, 512),
+            "layers_per_block": 2,
+            "latent_channels": 16,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+        }
+        return count_parameters(on_meta(lambda: AutoencoderKL(**blocks)))
+
 
 class ReferenceCache:
     """Keys and values of reference tokens, kept between the steps of one picture."""

@@ -168,3 +168,9 @@ class Flux2Klein(Backbone):
             num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
         )  # fmt: skip
         return count_parameters(on_meta(lambda: Qwen3ForCausalLM(config)))
+
+    def vae_parameters(self) -> int:
+        """Of the FLUX.2 VAE."""
+        from diffusers import AutoencoderKLFlux2
+
+        return count_parameters(on_meta(AutoencoderKLFlux2))

@@ -1,0 +1,191 @@
+"""Configurations as YAML and back, and overrides from the command line: nested frozen dataclasses, strictly typed.
+
+TrlParser reads flat dataclasses only (docs/adr/0072); this does the same for nested ones, in one page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+def to_dict(config: Any) -> Any:
+    """A configuration as what YAML and JSON have: dicts, lists, numbers, strings, None."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(x) for x in config]
+    if isinstance(config, Mapping):
+        return {str(k): to_dict(v) for k, v in config.items()}
+    return config
+
+
+def from_dict(cls: type[Config], content: Any, *, path: str = "") -> Config:
+    """Inverse of `to_dict`; what is left out takes its default.
+
+    Raises:
+        ValueError: An unknown key (the nearest is named), a value of the wrong type, or one that the class itself refuses.
+    """
+    where = path or "configuration"
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where} must be a mapping, got {content!r}")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in content:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
+            raise ValueError(f"{where} must have keys among {', '.join(names)}, got {key!r}; nearest: {near[0]!r}")
+    values = {k: convert(hints[k], v, path=f"{path}.{k}".lstrip(".")) for k, v in content.items()}
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"{where} is incomplete: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}" if path else str(error)) from None
+
+
+def convert(hint: Any, value: Any, *, path: str) -> Any:
+    """``value`` as the type ``hint``; an int may stand for a float, a list for a tuple, and nothing else for anything else.
+
+    >>> convert(tuple[int, ...], [1, 2], path="numbers"), convert(float, "1e-4", path="lr")
+    ((1, 2), 0.0001)
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        for choice in sorted(arguments, key=lambda a: a is not type(None)):
+            try:
+                return convert(choice, value, path=path)
+            except ValueError as error:
+                problem = error
+        raise problem
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise ValueError(f"{path} must be one of {arguments}, got {value!r}")
+    if origin is tuple and isinstance(value, (list, tuple)):
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(kinds) == len(value):
+            return tuple(convert(k, v, path=f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_dict(hint, value, path=path)
+    if hint is type(None) and value is None:
+        return None
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str) and value[:1] in "+-.0123456789":  # YAML reads 1e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    name = "nothing" if hint is type(None) else getattr(hint, "__name__", str(hint))
+    raise ValueError(f"{path} must be {name}, got {value!r}")
+
+
+def override(config: Config, changes: Sequence[str]) -> Config:
+    """A copy with ``dotted.name=value`` changed; values are read as YAML.
+
+    Raises:
+        ValueError: A change has no "=", names nothing, or has a value that does not fit.
+    """
+    content = to_dict(config)
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals:
+            raise ValueError(f"--set must be NAME=VALUE, got {change!r}")
+        *parents, leaf = name.split(".")
+        node: Any = content
+        for depth, part in enumerate((*parents, leaf)):
+            if not isinstance(node, dict) or part not in node:
+                near = difflib.get_close_matches(name, leaves(content), n=1, cutoff=0.0)
+                raise ValueError(f"--set must name a value of the configuration, got {name!r}; nearest: {near[0]!r}")
+            if depth < len(parents):
+                node = node[part]
+        node[leaf] = parse(text)
+    return from_dict(type(config), content)
+
+
+def parse(text: str) -> Any:
+    """A value as YAML reads it.
+
+    >>> [parse(t) for t in ("3", "[1, 2]", "true", "null", "bfloat16")]
+    [3, [1, 2], True, None, 'bfloat16']
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"value must be readable YAML, got {text!r}: {' '.join(str(error).split())}") from None
+
+
+def leaves(content: Any, path: str = "") -> dict[str, Any]:
+    """Values by dotted name.
+
+    >>> leaves({"a": {"b": 1}, "c": [2]})
+    {'a.b': 1, 'c': [2]}
+    """
+    if isinstance(content, Mapping) and content:
+        return {k: v for name, inner in content.items() for k, v in leaves(inner, f"{path}.{name}".lstrip(".")).items()}
+    return {path: content}
+
+
+def as_yaml(content: Mapping[str, Any], marks: Mapping[str, str] | None = None) -> str:
+    """YAML, each value with its mark as a comment."""
+    import yaml  # type: ignore[import-untyped]
+
+    marks, lines = marks or {}, []
+
+    def scalar(value: Any) -> str:
+        text = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True)
+        return str(text).strip().removesuffix("\n...").strip()
+
+    def write(node: Mapping[str, Any], path: str, depth: int) -> None:
+        for key, value in node.items():
+            name, indent = f"{path}.{key}".lstrip("."), "  " * depth
+            if isinstance(value, Mapping) and value:
+                lines.append(f"{indent}{scalar(key)}:")
+                write(value, name, depth + 1)
+                continue
+            lines.append(f"{indent}{scalar(key)}: {scalar(value)}" + (f"  # {marks[name]}" if name in marks else ""))
+
+    write(content, "", 0)
+    return "\n".join(lines) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A YAML (or JSON) file as a dict.
+
+    Raises:
+        ValueError: It is missing or no mapping.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"{path} must be a configuration, but it cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be YAML, got {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping, got {type(content).__name__}")
+    return content
