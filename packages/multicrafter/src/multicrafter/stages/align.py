@@ -47,6 +47,7 @@ class AlignConfig:
         tail_steps: Second-order steps after the window in place of the remaining Euler steps; None keeps these.
         kernel: "flow_sde" or "flow_cps".
         noise_level: Of the kernel.
+        guidance: Of a base that takes it as an input: what rollouts are sampled, and the policy is trained, at.
         lr: Learning rate, constant after a warm-up of 5 iterations.
         seed: Of prompt order, noise and rollouts.
         policy: Ratio, clipping, KL, inner epochs.
@@ -65,6 +66,7 @@ class AlignConfig:
     tail_steps: int | None = 5
     kernel: str = "flow_sde"
     noise_level: float = 0.7
+    guidance: float = 2.5
     lr: float = 3e-4
     seed: int = 0
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -81,6 +83,8 @@ class AlignConfig:
             raise ValueError(f"group_size must be at least 2, got {self.group_size}")
         if self.lr <= 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
+        if self.guidance < 1:
+            raise ValueError(f"guidance must be at least 1, got {self.guidance}")
         for name in ("reward_retries", "reward_wait_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -144,7 +148,7 @@ class Align:
 
         def velocity_fn(x: Tensor, sigma: Tensor, index: Tensor) -> Tensor:
             context = self.scenes.context(rows[index.cpu()], x.device)
-            velocity = self.trainee.predict(x, sigma, known[index], **context)
+            velocity = self.trainee.predict(x, sigma, known[index], guidance=self.config.guidance, **context)
             finite = torch.isfinite(velocity)
             if not bool(finite.all()):
                 self.broken_velocities += 1
