@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moe_lora import MoELoRA
-from moe_lora.routing import router_z_loss
+from moe_lora import MoELoRA, router_z_loss
 from torch import Tensor
 
 from multicrafter import distributed
