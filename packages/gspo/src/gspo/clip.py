@@ -38,7 +38,8 @@ def auto_clip_range(
     >>> round(auto_clip_range(torch.tensor([0.9, 0.8, 1.1, 1.3]), 0.5, torch.tensor([1.0, -1.0, 1.0, 1.0])), 3)
     0.15
     """
-    away = (ratio.detach().double() - 1).reshape(len(ratio), -1)
+    away = ratio.detach().double() - 1
+    away = away if away.dim() == 2 else away[:, None]
     sign = torch.zeros(len(ratio), 1, dtype=away.dtype, device=away.device)
     if advantages is not None:
         sign = torch.nan_to_num(advantages).sign().to(away).unsqueeze(1)

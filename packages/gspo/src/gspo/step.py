@@ -37,7 +37,7 @@ class PolicyConfig:
         num_inner_epochs: Updates per rollout.
         max_grad_norm: Gradient clipping.
         micro_batch_size: Rows per forward and backward pass; None takes all.
-        drop_zero_variance: Leave groups without signal out of the passes, not only out of the mean. False keeps the batch's shape, with
+        drop_zero_variance: Leave samples without signal out of the passes, not only out of the mean. False keeps the batch's shape, with
             which low-precision models round (a half-precision policy off by rounding is off policy).
         reduce_gradients: Across ranks, sum the gradients here. False where DDP or FSDP averages them in backward.
     """
@@ -180,10 +180,10 @@ class PolicyTrainer:
         Args:
             velocity_fn: The policy, with gradients.
             rollout: What the old policy drew.
-            advantages: (b,); NaN leaves a sample out, a group of zeros is dropped.
+            advantages: (b,); a sample with 0 (its group has no variance) or NaN (it has no reward) is dropped.
             kernel: The kernel that drew the rollout.
             reference: A context manager inside which ``velocity_fn`` is the reference policy (adapters off); needed if kl_coef > 0.
-            replay: See `rescore`; with it no group is dropped from the passes, since routing belongs to rows.
+            replay: See `rescore`; with it no sample is dropped from the passes, since routing belongs to rows.
 
         Raises:
             ValueError: Advantages have another length than the rollout, or reference is missing.
@@ -203,7 +203,7 @@ class PolicyTrainer:
         )
         evaluations = 0
         for epoch in range(config.num_inner_epochs if problem.count else 0):
-            statistics = self._epoch(problem, first=epoch == 0)
+            statistics = self._epoch(problem, epoch)
             evaluations += statistics.num_function_evaluations
         return statistics._replace(num_samples=problem.count, num_function_evaluations=evaluations)
 
@@ -217,10 +217,7 @@ class PolicyTrainer:
         replay: Hook | None,
     ) -> _Problem:
         """Finds the rows that carry a signal, and counts them over all ranks."""
-        config, finite = self.config, torch.isfinite(advantages)
-        groups = torch.zeros(int(rollout.index.max()) + 1, dtype=torch.bool, device=advantages.device)
-        groups[rollout.index[finite & (advantages != 0)]] = True
-        signal = finite & groups[rollout.index]
+        config, signal = self.config, torch.isfinite(advantages) & (advantages != 0)
         count = int(total(float(signal.sum())))
         drop = config.drop_zero_variance and replay is None
         rows = (signal if drop else torch.ones_like(signal)).nonzero()[:, 0]
@@ -235,7 +232,8 @@ class PolicyTrainer:
             velocity_fn, rollout, kernel, used, rows, count, scale, weights, reference, replay, config.micro_batch_size
         )
 
-    def _epoch(self, problem: _Problem, *, first: bool) -> UpdateStatistics:
+    def _epoch(self, problem: _Problem, epoch: int) -> UpdateStatistics:
+        first = epoch == 0
         config, start = self.config, problem.rollout.trajectory[0].step
         auto, sequence = config.clip_range == "auto", config.ratio == "sequence"
         beta = self.tracker.at(start) if auto else self.clip_range
@@ -256,8 +254,8 @@ class PolicyTrainer:
             self.optimizer.zero_grad()
             seen, kl = self._backward(problem, seen, beta)
             passes = 2
-        if auto and not first and not measured:
-            self._measure(problem, seen, start)  # counts from the next rollout on
+        if auto and epoch == 1 and not measured:
+            self._measure(problem, seen, start)  # counts from here on
         self.clip_range = beta if beta is not None else self.clip_range
         if config.reduce_gradients:
             sum_gradients(self.parameters)
