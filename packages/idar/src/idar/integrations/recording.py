@@ -1,0 +1,235 @@
+"""Runs a multi-reference pipeline of diffusers once and records every block's subject maps at every step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from idar.attention import DIRECTIONS, Direction
+from idar.capture import CapturedMaps, SubjectLayout
+from idar.integrations.diffusers import Layout, capture_subject_attention, flux_layout, qwen_layout
+
+# how references reach the model, and how many at most
+SUPPORTED: dict[str, tuple[str, int | None]] = {
+    "FluxPipeline": ("context", None),
+    "FluxKontextPipeline": ("flux", 1),
+    "Flux2Pipeline": ("flux", None),
+    "Flux2KleinPipeline": ("flux", None),
+    "Flux2KleinKVPipeline": ("flux", None),
+    "QwenImageEditPlusPipeline": ("qwen", None),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """One picture and what its making looked at.
+
+    Attributes:
+        picture: (3, H, W) in [0, 1].
+        references: The references' pictures in [0, 1].
+        maps: By direction: (k, t, s, n), k blocks, t steps, s subjects, n image tokens.
+        blocks: Names of the blocks.
+        sigmas: Noise level of each step.
+        grid: Token rows and columns of the picture.
+    """
+
+    picture: Float[Tensor, "3 H W"]
+    references: tuple[Float[Tensor, "3 _h _w"], ...]
+    maps: dict[Direction, Float[Tensor, "k t s n"]]
+    blocks: tuple[str, ...]
+    sigmas: tuple[float, ...]
+    grid: tuple[int, int]
+
+
+def record(
+    pipe: Any,
+    references: Sequence[Any],
+    prompt: str,
+    *,
+    directions: Sequence[Direction] = DIRECTIONS,
+    blocks: Sequence[str] | None = None,
+    size: tuple[int, int] | None = None,
+    reference_size: int | None = None,
+    num_steps: int = 20,
+    seed: int = 0,
+    options: dict[str, Any] | None = None,
+) -> Recording:
+    """Generates one picture with the pipeline's own code and records the maps of every block and step.
+
+    FLUX.1 (`FluxPipeline`) gets its references in context, in UNO's layout (arXiv 2504.02160): their clean tokens follow the image's, with
+    position ids diagonally behind it. FLUX.1-Kontext, FLUX.2 and Qwen-Image-Edit take references themselves.
+
+    Args:
+        pipe: One of `SUPPORTED`, adapters already loaded.
+        references: One picture (PIL) per subject.
+        prompt: What the picture shows; an empty one with ``options={"prompt_embeds": ...}``.
+        directions: One or both directions; Flux2KleinKVPipeline has "image_to_reference" only.
+        blocks: Names of attention modules; the double-stream blocks by default.
+        size: Height and width in pixels; by default the size the autoencoder was made for.
+        reference_size: Long side of references in pixels (FluxPipeline only); by default half of the picture's.
+        num_steps: Denoising steps.
+        seed: Of the noise.
+        options: More arguments of the pipeline's call.
+
+    Raises:
+        ValueError: The pipeline is not supported, or references, directions or numbers do not fit it.
+    """
+    name = type(pipe).__name__
+    if name not in SUPPORTED:
+        raise ValueError(f"pipeline must be one of {', '.join(SUPPORTED)}, got {name}")
+    way, most = SUPPORTED[name]
+    if not references:
+        raise ValueError("references must hold at least one picture, got none")
+    if most is not None and len(references) > most:
+        raise ValueError(f"references must be at most {most} for {name}, got {len(references)}")
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    if name == "Flux2KleinKVPipeline":
+        directions = [d for d in directions if d == "image_to_reference"]
+    if not directions:
+        raise ValueError(f"directions must hold one that {name} has, got none")
+    side = 2 * int(pipe.vae_scale_factor)  # pixels per token
+    default = int(getattr(pipe.vae.config, "sample_size", None) or 1024)
+    height, width = size or (default, default)
+    if min(height, width) < side or height % side or width % side:
+        raise ValueError(f"size must be multiples of {side} pixels, got {height} x {width}")
+    parameters = inspect.signature(pipe.__call__).parameters
+    given: dict[str, Any] = {
+        "prompt": prompt or None,
+        "height": height,
+        "width": width,
+        "num_inference_steps": num_steps,
+        "generator": torch.Generator().manual_seed(seed),
+        "output_type": "pt",
+    }
+    layout: Layout = qwen_layout if way == "qwen" else flux_layout
+    steps = _Steps()
+    with torch.no_grad(), ExitStack() as stack:
+        if way == "context":
+            longest = int(getattr(pipe.tokenizer_2, "model_max_length", 512)) if pipe.tokenizer_2 else 512
+            given["max_sequence_length"] = min(longest, 512)
+            layout = stack.enter_context(
+                references_in_context(pipe, references, reference_size or max(height, width) // 2, (height, width))
+            )
+        else:
+            given["image"] = references[0] if most == 1 else list(references)
+        if "_auto_resize" in parameters:  # Kontext would change the size
+            given |= {"_auto_resize": False, "max_area": height * width}
+        given |= options or {}
+        captured = {
+            d: stack.enter_context(
+                capture_subject_attention(pipe.transformer, layout, direction=d, blocks=blocks, keep_blocks=True)
+            )
+            for d in directions
+        }
+        stack.enter_context(_after_each_pass(pipe.transformer, steps, captured))
+        picture = pipe(**given).images[0].float().cpu()
+    grid = (picture.shape[1] // side, picture.shape[2] // side)
+    maps = {d: torch.stack([row[d] for row in steps.maps], 1) for d in directions}
+    tokens = next(iter(maps.values())).shape[-1]
+    if grid[0] * grid[1] != tokens:
+        raise ValueError(f"the picture must have a token per {side} x {side} pixels, got {tokens} tokens for {grid}")
+    return Recording(
+        picture=picture.clamp(0, 1),
+        references=tuple(to_tensor(r) for r in references),
+        maps=maps,
+        blocks=tuple(captured[directions[0]].blocks),
+        sigmas=tuple(steps.sigmas),
+        grid=grid,
+    )
+
+
+class _Steps:
+    """Maps (k, s, n) by direction, and the noise level, of every step."""
+
+    def __init__(self) -> None:
+        self.maps: list[dict[Direction, Tensor]] = []
+        self.sigmas: list[float] = []
+
+
+@contextmanager
+def _after_each_pass(transformer: Any, steps: _Steps, captured: dict[Direction, CapturedMaps]) -> Iterator[None]:
+    """Takes the maps after every pass; guidance's second pass at the same noise level is left out."""
+
+    def take(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        sigma = float(kwargs["timestep"].flatten()[0])
+        if not steps.sigmas or sigma != steps.sigmas[-1]:
+            steps.sigmas.append(sigma)
+            steps.maps.append(
+                {d: torch.stack([m[0] for m in c.blocks.values()]).float().cpu() for d, c in captured.items()}
+            )
+
+    hook = transformer.register_forward_hook(take, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def references_in_context(
+    pipe: Any, references: Sequence[Any], reference_size: int, size: tuple[int, int]
+) -> Iterator[Layout]:
+    """While open, every pass of a FluxPipeline's transformer sees the references' tokens behind the image's.
+
+    Position ids: the image starts at (0, 0), reference i diagonally after everything before it (UNO, arXiv 2504.02160, section 3).
+
+    Yields:
+        The layout, as a function of the transformer's keyword arguments.
+    """
+    side = 2 * int(pipe.vae_scale_factor)
+    tokens, ids, offset = [], [], (size[0] // side, size[1] // side)
+    for picture in references:
+        width, height = picture.size
+        scale = reference_size / max(width, height)
+        rows, columns = (max(1, round(extent * scale / side)) for extent in (height, width))
+        pixels = pipe.image_processor.preprocess(picture.convert("RGB"), height=rows * side, width=columns * side)
+        latents = pipe.vae.encode(pixels.to(pipe.vae.device, pipe.vae.dtype)).latent_dist.mode()
+        latents = (latents - (pipe.vae.config.shift_factor or 0.0)) * pipe.vae.config.scaling_factor
+        patches = latents.unflatten(3, (columns, 2)).unflatten(2, (rows, 2))  # b c rows 2 columns 2
+        tokens.append(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
+        place = torch.zeros(rows, columns, 3)
+        place[..., 1] = torch.arange(rows)[:, None] + offset[0]
+        place[..., 2] = torch.arange(columns)[None] + offset[1]
+        ids.append(place.flatten(0, 1))
+        offset = (offset[0] + rows, offset[1] + columns)
+    counts = [t.shape[1] for t in tokens]
+
+    def append(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        image = kwargs["hidden_states"]
+        extra = [t.to(image).expand(len(image), -1, -1) for t in tokens]
+        places = [p.to(kwargs["img_ids"]) for p in ids]
+        more = {"hidden_states": torch.cat([image, *extra], 1), "img_ids": torch.cat([kwargs["img_ids"], *places])}
+        return args, {**kwargs, **more}
+
+    def cut(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        image = kwargs["hidden_states"].shape[1] - sum(counts)
+        return (output[0][:, :image], *output[1:])
+
+    def layout(kwargs: dict[str, Any]) -> SubjectLayout:
+        image = kwargs["hidden_states"].shape[1] - sum(counts)
+        return SubjectLayout.in_order(kwargs["txt_ids"].shape[0], image, counts)
+
+    hooks = [
+        pipe.transformer.register_forward_pre_hook(append, with_kwargs=True),
+        pipe.transformer.register_forward_hook(cut, with_kwargs=True),
+    ]
+    try:
+        yield layout
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def to_tensor(picture: Any, mode: str = "RGB") -> Float[Tensor, "c h w"]:
+    """A PIL picture in [0, 1]."""
+    raw = picture.convert(mode)
+    flat = torch.frombuffer(bytearray(raw.tobytes()), dtype=torch.uint8)
+    return flat.view(raw.height, raw.width, -1).permute(2, 0, 1).float() / 255

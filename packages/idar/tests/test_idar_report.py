@@ -1,0 +1,275 @@
+"""``idar report``: a FLUX directory in, a report out; other pipelines through the same recording; one sentence on bad input."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from idar.cli import main
+from idar.integrations.recording import record, references_in_context, to_tensor
+from PIL import Image
+
+WORDS = ["two", "people", "in", "a", "park"]
+
+
+def picture(width: int, height: int, color: tuple[int, int, int] = (200, 30, 30)) -> Image.Image:
+    return Image.new("RGB", (width, height), color)
+
+
+def tiny_flux() -> FluxPipeline:
+    """Every part of a FLUX.1 pipeline in its real format; nothing of it trained."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizers = [
+        PreTrainedTokenizerFast(
+            tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=6
+        )
+        for _ in range(2)
+    ]
+    clip = CLIPTextConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=6,
+        bos_token_id=0, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    t5 = T5Config(
+        vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, is_encoder_decoder=False, use_cache=False
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8),
+        layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=24, scaling_factor=0.5, shift_factor=0.1,
+        use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False,
+    )  # fmt: skip
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=16, guidance_embeds=False, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), vae=vae, text_encoder=CLIPTextModel(clip), tokenizer=tokenizers[0],
+        text_encoder_2=T5EncoderModel(t5), tokenizer_2=tokenizers[1], transformer=transformer,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipeline on disk, with two references and two masks beside it."""
+    out = tmp_path_factory.mktemp("model")
+    tiny_flux().save_pretrained(out / "flux")
+    picture(40, 40).save(out / "a.png")
+    picture(20, 40, (20, 40, 200)).save(out / "b.png")
+    for name, box in (("mask_a", (0, 0, 12, 24)), ("mask_b", (12, 0, 24, 24))):
+        mask = Image.new("L", (24, 24))
+        mask.paste(255, box)
+        mask.save(out / f"{name}.png")
+    return out
+
+
+def arguments(folder: Path, out: Path) -> list[str]:
+    return [
+        "report", str(folder / "flux"), "--reference", str(folder / "a.png"), "--reference", str(folder / "b.png"),
+        "--prompt", "two people in a park", "--steps", "2", "--out", str(out),
+    ]  # fmt: skip
+
+
+def test_report_of_a_flux_directory(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    masks = [
+        "--mask",
+        str(folder / "mask_a.png"),
+        "--mask",
+        str(folder / "mask_b.png"),
+        "--name",
+        "Ann",
+        "--name",
+        "B<b>ob",
+    ]
+    assert main([*arguments(folder, tmp_path / "out"), *masks]) == 0
+    assert "leakage" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(found["directions"]) == {"reference_to_image", "image_to_reference"}
+    assert found["grid"] == [6, 6]
+    for part in found["directions"].values():
+        assert part["profile"]["blocks"] == ["transformer_blocks.0.attn", "transformer_blocks.1.attn"]
+        assert len(part["profile"]["sigmas"]) == 2
+        assert len(part["profile"]["leakage"][1][1]) == 2
+        assert all(0 <= v <= 1 for v in part["overall"]["leakage"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    embedded = re.findall(r"base64,([^']+)", page)
+    files = {p.name for p in (tmp_path / "out").iterdir()}
+    assert len(embedded) == 8
+    assert base64.b64decode(embedded[0])[:4] == b"\x89PNG"
+    assert "B&lt;b&gt;ob" in page
+    assert "B<b>ob" not in page
+    assert {"maps_image_to_reference.png", "blocks_reference_to_image_1.png", "profile_image_to_reference.png"} <= files
+
+
+def test_without_masks_there_is_the_overlap(folder: Path, tmp_path: Path) -> None:
+    assert main([*arguments(folder, tmp_path), "--direction", "image_to_reference", "--size", "24x32"]) == 0
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert set(found["directions"]["image_to_reference"]["overall"]) == {"overlap"}
+    assert found["grid"] == [6, 8]
+
+
+def test_recording_leaves_the_pipeline_as_it_was_and_is_the_references_doing() -> None:
+    pipe = tiny_flux()
+    pipe.set_progress_bar_config(disable=True)
+    plain = lambda: pipe(  # noqa: E731
+        "two", height=24, width=24, num_inference_steps=2, max_sequence_length=6, output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]  # fmt: skip
+    before = plain()
+    found = [
+        record(pipe, [picture(40, 40, c), picture(20, 40)], "two", num_steps=2) for c in ((9, 9, 9), (250, 250, 9))
+    ]
+    assert torch.equal(plain(), before)
+    assert found[0].maps["image_to_reference"].shape == (2, 2, 2, 36)
+    torch.testing.assert_close(found[0].maps["reference_to_image"].sum(-1), torch.ones(2, 2, 2))
+    assert found[0].sigmas == (1.0, 0.5)
+    assert not torch.allclose(found[0].picture, before.clamp(0, 1), atol=1e-4)  # the references are in the context
+    assert not torch.allclose(found[0].maps["image_to_reference"], found[1].maps["image_to_reference"], atol=1e-6)
+    with pytest.raises(ValueError, match="size"):
+        record(pipe, [picture(8, 8)], "two", size=(25, 24))
+
+
+def test_references_follow_the_image_diagonally() -> None:
+    """A 40 x 40 and a 20 x 40 picture at a long side of 12 pixels: 3 x 3 and 3 x 2 tokens behind 6 x 6."""
+    pipe, seen = tiny_flux(), {}
+    pipe.transformer.register_forward_hook(lambda m, a, k, o: seen.update(k), with_kwargs=True)
+    with torch.no_grad(), references_in_context(pipe, [picture(40, 40), picture(20, 40)], 12, (24, 24)) as layout:
+        image = torch.randn(1, 36, 16)
+        output = pipe.transformer(
+            hidden_states=image, encoder_hidden_states=torch.randn(1, 6, 16), pooled_projections=torch.randn(1, 16),
+            timestep=torch.ones(1), img_ids=torch.zeros(36, 3), txt_ids=torch.zeros(6, 3), return_dict=False,
+        )[0]  # fmt: skip
+    assert output.shape == image.shape
+    assert seen["img_ids"][36:].tolist() == [
+        *([0, 6 + r, 6 + c] for r in range(3) for c in range(3)),
+        *([0, 9 + r, 9 + c] for r in range(3) for c in range(2)),
+    ]
+    assert layout(seen).subject_spans == ((42, 51), (51, 57))
+    latents = pipe.vae.encode(torch.full((1, 3, 12, 12), 1.0) * torch.tensor([200, 30, 30])[:, None, None] / 127.5 - 1)
+    want = (latents.latent_dist.mode() - 0.1) * 0.5  # (1, 4, 6, 6)
+    packed = seen["hidden_states"][:, 36:45].view(3, 3, 4, 2, 2)  # rows, columns, channels, 2, 2
+    for r in range(3):
+        for c in range(3):
+            torch.testing.assert_close(
+                packed[r, c], want[0, :, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2], atol=1e-4, rtol=1e-3
+            )
+
+
+def test_flux2_takes_its_references_itself() -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4), layers_per_block=1, latent_channels=4, norm_num_groups=2, sample_size=64,
+        mid_block_add_attention=False,
+    )  # fmt: skip
+    transformer = Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    pipe = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=None, tokenizer=None, transformer=transformer
+    )
+    pipe.set_progress_bar_config(disable=True)
+    embeds = torch.randn(1, 5, 12)
+    options = {"prompt_embeds": embeds, "negative_prompt_embeds": embeds, "guidance_scale": 4.0}
+    found = record(pipe, [picture(64, 64), picture(128, 64)], "", num_steps=2, size=(64, 64), options=options)
+    assert found.grid == (4, 4)
+    assert found.maps["image_to_reference"].shape == (2, 2, 2, 16)  # guidance's second pass is not a step
+    torch.testing.assert_close(found.maps["reference_to_image"].sum(-1), torch.ones(2, 2, 2))
+
+
+def test_pictures_become_tensors() -> None:
+    made = Image.new("RGB", (2, 1))
+    made.putpixel((1, 0), (255, 0, 51))
+    torch.testing.assert_close(to_tensor(made)[:, 0, 1], torch.tensor([1.0, 0.0, 0.2]))
+
+
+def broken(folder: Path, tmp_path: Path, what: str) -> list[str]:
+    """Arguments with one thing wrong."""
+    good = arguments(folder, tmp_path / "out")
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "model_index.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial" / "model_index.json").write_text((folder / "flux" / "model_index.json").read_text())
+    changes: dict[str, Callable[[], list[str]]] = {
+        "no picture": lambda: [*good, "--reference", str(tmp_path / "nowhere.png")],
+        "text": lambda: [*good, "--reference", str(tmp_path / "text.png")],
+        "masks": lambda: [*good, "--mask", str(folder / "mask_a.png")],
+        "steps": lambda: [*good, "--steps", "0"],
+        "size": lambda: [*good, "--size", "25"],
+        "prompt": lambda: [*good, "--prompt", " "],
+        "block": lambda: [*good, "--block", "nowhere.attn"],
+        "file": lambda: [*good, "--out", str(folder / "a.png")],
+        **{
+            name: lambda name=name: ["report", str(tmp_path / name), *good[2:]]
+            for name in ("other", "torn", "empty", "partial")
+        },
+    }
+    return changes[what]()
+
+
+@pytest.mark.parametrize(
+    ("what", "word"),
+    [
+        ("no picture", "nowhere.png"),
+        ("text", "text.png"),
+        ("masks", "--mask"),
+        ("steps", "num_steps"),
+        ("size", "size"),
+        ("prompt", "--prompt"),
+        ("block", "blocks"),
+        ("file", "--out"),
+        ("other", "StableDiffusionPipeline"),
+        ("torn", "model_index.json"),
+        ("empty", "model_index.json"),
+        ("partial", "readable"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str, word: str
+) -> None:
+    assert main(broken(folder, tmp_path, what)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("idar: error: ")
+    assert word in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_module_is_a_command_and_argparse_exits_with_2() -> None:
+    done = subprocess.run([sys.executable, "-m", "idar", "--help"], capture_output=True, text=True, check=True)
+    assert "report" in done.stdout
+    for wrong in ([], ["report"], ["report", "x", "--reference", "a", "--prompt", "b", "--size", "wide"]):
+        with pytest.raises(SystemExit) as caught:
+            main(wrong)
+        assert caught.value.code == 2
+
+
+def test_a_pipeline_of_another_kind_is_named() -> None:
+    with pytest.raises(ValueError, match="FluxPipeline"):
+        record(Any, [picture(8, 8)], "x")
