@@ -36,6 +36,17 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Seed:
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Two:
+    align: Seed = field(default_factory=Seed)
+    pretrain: Seed = field(default_factory=Seed)
+
+
 words = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=12)
 outers = st.builds(
     Outer,
@@ -98,6 +109,10 @@ def test_overrides():
     assert (pretrain.lr, pretrain.world.numbers, pretrain.execution.dtype, pretrain.execution.micro_batch) == (
         3e-5, (3,), "float32", None,
     )  # fmt: skip
+    short = settings.override(recipes.flux1_dev_stage1(), ["rank=8", "execution.dtype=float32", "lr=3e-5"])
+    assert (short.adapters.rank, short.execution.dtype, short.pretrain.lr) == (8, "float32", 3e-5)
+    with pytest.raises(ValueError, match=r"'seed'; it may be align.seed or pretrain.seed"):
+        settings.override(Two(), ["seed=1"])
     untouched = recipes.flux1_dev_stage1().pretrain
     assert replace(pretrain, lr=untouched.lr, world=untouched.world, execution=untouched.execution) == untouched
 
@@ -108,6 +123,7 @@ def test_overrides():
         ("pretrain.lr", "NAME=VALUE"),
         ("pretrain.lrr=1", r"got 'pretrain.lrr'; nearest: 'pretrain.lr'"),
         ("pretrain.lr.x=1", "must name a value"),
+        ("weights.x=64", "must name a value"),
         ("pretrain.lr=fast", "pretrain.lr must be float, got 'fast'"),
         ("pretrain.batch=1.5", "pretrain.batch must be int"),
         ("pretrain.batch=true", "pretrain.batch must be int"),

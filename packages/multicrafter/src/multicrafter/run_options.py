@@ -34,9 +34,10 @@ def chosen(arguments: argparse.Namespace, default: Run | None = None) -> Run:
 
     if default is not None and arguments.recipe is None and arguments.config is None:
         return settings.override(default, arguments.changes)
-    run = resolve(
-        recipe=arguments.recipe, config=arguments.config, changes=arguments.changes, seed=getattr(arguments, "seed", 0)
-    )
+    model = getattr(arguments, "model", None)
+    changes = [*([f"model.path={json.dumps(model)}"] if model is not None else []), *arguments.changes]
+    seed = getattr(arguments, "seed", 0)
+    run = resolve(recipe=arguments.recipe, config=arguments.config, changes=changes, seed=seed)
     if default is not None and type(run) is not type(default):
         stage = type(default).__name__[-1]
         raise ValueError(

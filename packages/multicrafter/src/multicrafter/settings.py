@@ -94,7 +94,7 @@ def convert(hint: Any, value: Any, *, path: str) -> Any:
 
 
 def override(config: Config, changes: Sequence[str]) -> Config:
-    """A copy with ``dotted.name=value`` changed; values are read as YAML.
+    """A copy with ``dotted.name=value`` changed; values are read as YAML. The front of a name may be left out where one fits only.
 
     Raises:
         ValueError: A change has no "=", names nothing, or has a value that does not fit.
@@ -104,16 +104,29 @@ def override(config: Config, changes: Sequence[str]) -> Config:
         name, equals, text = change.partition("=")
         if not equals:
             raise ValueError(f"--set must be NAME=VALUE, got {change!r}")
-        *parents, leaf = name.split(".")
+        *parents, leaf = _full_name(content, name).split(".")
         node: Any = content
-        for depth, part in enumerate((*parents, leaf)):
-            if not isinstance(node, dict) or part not in node:
-                near = difflib.get_close_matches(name, leaves(content), n=1, cutoff=0.0)
-                raise ValueError(f"--set must name a value of the configuration, got {name!r}; nearest: {near[0]!r}")
-            if depth < len(parents):
-                node = node[part]
+        for part in parents:
+            node = node[part]
         node[leaf] = parse(text)
     return from_dict(type(config), content)
+
+
+def _full_name(content: Any, name: str) -> str:
+    """The dotted name itself, or the only one that ends with it."""
+    known = leaves(content)
+    nodes = {".".join(k.split(".")[:n]) for k in known for n in range(1, k.count(".") + 2)}
+    if name in nodes:
+        return name
+    fitting = sorted(n for n in nodes if n.endswith("." + name))
+    if len(fitting) == 1:
+        return fitting[0]
+    found = (
+        f"it may be {' or '.join(fitting)}"
+        if fitting
+        else f"nearest: {difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]!r}"
+    )
+    raise ValueError(f"--set must name a value of the configuration, got {name!r}; {found}")
 
 
 def parse(text: str) -> Any:
