@@ -16,6 +16,7 @@ from id_reward.alignment import (
 from id_reward.backends.faces import get_face_backend
 from id_reward.identity import IdentityScorer
 from id_reward.matching import Matching, match
+from id_reward.metrics import Evaluation, Evaluator, id_confidence
 from id_reward.protocols import FaceBackend, Faces, Scorer
 
 __version__ = "0.1.0"
@@ -24,6 +25,8 @@ __all__ = [
     "CONVENTIONS",
     "CompositeReward",
     "CompositeScore",
+    "Evaluation",
+    "Evaluator",
     "FaceBackend",
     "Faces",
     "IdentityScore",
@@ -34,6 +37,7 @@ __all__ = [
     "copy_paste",
     "cosine_similarity",
     "get_face_backend",
+    "id_confidence",
     "match",
     "multi_id_alignment_reward",
     "placed_confusion",

@@ -1,0 +1,134 @@
+"""One reward, three signatures: TRL, Flow-GRPO and verl-omni. Nothing is imported from them, so they need no extra."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from id_reward.aggregate import CompositeReward, CompositeScore
+
+
+def _text(prompt: Any) -> str:
+    """A prompt as a string; of a conversation, what its last message says."""
+    if isinstance(prompt, str):
+        return prompt
+    content = prompt[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return " ".join(part.get("text", "") for part in content if part.get("type") == "text")
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _pictures(images: Any) -> list[Any]:
+    """A batch as a list; floats (b, h, w, 3) or tensors (b, 3, h, w) fall into pictures."""
+    return list(images)
+
+
+class TRLReward:
+    """``f(prompts, completions, **columns) -> list[float | None]``, what `trl.GRPOTrainer(reward_funcs=...)` calls.
+
+    The completions are pictures; the references come from a column of the data set. None tells TRL that a sample has no reward.
+
+    Args:
+        reward: The composite.
+        references: Column with the references of each sample.
+        name: What TRL logs it as.
+    """
+
+    def __init__(self, reward: CompositeReward, *, references: str = "references", name: str = "id_reward") -> None:
+        """Keeps the reward."""
+        self.reward, self.references, self.__name__ = reward, references, name
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """One reward per completion.
+
+        Raises:
+            ValueError: The column of references is missing.
+        """
+        if self.references not in columns:
+            raise ValueError(
+                f"the data set must have a column {self.references!r}, got {', '.join(sorted(columns)) or 'none'}"
+            )
+        score = self.reward(_pictures(completions), [_text(p) for p in prompts], columns[self.references])
+        log = columns.get("log_metric")
+        if callable(log):  # recent versions of TRL hand a logger over
+            for name, row in CompositeReward.statistics(score).items():
+                log(f"{self.__name__}/{name}", row["mean"])
+        return [_number(value) for value in score.totals]
+
+
+class FlowGRPOReward:
+    """``f(images, prompts, metadata, only_strict=True) -> (scores, details)``, the rewards of Flow-GRPO and its descendants.
+
+    ``scores`` is a dictionary of lists with "avg", the total, and each part; a sample without a reward gets the batch's mean there, so that its
+    advantage is small, and its NaN stays visible in the parts.
+
+    Args:
+        reward: The composite.
+        references: Key of the references in each sample's metadata.
+    """
+
+    def __init__(self, reward: CompositeReward, *, references: str = "references") -> None:
+        """Keeps the reward."""
+        self.reward, self.references = reward, references
+
+    def __call__(
+        self, images: Any, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], only_strict: bool = True
+    ) -> tuple[dict[str, list[float]], dict[str, Any]]:
+        """All parts of all pictures.
+
+        Raises:
+            ValueError: A sample's metadata has no references.
+        """
+        lacking = [number for number, one in enumerate(metadata) if self.references not in one]
+        if lacking:
+            raise ValueError(f"metadata must hold {self.references!r}, which sample {lacking[0]} lacks")
+        score = self.reward(_pictures(images), list(prompts), [one[self.references] for one in metadata])
+        known = score.totals[~np.isnan(score.totals)]
+        totals = np.where(np.isnan(score.totals), known.mean() if len(known) else 0.0, score.totals)
+        scores = {name: values.tolist() for name, values in score.parts.items()}
+        return {**scores, "avg": totals.tolist()}, {"missing": np.isnan(score.totals).tolist()}
+
+
+class VerlOmniReward:
+    """``f(data_source, solution_image, ground_truth, extra_info) -> dict``, one sample at a time, as verl's ``compute_score`` is called.
+
+    "score" is what is trained on; the parts beside it are logged. A sample that cannot be scored gets ``missing_score``.
+
+    Args:
+        reward: The composite.
+        references: Key of the references in ``extra_info``.
+        missing_score: Score of a sample without a reward.
+    """
+
+    def __init__(self, reward: CompositeReward, *, references: str = "references", missing_score: float = 0.0) -> None:
+        """Keeps the reward."""
+        self.reward, self.references, self.missing_score = reward, references, missing_score
+
+    def __call__(
+        self,
+        data_source: str,
+        solution_image: Any,
+        ground_truth: str,
+        extra_info: Mapping[str, Any] | None = None,
+        **ignored: Any,
+    ) -> dict[str, float]:
+        """Score and parts of one picture; ``ground_truth`` is its prompt.
+
+        Raises:
+            ValueError: ``extra_info`` has no references.
+        """
+        if self.references not in (extra_info or {}):
+            raise ValueError(
+                f"extra_info must hold {self.references!r}, got {', '.join(sorted(extra_info or {})) or 'nothing'}"
+            )
+        assert extra_info is not None
+        score: CompositeScore = self.reward([solution_image], [ground_truth], [extra_info[self.references]])
+        total = float(score.totals[0])
+        parts = {name: float(values[0]) for name, values in score.parts.items()}
+        return {"score": self.missing_score if np.isnan(total) else total, **parts}
