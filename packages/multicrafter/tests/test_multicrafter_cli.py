@@ -306,13 +306,16 @@ def test_ablation_pairs_rows_with_the_baseline_and_goes_on(model, tmp_path, caps
     ]
     assert main([*argv, "--rows", "baseline"]) == 0
     first = (out / "baseline_0" / "cases.json").stat().st_mtime_ns
-    assert main([*argv, "--rows", "baseline", "idar"]) == 0
+    assert main([*argv, "--rows", "baseline", "idar", "--page", str(tmp_path / "page.md")]) == 0
     assert (out / "baseline_0" / "cases.json").stat().st_mtime_ns == first, "what is finished is not done again"
     study = json.loads((out / "study.json").read_text())
     both = study["minus_baseline"]["idar"]
     mean = (both["seed 0"]["leakage"]["mean"] + both["seed 1"]["leakage"]["mean"]) / 2
     assert both["all seeds"]["leakage"]["mean"] == pytest.approx(mean)
     assert set(study["rows"]) == {"baseline", "idar"}
+    page = (tmp_path / "page.md").read_text()
+    low, high = both["all seeds"]["leakage"]["low"], both["all seeds"]["leakage"]["high"]
+    assert f"{both['all seeds']['leakage']['mean']:+.3f} [{low:+.3f}, {high:+.3f}]" in page
 
 
 def test_rows_are_those_of_the_recipes():

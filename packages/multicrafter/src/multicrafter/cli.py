@@ -219,14 +219,19 @@ def demo(arguments: argparse.Namespace) -> int:
 
 def ablation(arguments: argparse.Namespace) -> int:
     """Rows of the ablation over seeds, compared with the baseline."""
-    from multicrafter.study import as_markdown, run_study
+    from multicrafter.study import as_markdown, run_study, write_page
 
     _writable(arguments.out)
+    if arguments.page is not None:
+        _writable(arguments.page)
     results = run_study(
         arguments.out, arguments.rows, arguments.seeds,
         steps=arguments.steps, num_scenes=arguments.scenes, num_cases=arguments.cases, model=arguments.model,
     )  # fmt: skip
     print(as_markdown(results))
+    if arguments.page is not None:
+        write_page(arguments.page, results)
+        print(f"page: {arguments.page}")
     print(f"written to {arguments.out / 'study.json'}")
     return 0
 
@@ -330,6 +335,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True)
     sub.add_argument("--rows", nargs="+", default=["baseline", "idar", "idar_paper", "moe"], choices=ROWS)
     sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    sub.add_argument("--page", type=Path, help="a page of the results in Markdown, made from them")
     sub.add_argument("--steps", type=_positive, default=240)
     sub.add_argument("--scenes", type=_positive, default=2500)
     sub.add_argument("--cases", type=_positive, default=128)

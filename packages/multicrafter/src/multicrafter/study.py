@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from multicrafter.evaluate import Interval, Judges, bootstrap, cases, evaluate, summarise, write_json
+from multicrafter.evaluate import METRICS, Interval, Judges, bootstrap, cases, evaluate, summarise, write_json
 from multicrafter.pipeline import load_flux
 from multicrafter.recipes import ablation
 from multicrafter.stages.data import encode_scenes
 from multicrafter.stages.runs import run_align, run_pretrain
+
+SHOWN = ("attributes", "identity", "swaps", "leakage", "count", "text")
 
 
 def run_row(
@@ -72,6 +77,8 @@ def run_study(
             done = run_row(row, seed, out, steps=steps, num_scenes=num_scenes, num_cases=num_cases, model=model)
             found.setdefault(row, {})[seed] = done
             results = {
+                "commit": _commit(),
+                "torch": torch.__version__,
                 "settings": {
                     "rows": list(rows),
                     "seeds": list(seeds),
@@ -103,13 +110,69 @@ def run_study(
 
 def as_markdown(results: dict[str, Any]) -> str:
     """The study's differences as a table."""
-    names = ("attributes", "identity", "swaps", "leakage", "count", "text")
-    lines = ["| row - baseline | seeds | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    lines = ["| row - baseline | seeds | " + " | ".join(SHOWN) + " |", "|---" * (len(SHOWN) + 2) + "|"]
     for row, groups in results["minus_baseline"].items():
         for group, metrics in groups.items():
-            cells = [
-                f"{m.mean:+.3f} [{m.low:+.3f}, {m.high:+.3f}]" if (m := metrics.get(n)) is not None else ""
-                for n in names
-            ]
+            cells = [_cell(metrics.get(n), "+.3f") for n in SHOWN]
             lines.append(f"| {row} | {group} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(interval: Sequence[float] | None, form: str) -> str:
+    """``mean [low, high]``; bold where the interval of a difference excludes 0."""
+    if interval is None:
+        return ""
+    mean, low, high = interval[:3]
+    text = f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+    return f"**{text}**" if "+" in form and (low > 0 or high < 0) else text
+
+
+def as_page(results: dict[str, Any]) -> str:
+    """A page of the documentation, every figure of it from ``results``: means by row and seed, then paired differences."""
+    settings = results["settings"]
+    rows = ["| row | seed | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
+    for row, seeds in results["rows"].items():
+        for seed, metrics in seeds.items():
+            rows.append(f"| {row} | {seed} | " + " | ".join(_cell(metrics.get(n), ".3f") for n in METRICS) + " |")
+    command = (
+        f"multicrafter ablation --out runs/ablation --rows {' '.join(settings['rows'])} --seeds {' '.join(map(str, settings['seeds']))} "
+        f"--steps {settings['steps']} --scenes {settings['scenes']} --cases {settings['cases']} --page docs/results/ablation.md"
+    )
+    meaning = "\n".join(f"- **{name}**: {text}" for name, text in METRICS.items())
+    return f"""# Ablation in the tiny world
+
+Generated from `study.json` by
+
+    {command}
+
+{settings["cases"]} scenes with two look-alikes of the test split (identities that neither the base nor stage 1 has
+seen), the same scenes, noise and training data for every row and seed; {settings["steps"]} steps of stage 1.
+Brackets: 95 % bootstrap intervals over the cases. Commit {results["commit"]}, torch {results["torch"]}.
+
+## Minus the baseline, case by case
+
+A case is one unit: its differences are averaged over the seeds first. Bold: the interval excludes 0.
+
+{as_markdown(results)}
+
+## Means
+
+{chr(10).join(rows)}
+
+{meaning}
+"""
+
+
+def write_page(path: Path, results: dict[str, Any]) -> None:
+    """Writes `as_page` through a temporary name."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(as_page(results))
+    os.replace(temporary, path)
+
+
+def _commit() -> str:
+    """Commit of the checkout this runs from, or 'unknown'."""
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"

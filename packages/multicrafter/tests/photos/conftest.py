@@ -20,7 +20,7 @@ def config(**changes) -> BuildConfig:
         "people": "same",
         "filter": FilterConfig(min_side=32, min_face_pixels=4, duplicate_distance=2),
         "references": ReferenceConfig(scale=1.1),
-        "write": WriteConfig(test_fraction=0.3),
+        "write": WriteConfig(test_fraction=0.7),  # puts the smaller circle into the test split
     }
     return BuildConfig(**{**settings, **changes})
 
