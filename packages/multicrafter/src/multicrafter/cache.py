@@ -10,6 +10,7 @@ import gc
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ class TensorCache:
             save_file({k: v.detach().cpu().contiguous() for k, v in entry.items()}, temporary)
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             raise CheckpointError(f"cache {self.folder} must be writable, got {error}") from None
 
     def fill(

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,21 +105,48 @@ def generate(arguments: argparse.Namespace) -> int:
 def _load(run: Any, arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The base of a run, after a look at whether it fits into memory, and its backbone."""
     from multicrafter.backbones import backbone_of, get_backbone
+    from multicrafter.distributed import world_size
     from multicrafter.pipeline import load_flux
     from multicrafter.plan import require_memory
 
     own = get_backbone(run.model.backbone) if ":" in run.model.backbone else None
-    if run.model.path is not None and not Path(run.model.path).exists():
-        require_memory(run, device=arguments.device)
+    if run.model.path is not None:
+        require_memory(run, device=arguments.device, gpus=world_size())
     pipe = load_flux(run.model.path, dtype=run.execution.torch_dtype, backbone=own)
     if arguments.device is not None:
         pipe.to(arguments.device)
     return pipe, own or backbone_of(pipe)
 
 
+def _tracker(arguments: argparse.Namespace, run: Any) -> Any:
+    """The tracker that --tracker names, said before the work if its package is missing; TensorBoard where it is installed."""
+    from dataclasses import asdict
+    from importlib.util import find_spec
+
+    from multicrafter.trackers import make_tracker
+
+    kind = arguments.tracker or ("tensorboard" if find_spec("tensorboard") else "none")
+    return make_tracker(kind, arguments.out, config=asdict(run))
+
+
+def _together(arguments: argparse.Namespace, function: Callable[[argparse.Namespace], int]) -> int:
+    """Runs a command as one of the processes that torchrun started, on this process's GPU where there is one."""
+    from multicrafter.distributed import session
+
+    with session() as device:
+        if device.type != "cpu" and arguments.device is None:
+            arguments.device = str(device)
+        return function(arguments)
+
+
 def pretrain(arguments: argparse.Namespace) -> int:
-    """Stage 1."""
+    """Stage 1, on one process or, under torchrun, on several."""
+    return _together(arguments, _pretrain)
+
+
+def _pretrain(arguments: argparse.Namespace) -> int:
     from multicrafter import recipes
+    from multicrafter.distributed import is_main
     from multicrafter.recipes import ModelConfig, Stage1, ablation
     from multicrafter.run_options import annotate, chosen
     from multicrafter.stages.runs import run_pretrain
@@ -135,18 +162,25 @@ def pretrain(arguments: argparse.Namespace) -> int:
     run = chosen(arguments, Stage1(model=ModelConfig(path=arguments.model, text_tokens=16), pretrain=config))
     assert isinstance(run, Stage1)
     pipe, _ = _load(run, arguments)
-    recipes.save(arguments.out / "recipe.yaml", run)
-    run_pretrain(pipe, run.pretrain, arguments.out, resume=arguments.resume)
-    world = run.world
-    annotate(arguments.out, size=world.size, reference_size=world.reference_size, base_model=run.model.path)
-    print(f"adapter: {arguments.out / 'adapter'}")
+    if is_main():
+        recipes.save(arguments.out / "recipe.yaml", run)
+    run_pretrain(pipe, run.pretrain, arguments.out, resume=arguments.resume, tracker=_tracker(arguments, run))
+    if is_main():
+        world = run.world
+        annotate(arguments.out, size=world.size, reference_size=world.reference_size, base_model=run.model.path)
+        print(f"adapter: {arguments.out / 'adapter'}")
     return 0
 
 
 def align(arguments: argparse.Namespace) -> int:
-    """Stage 2."""
+    """Stage 2, on one process or, under torchrun, on several."""
+    return _together(arguments, _align)
+
+
+def _align(arguments: argparse.Namespace) -> int:
     from multicrafter import recipes
     from multicrafter.adapters import Adapters
+    from multicrafter.distributed import is_main
     from multicrafter.recipes import ModelConfig, Stage2, tiny
     from multicrafter.run_options import annotate, chosen
     from multicrafter.stages.data import encode_scenes
@@ -164,13 +198,16 @@ def align(arguments: argparse.Namespace) -> int:
     number = int(notes.get("num_references", 1))
     world = replace(run.world, numbers=(number,))
     run = replace(run, world=world, adapters=adapters.config)
-    recipes.save(arguments.out / "recipe.yaml", run)
+    if is_main():
+        recipes.save(arguments.out / "recipe.yaml", run)
     scenes = encode_scenes(pipe, world, run.num_scenes, seed=run.align.seed + 10_000, cache=run.execution.cache)
     run_align(
-        pipe, adapters, run.align, arguments.out, num_references=number, scenes=scenes, resume=arguments.resume
+        pipe, adapters, run.align, arguments.out, num_references=number, scenes=scenes, resume=arguments.resume,
+        tracker=_tracker(arguments, run),
     )  # fmt: skip
-    annotate(arguments.out, size=world.size, reference_size=world.reference_size, base_model=run.model.path)
-    print(f"adapter: {arguments.out / 'adapter'}")
+    if is_main():
+        annotate(arguments.out, size=world.size, reference_size=world.reference_size, base_model=run.model.path)
+        print(f"adapter: {arguments.out / 'adapter'}")
     return 0
 
 
@@ -246,6 +283,16 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _training_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--resume", nargs="?", const="auto", default=False, metavar="auto|CHECKPOINT",
+        help="go on from the newest good checkpoint in --out (auto, also without a value), or from this one",
+    )  # fmt: skip
+    sub.add_argument(
+        "--tracker", choices=("tensorboard", "wandb", "trackio", "none"), help="default: tensorboard, into --out"
+    )
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     from multicrafter.plan.command import add_parser as add_plan
@@ -304,7 +351,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--scenes", type=_positive, help="training scenes drawn")
     sub.add_argument("--references", type=int, choices=(2, 3, 4), help="subjects of a scene")
     sub.add_argument("--idar-coef", type=float)
-    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    _training_options(sub)
 
     sub = command("align", align)
     add_options(sub)
@@ -314,7 +361,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=_positive)
     sub.add_argument("--prompts", type=_positive)
     sub.add_argument("--group-size", type=_positive)
-    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    _training_options(sub)
 
     sub = command("evaluate", evaluate)
     sub.set_defaults(seed=1000)

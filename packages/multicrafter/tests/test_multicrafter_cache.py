@@ -1,0 +1,103 @@
+"""Encoded texts and pictures on disk: the same numbers, computed once, never stale."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from multicrafter import distributed
+from multicrafter.backbones import backbone_of
+from multicrafter.cache import CachedPictures, CachedText, TensorCache, content_key, free_encoders, model_key
+from multicrafter.checkpoint import CheckpointError
+
+sys.path.insert(0, str(Path(__file__).parent))
+import multicrafter_workers as workers
+
+CAPTIONS = ["two people in a park", "one person", "two people in a park"]
+
+
+def test_cached_text_equals_fresh_text_and_survives_the_encoders(pipe, tmp_path):
+    fresh = backbone_of(pipe).encode_prompts(pipe, CAPTIONS)
+    memory, disk = CachedText(pipe, CAPTIONS), CachedText(pipe, CAPTIONS, tmp_path)
+    assert memory.num_tokens == disk.num_tokens == fresh.embeds.shape[1]
+    free_encoders(pipe, vae=True)
+    assert pipe.text_encoder is None and pipe.text_encoder_2 is None and pipe.vae is None
+    for text in (memory(CAPTIONS), disk(CAPTIONS)):
+        assert torch.allclose(text.embeds, fresh.embeds, atol=1e-6) and torch.allclose(
+            text.pooled, fresh.pooled, atol=1e-6
+        )
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2  # one caption came twice
+
+
+def test_nothing_is_encoded_twice(pipe, tmp_path, monkeypatch):
+    calls, backbone = [], type(backbone_of(pipe))
+    real = backbone.encode_pictures
+    monkeypatch.setattr(backbone, "encode_pictures", lambda *a: calls.append(len(a[2])) or real(*a))
+    pictures = torch.rand(3, 3, 32, 32)
+    first = CachedPictures(pipe, tmp_path)(pictures)
+    assert sum(calls) == 3
+    assert torch.equal(CachedPictures(pipe, tmp_path)(pictures), first)  # another run
+    assert sum(calls) == 3
+    CachedPictures(pipe, tmp_path)(torch.cat([pictures[:1], torch.rand(1, 3, 32, 32)]))
+    assert sum(calls) == 4
+    assert torch.allclose(first, real(backbone_of(pipe), pipe, pictures), atol=1e-6)
+
+
+def test_other_weights_or_tokenizers_make_other_entries(pipe, tmp_path):
+    CachedText(pipe, CAPTIONS, tmp_path)
+    with torch.no_grad():
+        next(pipe.text_encoder_2.parameters()).add_(0.1)
+    fresh = backbone_of(pipe).encode_prompts(pipe, CAPTIONS)
+    assert torch.allclose(CachedText(pipe, CAPTIONS, tmp_path)(CAPTIONS).embeds, fresh.embeds, atol=1e-6)
+    pipe.tokenizer_2.model_max_length -= 2
+    assert CachedText(pipe, CAPTIONS, tmp_path).num_tokens == fresh.embeds.shape[1] - 2
+
+
+def test_a_damaged_entry_is_made_anew_and_a_lost_one_is_named(tmp_path):
+    cache = TensorCache(tmp_path, "m")
+    key = content_key("a")
+    cache.fill({key: "a"}, lambda texts: {"x": torch.ones(len(texts), 2)})
+    cache.path(key).write_bytes(b"half")
+    assert cache.fill({key: "a"}, lambda texts: {"x": torch.ones(len(texts), 2)}) == 1
+    assert torch.equal(cache.stack([key])["x"], torch.ones(1, 2))
+    cache.path(key).unlink()
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        cache.stack([key])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="must be writable"):
+        TensorCache(tmp_path / "file", "m").write(key, {"x": torch.ones(1)})
+
+
+def test_keys_tell_apart_what_differs():
+    a = torch.zeros(2, 3)
+    keys = [content_key(a), content_key(a.T.contiguous()), content_key(a.half()), content_key(a + 1), content_key("a")]
+    assert len(set(keys)) == len(keys)
+    linear = torch.nn.Linear(2, 2)
+    assert model_key(linear) == model_key(linear) != model_key(linear, note="x")
+
+
+def shared_fill(folder):
+    cache = TensorCache(folder, "m")
+    contents = {content_key(str(i)): str(i) for i in range(7)}
+    made = cache.fill(contents, lambda texts: {"x": torch.tensor([[float(t)] for t in texts])}, batch=2)
+    assert sum(distributed.gather_objects(made)) == 7 and made in (3, 4)
+    assert cache.stack(list(contents))["x"].flatten().tolist() == [float(i) for i in range(7)]
+
+
+def test_ranks_share_the_work(tmp_path):
+    workers.run(shared_fill, str(tmp_path / "cache"), world=2, tmp=tmp_path)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_stage_trains_from_the_cache_without_text_encoders(number, tmp_path):
+    plain = workers.make_stage(number)
+    cached = workers.make_stage(number, execution={"cache": str(tmp_path)})
+    if number == 2:
+        free_encoders(cached.pipe)
+    for stage in (plain, cached):
+        for index in range(2):
+            stage.step(index)
+    for (name, a), (_, b) in zip(plain.adapters.named_parameters(), cached.adapters.named_parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5), name

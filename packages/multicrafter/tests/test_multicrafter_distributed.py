@@ -1,0 +1,284 @@
+"""Several gloo processes equal one: losses, gradients, adapters; checkpoints move between numbers of them; a dead one is named."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gspo import FlowSDE
+from multicrafter import checkpoint, distributed
+from multicrafter.checkpoint import find_checkpoint
+from multicrafter.distributed import my_groups, my_slice
+from multicrafter.stages.data import Buckets
+from multicrafter.stages.noise import SlicedNoise
+from multicrafter.stages.trainee import global_aux_loss
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+import multicrafter_workers as workers
+
+STEPS = 20
+TOLERANCE = 1e-5
+slow = pytest.mark.slow
+
+
+def final(folder):
+    return load_file(folder / "final.safetensors")
+
+
+def history(folder):
+    return json.loads((folder / "history.json").read_text())
+
+
+def distance(a, b):
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Stage, changes -> folder of the run in one process, made when it is asked for."""
+    folder, made = tmp_path_factory.mktemp("alone"), {}
+
+    def get(stage, **changes):
+        key = (stage, json.dumps(changes))
+        if key not in made:
+            out = folder / f"run{len(made)}"
+            workers.run(workers.train, stage, out, num_steps=STEPS, changes=changes, tmp=folder)
+            made[key] = out
+        return made[key]
+
+    return get
+
+
+# batches that do not divide, groups that are cut between ranks in either way
+EVEN = {1: {"batch": 7}, 2: {"prompts": 2, "group_size": 4}}
+CUT = {2: {"prompts": 3, "group_size": 4}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "world", "parallel", "changes"),
+    [
+        (1, 2, "ddp", EVEN[1]),
+        (1, 2, "fsdp", EVEN[1]),
+        (2, 2, "ddp", EVEN[2]),
+        (2, 2, "fsdp", EVEN[2]),
+        pytest.param(2, 2, "ddp", CUT[2], marks=slow),
+        pytest.param(2, 2, "fsdp", CUT[2], marks=slow),
+        pytest.param(1, 4, "ddp", EVEN[1], marks=slow),
+        pytest.param(1, 4, "fsdp", EVEN[1], marks=slow),
+        pytest.param(2, 4, "ddp", EVEN[2], marks=slow),
+        pytest.param(2, 4, "fsdp", EVEN[2], marks=slow),
+    ],
+)
+def test_many_processes_equal_one(stage, world, parallel, changes, alone, tmp_path):
+    want = alone(stage, **changes)
+    workers.run(
+        workers.train, stage, tmp_path / "run", num_steps=STEPS, world=world, tmp=tmp_path,
+        execution={"parallel": parallel}, changes=changes,
+    )  # fmt: skip
+    assert distance(final(want), final(tmp_path / "run")) < TOLERANCE  # adapters, last gradients, moving average
+    for a, b in zip(history(want), history(tmp_path / "run"), strict=True):
+        for name in ("loss", "attention_loss", "reward", "reward_spread", "window", "grad_norm"):
+            if name in a:
+                assert b[name] == pytest.approx(a[name], rel=1e-4, abs=TOLERANCE), (name, a["step"])
+
+
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=slow)])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=slow)])
+def test_the_divergence_penalty_and_micro_batches_change_nothing_across_ranks(stage, parallel, alone, tmp_path):
+    """Micro-batches of stage 1 without router losses, which are those of a micro-batch; in stage 2 a pass with adapters off."""
+    import gspo
+
+    changes = {"policy": gspo.PolicyConfig(kl_coef=0.1)} if stage == 2 else {"batch": 6}
+    folder = tmp_path / "one"
+    workers.run(workers.train, stage, folder, num_steps=4, changes=changes, tmp=tmp_path)
+    execution = {"parallel": parallel, "gradient_checkpointing": True}
+    workers.run(
+        workers.train, stage, tmp_path / "two", num_steps=4, world=2, tmp=tmp_path, execution=execution, changes=changes
+    )
+    assert distance(final(folder), final(tmp_path / "two")) < TOLERANCE
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(4, 2, marks=slow), pytest.param(1, 2, marks=slow)])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=slow)])
+def test_sharded_checkpoints_reload_into_another_number_of_ranks(stage, before, after, alone, tmp_path):
+    changes = EVEN[2] if stage == 2 else {}
+    want, out, sharded = (
+        alone(stage, **changes),
+        tmp_path / "run",
+        {"execution": {"parallel": "fsdp"}, "changes": changes},
+    )
+    workers.run(train_until, stage, out, 10, world=before, tmp=tmp_path, **sharded)
+    found = find_checkpoint(out / "checkpoints")
+    assert found.manifest["world_size"] == before
+    if before > 1:
+        assert len(found.manifest["files"]) == before and found.manifest["shards"]
+    workers.run(workers.train, stage, out, num_steps=STEPS, resume="auto", world=after, tmp=tmp_path, **sharded)
+    assert distance(final(want), final(out)) < TOLERANCE
+
+
+def train_until(stage, out, stop, **options):
+    """The first ``stop`` steps of a run of all (the learning rate follows the whole), ended by a signal."""
+    import os
+    import signal
+
+    from multicrafter import loop
+
+    made = workers.make_stage(stage, num_steps=STEPS, **options)
+    real = made.step
+
+    def step(index):
+        metrics = real(index)
+        if index + 1 == stop and distributed.rank() == distributed.world_size() - 1:  # one rank gets it, all stop
+            os.kill(os.getpid(), signal.SIGTERM)
+        return metrics
+
+    made.step = step
+    try:
+        loop.run(made, num_steps=STEPS, out=Path(out))
+    except loop.Interrupted:
+        return
+    raise AssertionError("a signal to one rank must stop all")
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=slow)])
+def test_a_dead_worker_is_named_and_the_run_goes_on_from_its_checkpoint(stage, tmp_path):
+    changes = EVEN[2] if stage == 2 else {}
+    workers.run(workers.train, stage, tmp_path / "straight", num_steps=8, changes=changes, world=2, tmp=tmp_path)
+    processes, errors = workers.start(
+        train_and_lose_one, stage, tmp_path / "run", world=2, tmp=tmp_path, changes=changes
+    )
+    for process in processes:
+        process.join(580)
+    assert processes[1].exitcode == -9 and processes[0].exitcode == 1
+    said = Path(f"{errors}.0").read_text()
+    assert "WorkerLost" in said and "--resume auto" in said
+    assert find_checkpoint(tmp_path / "run" / "checkpoints").step == 4
+    workers.run(
+        workers.train, stage, tmp_path / "run", num_steps=8, resume="auto", changes=changes, world=2, tmp=tmp_path
+    )
+    assert distance(final(tmp_path / "straight"), final(tmp_path / "run")) == 0.0
+
+
+def train_and_lose_one(stage, out, changes):
+    if distributed.rank() == 1:
+        workers.install_fault("step", 5)
+    workers.train(stage, out, num_steps=8, save_every=2, changes=changes)
+
+
+def full_on_one(out):
+    """Rank 1's disk is full: no rank may believe that the checkpoint is there."""
+    from multicrafter.checkpoint import CheckpointError, save_checkpoint
+
+    save_checkpoint(Path(out), 1, {"x": torch.ones(2)})
+    if distributed.rank() == 1:
+
+        def refuse(*_):
+            raise OSError(28, "No space left on device")
+
+        checkpoint.save_file = refuse
+    with pytest.raises(CheckpointError, match=r"No space left.*rank 1"):
+        save_checkpoint(Path(out), 2, {"x": torch.ones(2)})
+
+
+def test_a_full_disk_of_one_rank_is_an_error_of_all(tmp_path):
+    workers.run(full_on_one, str(tmp_path / "c"), world=2, tmp=tmp_path)
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["step_000001"]
+
+
+def nan_on_one(out):
+    made = workers.make_stage(1)
+    made.step(0)
+    before = {n: p.detach().clone() for n, p in made.adapters.named_parameters()}
+    if distributed.rank() == 1:
+        made.buckets.buckets[0].tokens[:] = torch.nan
+    metrics = made.step(1)
+    assert metrics["skipped"] == 1
+    assert all(torch.equal(before[n], p) for n, p in made.adapters.named_parameters())
+
+
+def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path):
+    workers.run(nan_on_one, str(tmp_path), world=2, tmp=tmp_path)
+
+
+def loads_are_global(out):
+    """The balance loss of two halves, averaged, has the gradient of the whole."""
+    made = workers.make_stage(1)
+    experts, scenes = made.adapters.experts, made.buckets.buckets[0]
+    rows = torch.arange(8)
+
+    def gradient(part, loss):
+        made.optimizer.zero_grad()
+        text = made.text([scenes.captions[r] for r in rows[part].tolist()])
+        made.trainee.adapters.backbone.velocity(
+            made.transformer,
+            scenes.tokens[rows[part]],
+            torch.full((len(rows[part]),), 0.5),
+            text,
+            **scenes.context(rows[part]),
+        )
+        loss().backward()
+        return {n: p.grad.clone() for n, p in made.adapters.named_parameters() if p.grad is not None}
+
+    want = gradient(slice(0, 8), experts.aux_loss)
+    got = gradient(my_slice(8), lambda: global_aux_loss(experts))
+    assert want.keys() == got.keys() and any("router" in n for n in want)
+    for name, value in got.items():
+        mean = distributed.all_sum(value) / 2
+        assert torch.allclose(mean, want[name], atol=1e-8), name
+
+
+def test_expert_loads_are_counted_over_all_ranks(tmp_path):
+    workers.run(loads_are_global, str(tmp_path), world=2, tmp=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "group", "ranks"), [(4, 3, 2), (1, 6, 2), (2, 6, 4), (3, 4, 2), (8, 2, 4), (1, 4, 1)]
+)
+def test_groups_are_shared_out_once_and_evenly(prompts, group, ranks):
+    shares = [my_groups(prompts, group, rank_=r, ranks=ranks) for r in range(ranks)]
+    rows = [share.rows(group) for share in shares]
+    assert sorted(torch.cat(rows).tolist()) == list(range(prompts * group))
+    assert len({len(r) for r in rows}) == 1
+    for share, mine in zip(shares, rows, strict=True):  # the order in which a rollout returns its samples
+        inside = [
+            p * group + m
+            for p in range(share.prompts.start, share.prompts.stop)
+            for m in range(share.members.start, share.members.stop)
+        ]
+        assert mine.tolist() == inside
+
+
+def test_what_cannot_be_shared_out_is_refused():
+    with pytest.raises(ValueError, match="spread evenly over 4 processes"):
+        my_groups(3, 3, rank_=0, ranks=4)
+    with pytest.raises(ValueError, match="at least one row per process"):
+        my_slice(3, rank_=0, ranks=4)
+    assert sum((lambda s: s.stop - s.start)(my_slice(11, rank_=r, ranks=4)) for r in range(4)) == 11
+
+
+def test_a_sample_gets_its_noise_wherever_it_lives():
+    x, v = torch.randn(6, 4, 3), torch.randn(6, 4, 3)
+    whole = FlowSDE().step(x, v, 0.8, 0.6, generator=torch.Generator().manual_seed(5))
+    for rows in (torch.arange(6), torch.tensor([1, 4])):
+        sliced = SlicedNoise(FlowSDE(), rows, 6)
+        part = sliced.step(x[rows], v[rows], 0.8, 0.6, generator=torch.Generator().manual_seed(5))
+        assert torch.equal(part.next_latents, whole.next_latents[rows])
+        assert torch.allclose(part.log_prob_mean, whole.log_prob_mean[rows])
+
+
+def test_buckets_never_mix_layouts_and_every_scene_is_equally_likely():
+    class Scenes(list):
+        captions = ()
+
+    small, large = Scenes(range(10)), Scenes(range(30))
+    buckets, generator = Buckets([small, large]), torch.Generator().manual_seed(0)
+    drawn = np.mean([len(buckets.draw(generator)) == 30 for _ in range(2000)])
+    assert abs(drawn - 0.75) < 0.04
+    with pytest.raises(ValueError, match="at least one scene"):
+        Buckets([small, Scenes()])

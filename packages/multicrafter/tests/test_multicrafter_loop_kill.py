@@ -1,0 +1,100 @@
+"""Training that is killed, again and again, inside the writing of checkpoints too: the adapter at the end is the same, bit for bit."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+import multicrafter_workers as workers
+
+STEPS = 8
+
+
+def final(folder):
+    return load_file(folder / "final.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def killed(processes):
+    return all(p.exitcode == -signal.SIGKILL for p in processes)
+
+
+def train_with_kills(stage, out, tmp, kills):
+    """Runs to the end through ``kills``: faults that the worker does to itself, or seconds after which the test kills it."""
+    for number, kill in enumerate(kills):
+        fault = None if isinstance(kill, float) else kill
+        processes, errors = workers.start(
+            workers.train, stage, out, num_steps=STEPS, resume="auto", save_every=2, fault=fault, tmp=tmp
+        )
+        if fault is None:
+            while processes[0].is_alive() and not list(out.glob("checkpoints/step_*")) and number == 0:
+                time.sleep(0.05)
+            processes[0].join(kill)
+            processes[0].kill()
+        processes[0].join(580)
+        if processes[0].exitcode == 0:  # it was through before it was killed
+            (out / "final.safetensors").unlink()
+        else:
+            assert killed(processes), Path(f"{errors}.0").read_text()
+    workers.run(workers.train, stage, out, num_steps=STEPS, resume="auto", save_every=2, tmp=tmp)
+
+
+def moments(seed, count, *, longest):
+    """Random moments: in a training step, at one of the calls by which checkpoints are written, or after some seconds."""
+    generator = random.Random(seed)
+    kinds = [
+        lambda: ("write", generator.randint(1, 30)),
+        lambda: ("step", generator.randint(0, STEPS - 1)),
+        lambda: generator.uniform(0.0, longest),
+    ]
+    return [generator.choice(kinds)() for _ in range(count)]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(2), pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_training_ends_where_untouched_training_ends(stage, count, tmp_path):
+    workers.run(workers.train, stage, tmp_path / "straight", num_steps=STEPS, save_every=2, tmp=tmp_path)
+    out = tmp_path / "killed"
+    out.mkdir()
+    # a kill that comes again at the same call of the same step would never let it pass
+    train_with_kills(stage, out, tmp_path, moments(seed=stage, count=count, longest=2.0))
+    assert same(final(tmp_path / "straight"), final(out))
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert lines == (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()
+    assert not list((out / "checkpoints").glob(".*")), "left-overs of killed writes must be gone"
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_a_kill_at_every_call_of_the_second_write_leaves_a_readable_checkpoint(at, tmp_path):
+    """fsync, rename, half a file, rotation: whichever it is, the newest checkpoint that can be read is whole."""
+    from multicrafter.checkpoint import find_checkpoint, save_checkpoint
+
+    save_checkpoint(tmp_path, 1, {"x": torch.ones(3)}, keep=1)
+    processes, _ = workers.start(write_once, str(tmp_path), at, tmp=tmp_path)
+    processes[0].join(60)
+    found = find_checkpoint(tmp_path)
+    if killed(processes):
+        assert found.step in (1, 2)
+    else:
+        assert found.step == 2
+    assert torch.equal(found.tensors()["x"], torch.full((3,), float(found.step)))
+    save_checkpoint(tmp_path, 3, {"x": torch.full((3,), 3.0)}, keep=1)
+    assert [p.name for p in sorted(tmp_path.glob("*step*")) + sorted(tmp_path.glob(".*step*"))] == ["step_000003"]
+
+
+def write_once(folder, at):
+    from multicrafter.checkpoint import save_checkpoint
+
+    workers.install_fault("write", at)
+    save_checkpoint(Path(folder), 2, {"x": torch.full((3,), 2.0)}, keep=1)
