@@ -137,7 +137,7 @@ def adapter(args: argparse.Namespace) -> dict[str, object]:
             "loop / grouped, 4 experts": ("loop_4", "grouped_4"),
             "loop / grouped, 32 experts": ("loop_32", "grouped_32"),
         }
-    return {"ratios": compare(seconds, pairs), "seconds": seconds}
+    return {"pairs": pairs, "seconds": seconds}
 
 
 def ffn(args: argparse.Namespace) -> dict[str, object]:
@@ -176,7 +176,7 @@ def ffn(args: argparse.Namespace) -> dict[str, object]:
         variants = {"plain": step(plain, h, grad), "mixture": step(layer, h, grad)}
         pairs = {"mixture / plain LoRA, forward and backward": ("mixture", "plain")}
     seconds = timed(variants, clear, args.rounds)
-    return {"ratios": compare(seconds, pairs), "seconds": seconds}
+    return {"pairs": pairs, "seconds": seconds}
 
 
 def kept_bytes(module: nn.Module, h: Tensor, autocast: bool) -> int:
@@ -258,6 +258,7 @@ def main() -> int:
     parser.add_argument("--allocator", choices=("default", "keep"), default="default")
     parser.add_argument("--twins", action="store_true", help="grouped against loop and dense instead of against a LoRA")
     parser.add_argument("--forward-only", action="store_true")
+    parser.add_argument("--pool", action="store_true", help="add the rounds to those in the file")
     for name, value in (("tokens", TOKENS), ("width", WIDTH), ("rank", RANK)):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
@@ -269,6 +270,11 @@ def main() -> int:
     options = [args.dtype, args.allocator, *["twins"] * args.twins, *["forward"] * args.forward_only]
     key = args.key or ("memory" if args.study == "memory" else ", ".join(options))
     figures = json.loads(args.out.read_text()) if args.out.exists() else {}
+    if "seconds" in found:
+        if args.pool and key in figures:
+            earlier = figures[key]["seconds"]
+            found["seconds"] = {name: earlier[name] + values for name, values in found["seconds"].items()}  # type: ignore[attr-defined]
+        found["ratios"] = compare(found["seconds"], found.pop("pairs"))  # type: ignore[arg-type]
     figures[key] = found | {"circumstances": circumstances(args)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = args.out.with_suffix(".tmp")
