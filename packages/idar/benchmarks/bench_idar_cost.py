@@ -179,14 +179,15 @@ def measure_references(
         for _ in range(pairs):
             for n in counts:
                 times[str(n)].append(seconds(lambda n=n, d=direction: steps[n](d, True)))  # type: ignore[index]
-        medians = torch.tensor([statistics.median(times[str(n)]) for n in counts], dtype=torch.float64)  # type: ignore[index]
+        # the least disturbed run of each number: others only ever add time
+        least = torch.tensor([min(times[str(n)]) for n in counts], dtype=torch.float64)  # type: ignore[index]
         x = torch.tensor(counts, dtype=torch.float64)
-        slope = ((x - x.mean()) * (medians - medians.mean())).sum() / (x - x.mean()).square().sum()
-        line = medians.mean() + slope * (x - x.mean())
+        slope = ((x - x.mean()) * (least - least.mean())).sum() / (x - x.mean()).square().sum()
+        line = least.mean() + slope * (x - x.mean())
         found[f"fit_{direction}"] = {
             "seconds_per_reference": slope.item(),
-            "seconds_without": (medians.mean() - slope * x.mean()).item(),
-            "r_squared": 1 - ((medians - line).square().sum() / (medians - medians.mean()).square().sum()).item(),
+            "seconds_without": (least.mean() - slope * x.mean()).item(),
+            "r_squared": 1 - ((least - line).square().sum() / (least - least.mean()).square().sum()).item(),
         }
 
 

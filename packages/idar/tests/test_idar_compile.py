@@ -62,8 +62,15 @@ def compare(backend: str, checkpointing: bool, direction: str) -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("direction", "checkpointing"),
+    [
+        ("reference_to_image", True),
+        pytest.param("reference_to_image", False, marks=pytest.mark.slow),
+        pytest.param("image_to_reference", True, marks=pytest.mark.slow),
+        pytest.param("image_to_reference", False, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_blocks(direction: str, checkpointing: bool) -> None:
     compare("aot_eager", checkpointing, direction)
 

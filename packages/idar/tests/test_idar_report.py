@@ -66,7 +66,7 @@ def tiny_flux() -> FluxPipeline:
     )  # fmt: skip
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), vae=vae, text_encoder=CLIPTextModel(clip), tokenizer=tokenizers[0],
-        text_encoder_2=T5EncoderModel(t5), tokenizer_2=tokenizers[1], transformer=transformer,
+        text_encoder_2=T5EncoderModel(t5).eval(), tokenizer_2=tokenizers[1], transformer=transformer,
     )  # fmt: skip
 
 

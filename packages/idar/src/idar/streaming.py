@@ -135,7 +135,8 @@ def _reference_to_image_backward(
                     q = buffers.query(query[i, heads].index_select(1, part), scale)
                     e, total = buffers.exponentials(q, k, scale, hidden)
                     c = (e @ g)[..., None].div_(total)
-                    e.mul_(torch.sub(g, c, out=buffers.get("difference", *e.shape)))
+                    for e_head, c_head in zip(e, c, strict=True):
+                        e_head.mul_(torch.sub(g, c_head, out=buffers.get("difference", *e_head.shape)))
                     d_query = buffers.gradients(e, q, k, total, scale, d_key)
                     grad_query[i, heads].index_add_(1, part, d_query.to(query.dtype))
             grad_key[i, heads, keys] = d_key.to(key.dtype)
