@@ -21,9 +21,14 @@ from gspo.plot import pyplot
 from gspo.reference import gaussian_velocity
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gspo_circumstances import circumstances  # noqa: E402
+from gspo_circumstances import circumstances
 
-VARIANTS = {"step": ("step", False), "step + replay": ("step", True), "guarded": ("guarded", False), "GSPO": ("sequence", False)}
+VARIANTS = {
+    "step": ("step", False),
+    "step + replay": ("step", True),
+    "guarded": ("guarded", False),
+    "GSPO": ("sequence", False),
+}
 DIM, PROMPTS, EXPERTS, STEPS = 16, 6, 4, 8
 
 
@@ -97,7 +102,15 @@ def run(variant: str, lr: float, seed: int, iterations: int) -> dict[str, object
     rewards = curve["reward"] + [float("-inf")] * (iterations - len(curve["reward"]))
     last, best = statistics.fmean(rewards[-10:]), max(rewards)
     # a run collapses if it ends, over its last 10 iterations, below the reward it started from
-    return {"variant": variant, "lr": lr, "seed": seed, "final": last, "best": best, "collapsed": not last > rewards[0], **curve}
+    return {
+        "variant": variant,
+        "lr": lr,
+        "seed": seed,
+        "final": last,
+        "best": best,
+        "collapsed": not last > rewards[0],
+        **curve,
+    }
 
 
 def summarise(runs: list[dict]) -> list[dict]:
@@ -122,7 +135,9 @@ def plot(runs: list[dict], path: Path) -> None:
     """Reward curves, one panel per learning rate; thin lines are seeds."""
     plt = pyplot()
     rates = sorted({r["lr"] for r in runs})
-    figure, axes = plt.subplots(1, len(rates), figsize=(4.4 * len(rates), 3.6), constrained_layout=True, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(rates), figsize=(4.4 * len(rates), 3.6), constrained_layout=True, sharey=True, squeeze=False
+    )
     for axis, lr in zip(axes[0], rates, strict=True):
         for variant, color in zip(VARIANTS, ("tab:red", "tab:orange", "tab:green", "tab:blue"), strict=True):
             curves = [r["reward"] for r in runs if r["lr"] == lr and r["variant"] == variant]
@@ -143,13 +158,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON to write; a picture goes beside it")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=80)
+    parser.add_argument("--append", action="store_true", help="keep the runs that the JSON already has")
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2])
     options = parser.parse_args()
-    runs = []
+    runs = json.loads(options.out.read_text())["runs"] if options.append and options.out.exists() else []
     jobs = [(v, lr, s) for lr in options.lr for v in VARIANTS for s in range(options.seeds)]
     for number, (variant, lr, seed) in enumerate(jobs):
         runs.append(run(variant, lr, seed, options.iterations))
-        print(f"\r{number + 1}/{len(jobs)} {variant} lr {lr:g} final {runs[-1]['final']:.3f}   ", end="", file=sys.stderr, flush=True)
+        print(
+            f"\r{number + 1}/{len(jobs)} {variant} lr {lr:g} final {runs[-1]['final']:.3f}   ",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
     rows = summarise(runs)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rounded = [{k: [round(x, 6) for x in v] if isinstance(v, list) else v for k, v in r.items()} for r in runs]

@@ -30,7 +30,9 @@ def test_pointmass_is_seeded() -> None:
     assert torch.equal(one, two) and not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("arguments", [["--iterations", "0"], ["--kernel", "x"], ["--iterations", "1", "--out", "/nowhere/p.png"]])
+@pytest.mark.parametrize(
+    "arguments", [["--iterations", "0"], ["--kernel", "x"], ["--iterations", "1", "--out", "/nowhere/p.png"]]
+)
 def test_wrong_arguments_end_with_code_2(arguments: list[str], capsys) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(SystemExit) as stop:
         pointmass.main(arguments)
@@ -41,7 +43,17 @@ def test_core_imports_nothing_heavy() -> None:
     """What makes an import slow is another library: none comes with gspo but torch's and jaxtyping's own."""
     code = "import sys, torch, jaxtyping; before = set(sys.modules); import gspo; print(*{m.split('.')[0] for m in set(sys.modules) - before})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) <= {"gspo", "hashlib", "_hashlib", "_blake2", "bisect", "_bisect", "asyncio", "_sha2", "contextlib"}
+    assert set(done.stdout.split()) <= {
+        "gspo",
+        "hashlib",
+        "_hashlib",
+        "_blake2",
+        "bisect",
+        "_bisect",
+        "asyncio",
+        "_sha2",
+        "contextlib",
+    }
 
 
 @pytest.mark.slow

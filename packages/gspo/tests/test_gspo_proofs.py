@@ -25,7 +25,9 @@ class Drift(torch.nn.Module):
 
 def closed_form(kernel, noise: torch.Tensor):  # type: ignore[no-untyped-def]
     """d E[-|x_final - c|^2] / d theta_t and the std of each window step, by propagating means."""
-    theta = torch.tensor([[0.0] * DIM, [0.3, -0.2], [0.1, 0.4], *[[0.0] * DIM] * 3], dtype=torch.float64, requires_grad=True)
+    theta = torch.tensor(
+        [[0.0] * DIM, [0.3, -0.2], [0.1, 0.4], *[[0.0] * DIM] * 3], dtype=torch.float64, requires_grad=True
+    )
     mean, stds = noise.double(), {}
     for t in range(6):
         s, s_next = SIGMAS[t].double(), SIGMAS[t + 1].double()

@@ -44,7 +44,9 @@ def load(model: str | None) -> Any:
     if model is None:
         spec = importlib.util.find_spec("multicrafter")
         if spec is None or spec.origin is None:
-            raise ImportError("without --model this example needs the tiny FLUX in multicrafter: pip install multicrafter")
+            raise ImportError(
+                "without --model this example needs the tiny FLUX in multicrafter: pip install multicrafter"
+            )
         model = str(Path(spec.origin).parent / "weights" / "tiny_flux")
     return DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
 
@@ -142,8 +144,12 @@ def save(path: str | Path, run: FluxJpegRun) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m gspo.examples.flux_jpeg", description="A FLUX that learns to compress well.")
-    parser.add_argument("--model", help="a FLUX folder in diffusers format or a hub id (default: multicrafter's tiny FLUX)")
+    parser = argparse.ArgumentParser(
+        prog="python -m gspo.examples.flux_jpeg", description="A FLUX that learns to compress well."
+    )
+    parser.add_argument(
+        "--model", help="a FLUX folder in diffusers format or a hub id (default: multicrafter's tiny FLUX)"
+    )
     parser.add_argument("--iterations", type=int, default=12, help="rollouts (default 12)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--out", help="a picture to write (needs matplotlib)")
