@@ -42,7 +42,8 @@ def asked(tmp_path_factory):
         boxes = (scenes["right"].boxes[i] / 64).clamp(0, 1).tolist()
         rows.append(
             {
-                "key": f"{i:02d}", "prompt": scenes["right"].captions()[i], "target": f"target/{i:02d}.png", "category": "even" if i % 2 == 0 else "odd",
+                "key": f"{i:02d}", "prompt": scenes["right"].captions()[i], "target": f"target/{i:02d}.png",
+                "category": "even" if i % 2 == 0 else "odd",
                 "references": [{"image": f"references/{i}{'ab'[j]}.png", "box": boxes[j]} for j in range(2)],
             }
         )  # fmt: skip

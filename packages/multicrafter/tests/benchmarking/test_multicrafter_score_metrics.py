@@ -101,7 +101,7 @@ def test_a_target_scored_as_a_picture_is_no_copy_of_the_references(asked, scored
     itself = score(
         find_cases(prompts, asked / "target"), Judges(JudgeConfig(faces="tiny")), name="target", progress=False
     )
-    assert itself.summary()["copy_paste"].mean == pytest.approx(-1.0, abs=1e-6)
+    assert itself.summary()["copy_paste"].mean == pytest.approx(-1.0, abs=1e-4)
     assert scored["right"].summary()["copy_paste"].mean > -1.0
     assert "clip_t" not in itself.names  # no CLIP was given
 

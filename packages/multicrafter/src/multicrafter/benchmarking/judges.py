@@ -177,11 +177,10 @@ def parse_score(text: str) -> float:
 
 
 def hps_scorer(path: str) -> Scorer:
-    """HPSv2 from a local checkpoint, by id_reward."""
-    from id_reward.backends.aesthetics import HPSScorer  # type: ignore[import-not-found,unused-ignore]
+    """HPSv2 or v2.1 from a local checkpoint (HPS_v2.1_compressed.pt), by id_reward."""
+    from id_reward.backends.aesthetics import HPSv2Scorer
 
-    scorer: Scorer = HPSScorer(path)
-    return scorer
+    return HPSv2Scorer.from_pretrained(path)
 
 
 @dataclass(frozen=True, kw_only=True)
