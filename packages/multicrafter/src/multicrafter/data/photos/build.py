@@ -306,6 +306,20 @@ def _by_person(photo: Photo) -> bool:
     return bool(photo.note.people) and photo.note.consent != "no" and photo.note.minor != "yes"
 
 
+def prepare(config: BuildConfig) -> None:
+    """Loads every model once, so that one that is missing is found before the first photo and not after hours."""
+    side = config.detect_side
+    wanted: list[Stage] = [
+        stages.Detect(config.faces, config.people, side),
+        stages.Aesthetics(config.aesthetics, side),
+        stages.Masks(config.masks, side),
+    ]
+    if config.captions != "template":
+        wanted.append(stages.Captions(config.captions, side))
+    for stage in wanted:
+        stage.prepare()
+
+
 def check_folders(photos: Path, out: Path) -> None:
     """Raises a ValueError if a build cannot work between these folders."""
     if not photos.is_dir():
@@ -333,6 +347,7 @@ def build(
     config = config or BuildConfig()
     photos, out = Path(photos), Path(out)
     check_folders(photos, out)
+    prepare(config)
     (out / ".build").mkdir(parents=True, exist_ok=True)
     files = out / ".build" / "files" if config.write.format == "webdataset" else out
     with Cache(out / ".build" / "cache.sqlite") as cache:

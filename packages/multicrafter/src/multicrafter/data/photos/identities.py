@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -85,7 +86,8 @@ def split_groups(identities_of: Mapping[str, Sequence[str]], test_fraction: floa
     """Train or test for every photo, so that no identity is on both sides.
 
     Photos that share an identity, directly or through others, form a group; a group is tested if the hash of its smallest identity, as a
-    number in [0, 1), is below ``test_fraction``: adding photos of strangers never moves anyone.
+    number in [0, 1), is below ``test_fraction``, and if it holds no more than that share of the photos: where everybody knows everybody,
+    one group is nearly everything, and it is trained on. Adding photos of strangers moves nobody out of the test split.
     """
     import hashlib
 
@@ -109,5 +111,7 @@ def split_groups(identities_of: Mapping[str, Sequence[str]], test_fraction: floa
     def draw(identity: str) -> float:
         return int(hashlib.sha256(identity.encode()).hexdigest()[:12], 16) / 16**12
 
-    tested = {root: draw(identity) < test_fraction for root, identity in smallest.items()}
+    size = Counter(find(people[0]) for people in identities_of.values() if people)
+    most = test_fraction * len(identities_of)
+    tested = {root: draw(identity) < test_fraction and size[root] <= most for root, identity in smallest.items()}
     return {photo: "test" if people and tested[find(people[0])] else "train" for photo, people in identities_of.items()}
