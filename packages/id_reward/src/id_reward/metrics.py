@@ -169,7 +169,7 @@ class Evaluator:
             if score is None:
                 continue
             known = scorer.embed_references(given)
-            found = faces.embeddings.reshape(len(faces.boxes), -1)
+            found = faces.embeddings
             cosine = cosine_similarity(known, found).reshape(len(known), len(found))
             for name in CONVENTIONS:
                 conventions[name][row] = score_similarity(
