@@ -71,9 +71,9 @@ def test_sam2(tmp_path, photo):
 
     torch.manual_seed(0)
     backbone = {
-        "model_type": "sam2_hiera_det_model", "hidden_size": 8, "num_attention_heads": 1, "blocks_per_stage": [1, 1, 1, 1],
+        "model_type": "sam2_hiera_det_model", "hidden_size": 8, "num_attention_heads": 1, "blocks_per_stage": [1, 1, 2, 1],
         "embed_dim_per_stage": [8, 16, 32, 64], "num_attention_heads_per_stage": [1, 1, 1, 1], "window_size_per_stage": [4, 4, 4, 4],
-        "global_attention_blocks": [2], "image_size": [256, 256], "window_positional_embedding_background_size": [2, 2],
+        "global_attention_blocks": [3], "image_size": [256, 256], "window_positional_embedding_background_size": [2, 2],
     }  # fmt: skip
     config = Sam2Config(
         vision_config={
@@ -119,7 +119,8 @@ def test_semantic_segmentation(tmp_path, photo):
 
     torch.manual_seed(0)
     config = SegformerConfig(
-        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 8], patch_sizes=[7, 3], strides=[4, 2], num_attention_heads=[1, 1],
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 8], patch_sizes=[7, 3], strides=[4, 2],
+        num_attention_heads=[1, 1],
         mlp_ratios=[1, 1], decoder_hidden_size=8, id2label={0: "wall", 1: "person"}, label2id={"wall": 0, "person": 1},
     )  # fmt: skip
     SegformerForSemanticSegmentation(config).save_pretrained(tmp_path)
