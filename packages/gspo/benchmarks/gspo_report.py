@@ -73,12 +73,15 @@ def clip(data: dict) -> str:
     return "\n".join([*text, origin(data)])
 
 
+PAIRS = ("euler_to_exact", "tail_to_exact", "tail_to_euler")
+
+
 def tail(data: dict) -> str:
     """Error of the second-order tail."""
     rows = [
         [
             r["window_start"], r["euler_steps"], r["tail_steps"],
-            *(f"{r[k]['latents']:.3f} / {r[k]['pictures']:.4f} / {r[k]['rank_correlation']:.2f}" for k in ("euler_to_exact", "tail_to_exact", "tail_to_euler")),
+            *(f"{e['latents']:.3f} / {e['pictures']:.4f} / {e['rank_correlation']:.2f}" for e in (r[k] for k in PAIRS)),
         ]
         for r in data["rows"]
     ]  # fmt: skip
@@ -92,8 +95,8 @@ def tail(data: dict) -> str:
     ]
     return "\n".join([
         "## The second-order tail on the tiny FLUX\n",
-        "Each cell: RMS error of the final latents (in their standard deviation) / of the pictures (in [0, 1]) / rank correlation of the JPEG-size "
-        'reward inside groups of 12. "Exact" is the same solver with 60 steps.\n',
+        "Each cell: RMS error of the final latents (in their standard deviation) / of the pictures (in [0, 1]) / rank correlation of the "
+        'JPEG-size reward inside groups of 12. "Exact" is the same solver with 60 steps.\n',
         table(header, rows), origin(data),
     ])  # fmt: skip
 
@@ -144,10 +147,10 @@ def moe(data: dict) -> str:
     ]
     return "\n".join([
         "# Ratios under expert routing\n",
-        "A policy of four experts, one per latent (top-1, weighted by its probability), router trained along, 16 dimensions, 6 prompts in groups of 8, "
-        "windows of 2 of 8 steps, 4 inner epochs, `clip_range=\"auto\"`, five seeds. The reward is minus the mean squared distance to a target per "
-        "prompt. A run collapses if its last ten iterations are, on average, no better than its first. Re-routed latents are stored ones that another expert "
-        "gets in the update (replay forbids it).\n",
+        "A policy of four experts, one per latent (top-1, weighted by its probability), router trained along, 16 dimensions, "
+        "6 prompts in groups of 8, windows of 2 of 8 steps, 4 inner epochs, `clip_range=\"auto\"`, five seeds. The reward is minus "
+        "the mean squared distance to a target per prompt. A run collapses if its last ten iterations are, on average, no better than "
+        "its first. Re-routed latents are stored ones that another expert gets in the update (replay forbids it).\n",
         table(header, rows), "![reward curves](gspo-moe-stability.png)\n", *FINDINGS.get("moe", []), origin(data),
     ])  # fmt: skip
 
