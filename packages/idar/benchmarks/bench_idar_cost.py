@@ -128,7 +128,9 @@ def measure_blocks(
 ) -> None:
     step = block_step(size)
     if memory:
-        weights = sum(p.numel() * p.element_size() for p in Blocks(size["heads"], size["head_dim"]).parameters())
+        with torch.device("meta"):
+            shapes = Blocks(size["heads"], size["head_dim"])
+        weights = sum(p.numel() * p.element_size() for p in shapes.parameters())
         found["weight_bytes"] = weights
         found["peak_bytes"] = {str(d): peak_bytes(lambda d=d: step(d)) for d in (None, *DIRECTIONS)}
         base = found["peak_bytes"]["None"]

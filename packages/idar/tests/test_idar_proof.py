@@ -1,6 +1,7 @@
 """The proof on a tiny FLUX: trained with the loss, the maps' peaks move into the masks; trained without, they do not.
 
-Pictures are 4 x 4 tokens of noise with two subjects, each a quadrant of one colour; each reference is four tokens of that colour.
+Pictures are 4 x 4 tokens of noise with two subjects, each a quadrant of one colour; each reference is four tokens of that colour as another
+camera sees it (a fixed rotation): what matches what has to be learned, and at little noise the picture can be restored without.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def scenes(count: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, 
     rows, columns = torch.arange(16) // 4 // 2, torch.arange(16) % 4 // 2
     masks = ((rows * 2 + columns)[None, None] == quadrants[..., None]).float()
     latents = 0.3 * torch.randn(count, 16, 8, generator=g) + torch.einsum("bsn,bsd->bnd", masks, colors)
-    references = colors[:, :, None] + 0.3 * torch.randn(count, 2, 4, 8, generator=g)
+    other_view = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(7))).Q
+    references = (colors @ other_view)[:, :, None] + 0.3 * torch.randn(count, 2, 4, 8, generator=g)
     return latents, references, masks
 
 
@@ -42,7 +44,7 @@ def trained(direction: str, kind: str, normalization: str, coef: float, steps: i
 
     def run(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         latents, references, masks = scenes(count, g)
-        noise, sigma = torch.randn(latents.shape, generator=g), 0.6 * torch.rand(count, generator=g)
+        noise, sigma = torch.randn(latents.shape, generator=g), 0.3 * torch.rand(count, generator=g)
         noisy = (1 - sigma)[:, None, None] * latents + sigma[:, None, None] * noise
         with capture_subject_attention(model, LAYOUT, direction=direction) as captured:  # type: ignore[arg-type]
             velocity = model(
@@ -63,22 +65,22 @@ def trained(direction: str, kind: str, normalization: str, coef: float, steps: i
     return peak_in_mask(maps, masks).nanmean().item(), leakage(maps, masks).nanmean().item()
 
 
-def check(direction: str, kind: str, normalization: str, steps: int, peak: float, leak: float) -> None:
-    with_loss = trained(direction, kind, normalization, 1.0, steps)
-    without = trained(direction, kind, normalization, 0.0, steps)
-    print(direction, kind, "with", with_loss, "without", without)
-    assert with_loss[0] > peak > without[0] + 0.15
-    assert with_loss[1] < leak < without[1] - 0.1
+@pytest.mark.slow
+def test_supervision_moves_the_peak_into_the_mask() -> None:
+    """Without it, references look anywhere: peaks inside a mask by chance (a quarter) and maps that tell nobody apart."""
+    peak, leak = trained("reference_to_image", "dice", "max", 0.0, 150)
+    assert peak < 0.5
+    assert leak > 0.4
+    for kind, normalization in (("dice", "max"), ("cross_entropy", "none")):
+        peak, leak = trained("reference_to_image", kind, normalization, 1.0, 150)
+        assert peak > 0.9, kind
+        assert leak < 0.15, kind
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("direction", "kind", "normalization"),
-    [
-        ("reference_to_image", "dice", "max"),
-        ("reference_to_image", "cross_entropy", "none"),
-        ("image_to_reference", "share_cross_entropy", "none"),
-    ],
-)
-def test_supervision_moves_the_peak_into_the_mask(direction: str, kind: str, normalization: str) -> None:
-    check(direction, kind, normalization, 400, 0.8, 0.3)
+def test_supervision_separates_what_the_picture_takes() -> None:
+    """Image queries find their references by themselves here; supervised, they hardly look at the other one."""
+    _, without = trained("image_to_reference", "share_cross_entropy", "none", 0.0, 150)
+    peak, leak = trained("image_to_reference", "share_cross_entropy", "none", 1.0, 150)
+    assert peak > 0.9
+    assert leak < 0.1 < without
