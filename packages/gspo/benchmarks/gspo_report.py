@@ -113,7 +113,8 @@ def evaluations() -> str:
     rows = [[name, count, f"{plain / count:.2f}"] for name, count in named]
     return "\n".join([
         "## Function evaluations\n",
-        f"A full sweep of the window ({steps} steps, w = {size}, group of {group}, one prompt); the tail takes 40 % of the steps left, second order.\n",
+        f"A full sweep of the window ({steps} steps, w = {size}, group of {group}, one prompt); the tail takes 40 % of the "
+        "steps left, second order.\n",
         table(["rollout", "evaluations", "times fewer"], rows),
     ])  # fmt: skip
 
