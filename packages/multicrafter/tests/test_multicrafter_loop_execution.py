@@ -10,6 +10,7 @@ import torch
 from gspo import rescore, sequence_importance_ratio
 from multicrafter.adapters import Adapters
 from multicrafter.execution import ExecutionConfig, make_optimizer, offload_groups, quantize, set_attention_backend
+from multicrafter.stages.pretrain import IDARConfig
 from multicrafter.stages.trainee import optimizer_tensors, restore_optimizer
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -59,11 +60,14 @@ def test_gradient_checkpointing_changes_no_adapter(number):
 
 
 def saved_for_backward(stage):
-    """Bytes that the forward keeps for the backward."""
+    """Bytes of activations that the forward keeps for the backward; weights are there anyway."""
     kept: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in stage.transformer.parameters()}
 
     def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     scenes, rows = stage.buckets.buckets[0], torch.arange(8)
@@ -73,17 +77,13 @@ def saved_for_backward(stage):
 
 
 def test_gradient_checkpointing_keeps_less():
-    plain = saved_for_backward(
-        workers.make_stage(1, changes={"idar": workers.PretrainConfig().idar.__class__(coef=0.0)})
-    )
-    less = saved_for_backward(
-        workers.make_stage(
-            1,
-            execution={"gradient_checkpointing": True},
-            changes={"idar": workers.PretrainConfig().idar.__class__(coef=0.0)},
+    plain, less = (
+        saved_for_backward(
+            workers.make_stage(1, execution={"gradient_checkpointing": on}, changes={"idar": IDARConfig(coef=0.0)})
         )
+        for on in (False, True)
     )
-    assert less < 0.5 * plain
+    assert less < 0.7 * plain
 
 
 def test_micro_batches_add_up():
