@@ -56,9 +56,9 @@ def main() -> None:
     for part, found in figures.items():
         about = found["circumstances"]
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        lines.append(
-            f"- {part}: `{about['command']}`, commit {about['commit'][:10]}, {about['device']}, Python {about['python']}, {versions}"
-        )
+        clock = f"{about['clock']} (load {about['load']:.0f})"
+        where = f"{about['device']}, Python {about['python']}, {versions}"
+        lines.append(f"- {part}: `{about['command']}`, commit {about['commit'][:10]}, {clock}, {where}")
     unfinished = PAGE.with_suffix(".tmp")
     unfinished.write_text("\n".join(lines) + "\n")
     os.replace(unfinished, PAGE)
