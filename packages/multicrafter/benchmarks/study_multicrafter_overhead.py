@@ -1,8 +1,9 @@
 """What the method costs beside plain LoRA: full-width slices (1 double, 1 single block) of FLUX.1-dev, two threads, one run a part.
 
-    python packages/multicrafter/benchmarks/study_multicrafter_overhead.py lora    # stage 1 and inference: the method / plain LoRA
-    python packages/multicrafter/benchmarks/study_multicrafter_overhead.py cache   # kept reference keys: drift and speed
-    python packages/multicrafter/benchmarks/study_multicrafter_overhead.py page    # docs/results/overhead.md
+    python packages/multicrafter/benchmarks/study_multicrafter_overhead.py stage1      # forward and backward: the method / plain LoRA
+    python packages/multicrafter/benchmarks/study_multicrafter_overhead.py inference   # forward: the experts / plain LoRA
+    python packages/multicrafter/benchmarks/study_multicrafter_overhead.py cache       # kept reference keys: drift and speed
+    python packages/multicrafter/benchmarks/study_multicrafter_overhead.py page        # docs/results/overhead.md
 
 Rank 512, 4 experts, top 1, base in bf16, adapters in fp32, as the recipes compute. Variants alternate within a round; a ratio is the
 median over rounds of the ratios inside a round, and its spread is the smallest and the largest. Results: benchmarks/results/overhead.json.
@@ -78,19 +79,28 @@ def forward_backward(stage) -> None:
 SHAPE = {"text": 128, "image": (16, 16), "reference": (20, 20), "references": 1}
 
 
-def beside_plain_lora(rounds: int) -> dict:
-    """IDAR and experts against plain LoRA: forward and backward of stage 1, then function evaluations alone."""
-    import torch
+def slices() -> dict:
+    """Plain LoRA, and the method, on slices that share nothing."""
     from multicrafter.adapters import AdapterConfig
     from multicrafter.plan.steps import Shape
     from multicrafter.stages.pretrain import IDARConfig
 
     plain, moe = AdapterConfig(rank=512, alpha=512.0, num_experts=0), AdapterConfig(rank=512, alpha=512.0)
-    none, ours = IDARConfig(coef=0.0), IDARConfig()
-    made = stages(Shape(**SHAPE), {"plain LoRA": (plain, none), "IDAR + experts": (moe, ours)})
-    work = {name: (lambda s=s: forward_backward(s)) for name, s in made.items()}
-    training = {"allowed": 1.10, "shape": SHAPE, **ratios(work, "plain LoRA", rounds)}
-    print(json.dumps(training["ratios"]), flush=True)
+    variants = {"plain LoRA": (plain, IDARConfig(coef=0.0)), "IDAR + experts": (moe, IDARConfig())}
+    return stages(Shape(**SHAPE), variants)
+
+
+def training(rounds: int) -> dict:
+    """Forward and backward of stage 1."""
+    work = {name: (lambda s=s: forward_backward(s)) for name, s in slices().items()}
+    return {"allowed": 1.10, "shape": SHAPE, **ratios(work, "plain LoRA", rounds)}
+
+
+def inference(rounds: int) -> dict:
+    """One function evaluation."""
+    import torch
+
+    made = slices()
 
     @torch.no_grad()
     def once(stage) -> None:
@@ -106,10 +116,7 @@ def beside_plain_lora(rounds: int) -> dict:
         "experts": lambda: once(made["IDAR + experts"]),
         "no adapter": base,
     }
-    return {
-        "stage1": training,
-        "inference": {"allowed": 1.05, "shape": SHAPE, **ratios(work, "plain LoRA", rounds + 2)},
-    }
+    return {"allowed": 1.05, "shape": SHAPE, **ratios(work, "plain LoRA", rounds)}
 
 
 def cache(rounds: int) -> dict:
@@ -197,7 +204,7 @@ def page() -> str:
         )
     where = content.get("circumstances", {"commit": "not run yet", "device": "no device", "versions": {"torch": "?"}})
     return text + (
-        "\n    python packages/multicrafter/benchmarks/study_multicrafter_overhead.py lora|cache\n\n"
+        "\n    python packages/multicrafter/benchmarks/study_multicrafter_overhead.py stage1|inference|cache\n\n"
         f"Commit `{where['commit'][:12]}`, {where['device']}, torch {where['versions']['torch']}.\n"
     )
 
@@ -205,7 +212,7 @@ def page() -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("lora", "cache", "page"))
+    parser.add_argument("part", choices=("stage1", "inference", "cache", "page"))
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -216,7 +223,8 @@ def main() -> None:
         (REPOSITORY / "docs" / "results" / "overhead.md").write_text(page())
         return
     torch.set_num_threads(2)
-    result = beside_plain_lora(arguments.rounds) if arguments.part == "lora" else {"cache": cache(arguments.rounds)}
+    part = {"stage1": training, "inference": inference, "cache": cache}[arguments.part]
+    result = {arguments.part: part(arguments.rounds)}
     content = json.loads(OUT.read_text()) if OUT.exists() else {"what": __doc__}
     content |= {"circumstances": circumstances(), **result}
     OUT.parent.mkdir(parents=True, exist_ok=True)

@@ -186,31 +186,27 @@ def measure(
             and "norm" not in n
             and "lora" not in n
         )
+        forward = _count_forward(stage, tracker)
         with around or nullcontext(), tracker.phase():
             stage.once()
-        flops, moved, peak = tracker.flops, tracker.moved, tracker.peak
-        stage.optimizer.zero_grad()
-        with tracker.phase(), torch.no_grad():
-            if fake:
-                _forward(stage)
     return Pass(
         rows=rows, base=bytes_of(frozen), adapters=bytes_of(own) + bytes_of(ema), optimizer=bytes_of(states), gradients=bytes_of(own),
-        peak=peak, block=max(sizes), linears=linears, flops=flops, forward_flops=tracker.flops, moved=moved,
-        forward_moved=tracker.moved,
+        peak=tracker.peak, block=max(sizes), linears=linears, flops=tracker.flops, forward_flops=forward[0], moved=tracker.moved,
+        forward_moved=forward[1],
     )  # fmt: skip
 
 
-def _forward(stage: PlannedPretrain | PlannedPolicy) -> None:
-    if isinstance(stage, PlannedPolicy):
-        stage.evaluate()
-        return
-    rows, planned = torch.arange(stage.rows), stage.planned
-    stage.trainee.predict(
-        planned.tokens,
-        torch.full((stage.rows,), 0.5),
-        stage.text([""] * stage.rows),
-        **planned.context(rows, torch.device("cpu")),
-    )
+def _count_forward(stage: PlannedPretrain | PlannedPolicy, tracker: Tracker) -> list[float]:
+    """Operations and traffic of the function evaluation inside the pass, filled in when it has run."""
+    counted, predict_ = [0.0, 0.0], stage.trainee.predict
+
+    def predict_and_note(*args: Any, **kwargs: Any) -> Any:
+        velocity = predict_(*args, **kwargs)
+        counted[:] = float(tracker.flops), float(tracker.moved)
+        return velocity
+
+    stage.trainee.predict = predict_and_note  # type: ignore[method-assign]
+    return counted
 
 
 def rows_of(run: Run, gpus: int) -> tuple[int, int]:
@@ -260,7 +256,7 @@ def predict(run: Run, card: Card, *, gpus: int = 1, measured: Pass | None = None
     seconds += exchanged / (card.link * 1e9)
     item = 2 if execution.dtype == "bfloat16" else 4
     return Plan(
-        gpus=gpus, card=card, parts=parts, cached=_cached(run, backbone, item), flops=flops, moved=moved, exchanged=exchanged,
+        gpus=gpus, card=card, parts=parts, cached=_cached(run, backbone, item), flops=tracker.flops, moved=moved, exchanged=exchanged,
         seconds=seconds, trained_parameters=int(one.gradients / 4), tokens=shape_of(run).total,
     )  # fmt: skip
 
