@@ -106,7 +106,10 @@ def add_parser(commands: Any) -> None:
     privacy.add_argument("--consent", choices=("yes", "no", "unknown"), help="the same")
     references = made.add_argument_group("references")
     references.add_argument(
-        "--same-person", dest="threshold", type=float, help="cosine from which two faces are one person; default: the backend's"
+        "--same-person",
+        dest="threshold",
+        type=float,
+        help="cosine from which two faces are one person; default: the backend's",
     )
     references.add_argument("--references", dest="per_subject", type=int, help="of a subject, at most")
     references.add_argument("--reference-size", dest="size", type=int, help="pixels")
