@@ -21,10 +21,11 @@ from multicrafter.flux.model import Text
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state, flat: ``optimizer.<parameter>.<name>``."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return {
         f"optimizer.{index}.{name}": torch.as_tensor(value).clone()
-        for index, values in optimizer.state_dict()["state"].items()
-        for name, value in values.items()
+        for index, parameter in enumerate(parameters)
+        for name, value in optimizer.state.get(parameter, {}).items()
     }
 
 
