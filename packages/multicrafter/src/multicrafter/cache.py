@@ -37,7 +37,7 @@ def content_key(content: str | Tensor) -> str:
         digest.update(b"text:" + content.encode())
     else:
         digest.update(f"{content.dtype}{tuple(content.shape)}:".encode())
-        digest.update(content.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(content.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -161,7 +161,7 @@ def run(
             log.write(metrics)
             tracker.metrics(index + 1, metrics)
             if settings.picture_every and watched and (index + 1) % settings.picture_every == 0:
-                look = stage.look()
+                look = stage.look()  # type: ignore[attr-defined]
                 tracker.metrics(index + 1, look.metrics)
                 tracker.pictures(index + 1, look.pictures)
             bar.update()

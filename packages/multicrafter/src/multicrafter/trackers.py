@@ -108,6 +108,7 @@ class TensorBoardTracker(_Guarded):
         except ImportError:
             raise ImportError("tracker 'tensorboard' needs: pip install tensorboard") from None
         self._make, self.folder = SummaryWriter, folder
+        self._writer: Any = None
 
     def __enter__(self) -> TensorBoardTracker:
         self._try(lambda: setattr(self, "_writer", self._make(str(self.folder))))

@@ -6,7 +6,7 @@ sigma runs from 1 (noise) to 0 (data): ``latents_sigma = (1 - sigma) * latents +
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,11 +24,13 @@ class Text(NamedTuple):
     embeds: Float[Tensor, "b n d"]
     pooled: Float[Tensor, "b p"] | None
 
-    def __getitem__(self, index: Tensor | slice | int) -> Text | Tensor:  # type: ignore[override]
-        """Rows ``index`` of both (a plain int keeps the tuple's meaning)."""
-        if isinstance(index, int):
-            return tuple.__getitem__(self, index)
+    def rows(self, index: Tensor | slice) -> Text:
+        """Rows ``index`` of both."""
         return Text(self.embeds[index], None if self.pooled is None else self.pooled[index])
+
+    def __getitem__(self, index: Tensor | slice | int) -> Any:  # type: ignore[override]
+        """`rows`; a plain int keeps the tuple's meaning."""
+        return tuple.__getitem__(self, index) if isinstance(index, int) else self.rows(index)
 
     def to(self, device: torch.device) -> Text:
         """Both on another device."""

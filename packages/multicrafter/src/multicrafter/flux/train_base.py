@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from multicrafter.data.synthetic import FAMILIES, WorldConfig, make_scenes
-from multicrafter.flux.model import Text, add_noise, encode_images, encode_prompts, predict_velocity
+from multicrafter.flux.model import add_noise, encode_images, encode_prompts, predict_velocity
 from multicrafter.flux.packing import pack_latents
 from multicrafter.flux.tiny import TinyFluxConfig, build_pipeline
 
@@ -223,9 +223,9 @@ def _loss(
     if references is not None:
         given = {"references": (references,), "reference_grids": ((4, 4),)}
         if config.guidance_max > 1:
-            first = text[:half]
-            assert isinstance(first, Text)
-            fixed = partial(predict_velocity, teacher, noisy[:half], sigma[:half], first, image_grid=(8, 8))
+            fixed = partial(
+                predict_velocity, teacher, noisy[:half], sigma[:half], text.rows(slice(half)), image_grid=(8, 8)
+            )
             rows = {"references": (references[:half],), "reference_grids": ((4, 4),)}
             target = torch.cat([guided_target(fixed, target[:half], guidance[:half], rows), target[half:]])
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.autocast):

@@ -256,7 +256,7 @@ def predict(run: Run, card: Card, *, gpus: int = 1, measured: Pass | None = None
     seconds += exchanged / (card.link * 1e9)
     item = 2 if execution.dtype == "bfloat16" else 4
     return Plan(
-        gpus=gpus, card=card, parts=parts, cached=_cached(run, backbone, item), flops=tracker.flops, moved=moved, exchanged=exchanged,
+        gpus=gpus, card=card, parts=parts, cached=_cached(run, backbone, item), flops=flops, moved=moved, exchanged=exchanged,
         seconds=seconds, trained_parameters=int(one.gradients / 4), tokens=shape_of(run).total,
     )  # fmt: skip
 

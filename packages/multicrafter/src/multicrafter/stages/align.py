@@ -148,7 +148,7 @@ class Align:
 
         def velocity_fn(x: Tensor, sigma: Tensor, index: Tensor) -> Tensor:
             context = self.scenes.context(rows[index.cpu()], x.device)
-            velocity = self.trainee.predict(x, sigma, known[index], guidance=self.config.guidance, **context)
+            velocity = self.trainee.predict(x, sigma, known.rows(index), guidance=self.config.guidance, **context)
             finite = torch.isfinite(velocity)
             if not bool(finite.all()):
                 self.broken_velocities += 1

@@ -124,7 +124,8 @@ class Pretrain:
         noise = torch.randn(config.batch, *scenes.tokens.shape[1:], generator=self.generator)
         sigma = torch.sigmoid(torch.randn(config.batch, generator=self.generator))
         self.optimizer.zero_grad()
-        parts, metrics = self._parts(), {}
+        parts = self._parts()
+        metrics: dict[str, float] = {}
         for number, part in enumerate(parts):
             share = (part.stop - part.start) / config.batch
             # the backward stays inside the capture: gradient checkpointing runs blocks again, and must find the same graph

@@ -57,10 +57,11 @@ def score_pictures(
             print(f"warning: the reward raised {error} (attempt {attempt + 1} of {1 + retries})", file=sys.stderr)
             if attempt < retries:
                 time.sleep(wait_s * 2**attempt)
-    totals, parts, failed = np.full(len(pictures), np.nan), {}, 0
-    for row, one in enumerate(zip(pictures, prompts, references, strict=True)):
+    totals, failed = np.full(len(pictures), np.nan), 0
+    parts: dict[str, np.ndarray] = {}
+    for row, (picture, prompt, given) in enumerate(zip(pictures, prompts, references, strict=True)):
         try:
-            score = reward(*([value] for value in one))
+            score = reward([picture], [prompt], [given])
         except Exception as raised:
             failed, error = failed + 1, f"{type(raised).__name__}: {raised}"
             continue

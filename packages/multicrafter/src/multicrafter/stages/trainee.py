@@ -48,19 +48,19 @@ def global_aux_loss(experts: MoELoRA) -> Tensor:
 
     The balance loss (Switch, arXiv 2101.03961, Eq. 4-6) is linear in P but not in f and P together.
     """
-    layers = [layer for layer in experts.layers.values() if layer.last is not None]
+    routings = [layer.last for layer in experts.layers.values() if layer.last is not None]
     counts = torch.stack(
-        [torch.bincount(layer.last.expert_index.flatten(), minlength=experts.config.num_experts) for layer in layers]
+        [torch.bincount(r.expert_index.flatten(), minlength=experts.config.num_experts) for r in routings]
     )
     loads = distributed.all_sum(counts.double())
     loads = (loads / loads.sum(1, keepdim=True)).float()
     balance = torch.stack(
         [
-            experts.config.num_experts * (load * layer.last.gate_logits.softmax(-1).mean(0)).sum()
-            for load, layer in zip(loads, layers, strict=True)
+            experts.config.num_experts * (load * routing.gate_logits.softmax(-1).mean(0)).sum()
+            for load, routing in zip(loads, routings, strict=True)
         ]
     ).mean()
-    z = torch.stack([router_z_loss(layer.last.gate_logits) for layer in layers]).mean()
+    z = torch.stack([router_z_loss(routing.gate_logits) for routing in routings]).mean()
     experts.forget()
     return experts.config.balance_coef * balance + experts.config.z_coef * z
 
@@ -112,8 +112,8 @@ class Trainee:
             with self.model.no_sync():
                 yield
             return
-        if hasattr(self.model, "set_requires_gradient_sync"):
-            self.model.set_requires_gradient_sync(last)
+        if callable(switch := getattr(self.model, "set_requires_gradient_sync", None)):
+            switch(last)
         yield
 
     def apply(self, max_grad_norm: float) -> float:
