@@ -268,7 +268,7 @@ def test_a_sample_gets_its_noise_wherever_it_lives():
     for rows in (torch.arange(6), torch.tensor([1, 4])):
         sliced = SlicedNoise(FlowSDE(), rows, 6)
         part = sliced.step(x[rows], v[rows], 0.8, 0.6, generator=torch.Generator().manual_seed(5))
-        assert torch.equal(part.next_latents, whole.next_latents[rows])
+        assert torch.allclose(part.next_latents, whole.next_latents[rows], atol=1e-6)
         assert torch.allclose(part.log_prob_mean, whole.log_prob_mean[rows])
 
 
