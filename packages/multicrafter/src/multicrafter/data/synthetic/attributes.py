@@ -7,6 +7,7 @@ an identity of the test split is never trained on, whatever the seed.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -116,6 +117,8 @@ class Family:
     ) -> Int[Tensor, "n a"]:
         """Draws ``count`` identities of ``split`` uniformly; with ``like`` each keeps ``shared`` random attributes of that row.
 
+        A row that has no identity of the split so close keeps one attribute less, and so on: look-alikes of a small split are rare.
+
         Args:
             count: Number of rows.
             split: "train", "validation" or "test".
@@ -134,7 +137,11 @@ class Family:
             raise ValueError(f"shared must be in [0, {len(self.sizes) - 1}], got {shared}")
         rows = torch.empty(count, len(self.sizes), dtype=torch.int64)
         todo = torch.ones(count, dtype=torch.bool)
-        while bool(todo.any()):
+        for attempt in itertools.count(1):
+            if not bool(todo.any()):
+                break
+            if attempt % 256 == 0:
+                kept = torch.where(todo, (kept - 1).clamp_min(0), kept)
             draw = torch.stack([torch.randint(s, (count,), generator=generator) for s in self.sizes], 1)
             if like is not None:
                 keep = torch.rand(count, len(self.sizes), generator=generator).argsort(1) < kept[:, None]
