@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import warnings
@@ -26,6 +27,8 @@ def _quiet() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore")
+    for name in ("bitsandbytes", "torch.utils._pytree", "torch.utils.cpp_extension"):  # what diffusers imports where it is installed
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _writable(path: Path) -> None:
