@@ -382,6 +382,7 @@ def test_gated_weights_without_a_token(command, capsys, monkeypatch):
         return from_pretrained
 
     monkeypatch.setattr("multicrafter.publish._base_on_hub", lambda model: None)
+    monkeypatch.setattr("multicrafter.plan.memory.available_memory", lambda *_: 1e12)  # whatever this machine has
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", raising(GatedRepoError))
     fails(
         capsys,
