@@ -27,7 +27,11 @@ def _quiet() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore")
-    for name in ("bitsandbytes", "torch.utils._pytree", "torch.utils.cpp_extension"):  # what diffusers imports where it is installed
+    for name in (
+        "bitsandbytes",
+        "torch.utils._pytree",
+        "torch.utils.cpp_extension",
+    ):  # what diffusers imports where it is installed
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
