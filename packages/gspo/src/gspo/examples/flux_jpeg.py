@@ -2,7 +2,7 @@
 
     python -m gspo.examples.flux_jpeg --out flux_jpeg.png
 
-takes the tiny FLUX that ships with multicrafter (seconds to a minute on a CPU); ``--model`` names any other FLUX in diffusers format.
+takes the tiny FLUX that ships with multicrafter (a few minutes on a CPU); ``--model`` names any other FLUX in diffusers format.
 A LoRA on the attention is trained; the reward is minus the kilobytes of the picture as a JPEG of quality 90. Needs
 ``pip install "gspo[diffusers,plot]"``.
 """
@@ -76,6 +76,7 @@ def train(
     iterations: int = 12,
     num_steps: int = 12,
     group_size: int = 6,
+    size: int = 64,
     kernel: Kernel | None = None,
     policy: PolicyConfig | None = None,
     lr: float = 1e-3,
@@ -99,7 +100,7 @@ def train(
             seed=seed,
         )
         trainer = OnlineTrainer(trained, torch.optim.AdamW(trained, lr=lr, weight_decay=0.0), config)
-        actor, generator = PipelinePolicy(pipe, PROMPTS), torch.Generator().manual_seed(seed)
+        actor, generator = PipelinePolicy(pipe, PROMPTS, height=size, width=size), torch.Generator().manual_seed(seed)
         sigmas = actor.sigmas(num_steps)
         fixed = actor.noise(torch.Generator().manual_seed(1))
 
