@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import email
 import importlib
 import importlib.metadata
@@ -14,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from test_repo_readme import blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -91,6 +93,32 @@ def core_requirements(wheel: Path) -> set[str]:
     return {re.match(r"[\w.-]+", line).group() for line in stated if "extra ==" not in line}
 
 
+def needs_an_extra(block: str, name: str) -> bool:
+    """Whether a block imports what the leaf's core does not bring: another library, or the leaf's side of one."""
+    allowed = {name, *closure(LEAVES[name]), *sys.stdlib_module_names}
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module or ""]
+        else:
+            continue
+        for module in modules:
+            if module.split(".")[0] not in allowed or re.match(rf"{name}\.(integrations|backends|plot)\b", module):
+                return True
+    return False
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_a_readme_shows_the_core_alone(name):
+    """So the clean environment below has something to run; what needs an extra is told apart."""
+    shown = blocks(ROOT / "packages" / name / "README.md")
+    assert [b for b in shown if not needs_an_extra(b, name)]
+    assert needs_an_extra("import diffusers", name)
+    assert needs_an_extra(f"from {name}.integrations.some import thing", name)
+    assert not needs_an_extra(f"import os.path\nimport jaxtyping\nfrom {name} import thing", name)
+
+
 def test_every_package_is_known_here(wheels):
     assert set(wheels) == set(PACKAGES)
 
@@ -165,7 +193,7 @@ def test_blocking_works(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LEAVES)
 def test_leaf_in_a_clean_environment(wheels, name, tmp_path):
-    """The wheel, its dependencies from the index and pytest, nothing else, outside the repository: the package's own README runs."""
+    """The wheel, its dependencies from the index and pytest, nothing else, outside the repository: the README's blocks for the core run."""
     venv.create(tmp_path / "env", with_pip=True)
     python = str(tmp_path / "env" / "bin" / "python")
     install = [python, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheels[name])]
@@ -178,5 +206,6 @@ def test_leaf_in_a_clean_environment(wheels, name, tmp_path):
         check=True,
     )
     assert found.stdout.strip() == metadata(wheels[name])["Version"]
-    snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / "packages" / name / "README.md").read_text(), re.M | re.S)
+    snippets = [b for b in blocks(ROOT / "packages" / name / "README.md") if not needs_an_extra(b, name)]
+    assert snippets
     subprocess.run([python, "-c", "\n".join(snippets)], cwd=tmp_path, check=True)
