@@ -138,7 +138,7 @@ def test_metrics_by_hand() -> None:
     np.testing.assert_allclose(values["Face-Sim"], [0.9, 0.5, 0])
     np.testing.assert_allclose(values["ID-Sim"], [0.9, 0.5, 0])
     np.testing.assert_allclose(values["count"], [1, 1, 0])
-    np.testing.assert_allclose(values["ID-Conf"], [(0.25 + 1) / 2, 1, np.nan])
+    np.testing.assert_allclose(values["ID-Conf"], [(1 + 0.4) / 2, 0, np.nan])
     np.testing.assert_allclose(
         values["swaps"], [0, 0.5, np.nan]
     )  # one of the two equal faces had to be the second person's
@@ -153,7 +153,8 @@ def test_metrics_by_hand() -> None:
     assert "| Face-Sim | 0.4667 |" in result.table()
     with pytest.raises(ValueError, match="targets"):
         evaluate(pictures, ["x"] * 3, [references] * 3, targets[:1])
-    assert np.isnan(id_confidence(np.zeros((1, 1))))
+    assert np.isnan(id_confidence(np.zeros((1, 1)))) and np.isnan(id_confidence(np.zeros((0, 2))))
+    assert id_confidence(np.array([[0.5, -0.5], [-0.1, -0.2]])) == 0.5  # at most 1, and 0 where no face is alike
     assert np.isnan(mean_reference_cosine(PEOPLE[:1], [np.zeros((0, 4))])).all()
 
 

@@ -4,7 +4,7 @@
 |---|---|
 | Face-Sim | mean over references of the matched face's cosine, a missing face counts 0 (MultiCrafter, arXiv 2509.21953; "multihuman") |
 | ID-Sim | mean over references of the best face's cosine, not exclusive (XVerseBench, arXiv 2506.21416) |
-| ID-Conf | how far each matched face prefers its reference: mean over matched faces of ``(first - second) / first`` (UMO, arXiv 2509.06818) |
+| ID-Conf | how far each reference prefers one face: mean over references of ``(first - second) / first`` (UMO, arXiv 2509.06818) |
 | count | share of pictures with exactly as many faces as references (MultiHuman-Testbench, arXiv 2506.20879) |
 | swaps | share of matched faces that are more like another reference than like their own |
 | copy-paste | see `id_reward.copy_paste` (WithAnyone, arXiv 2510.14975); needs targets |
@@ -31,23 +31,20 @@ PictureEmbedder = Callable[[Sequence[Any]], Float[np.ndarray, "b d"]]
 
 
 def id_confidence(similarity: Float[np.ndarray, "r f"]) -> float:
-    """``mean over matched faces of (first - second) / first``, first and second the face's largest two cosines with references, at least 0.
+    """``mean over references of min(1, (first - second) / first)``, first and second the largest two cosines of a reference with the faces.
 
-    1: every face is like one reference only; 0: it is like two alike. NaN with fewer than two references or without a face. ID-Conf of UMO
-    (arXiv 2509.06818), on faces matched one-to-one.
+    1: every reference is one face's alone; 0: two faces are equally like it, or none is (first at most 0). NaN with fewer than two faces: there is
+    nothing to confuse. ID-Conf of UMO (arXiv 2509.06818; as its evaluation computes it).
 
-    >>> round(id_confidence(np.array([[0.8, 0.0], [0.2, 0.5]])), 3)
-    0.875
+    >>> round(id_confidence(np.array([[0.8, 0.4], [0.0, 0.5]])), 3)
+    0.75
     """
-    matrix = np.maximum(np.asarray(similarity, np.float64), 0.0)
-    pairs = match(matrix).pairs
-    if len(matrix) < 2 or not pairs:
+    matrix = np.asarray(similarity, np.float64)
+    if not len(matrix) or matrix.shape[1] < 2:
         return float("nan")
-    values = []
-    for _, face in pairs:
-        second, first = np.sort(matrix[:, face])[-2:]
-        values.append((first - second) / first if first > 0 else 0.0)
-    return float(np.mean(values))
+    second, first = np.sort(matrix, axis=1)[:, -2:].T
+    margin = np.divide(first - second, first, out=np.zeros_like(first), where=first > 0)
+    return float(np.minimum(margin, 1.0).mean())
 
 
 def mean_reference_cosine(
