@@ -33,8 +33,8 @@ PictureEmbedder = Callable[[Sequence[Any]], Float[np.ndarray, "b d"]]
 def id_confidence(similarity: Float[np.ndarray, "r f"]) -> float:
     """``mean over references of min(1, (first - second) / first)``, first and second the largest two cosines of a reference with the faces.
 
-    1: every reference is one face's alone; 0: two faces are equally like it, or none is (first at most 0). NaN with fewer than two faces: there is
-    nothing to confuse. ID-Conf of UMO (arXiv 2509.06818; as its evaluation computes it).
+    1: every reference is one face's alone; 0: two faces are equally like it, or none is (first at most 0). NaN with fewer than two faces:
+    there is nothing to confuse. ID-Conf of UMO (arXiv 2509.06818; as its evaluation computes it).
 
     >>> round(id_confidence(np.array([[0.8, 0.4], [0.0, 0.5]])), 3)
     0.75
