@@ -23,7 +23,7 @@ def test_update(benchmark, form):
     pipe.transformer.requires_grad_(False)
     pipe.transformer.add_adapter(LoraConfig(r=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     trained = [p for p in pipe.transformer.parameters() if p.requires_grad]
-    actor = PipelinePolicy(pipe, PROMPTS)
+    actor = PipelinePolicy(pipe, PROMPTS, height=64, width=64)
     drawn = rollout(
         actor,
         actor.noise(),
@@ -54,4 +54,4 @@ def test_update(benchmark, form):
         trainer.update(actor, drawn, advantages, FlowSDE())
 
     benchmark.group = "update of the tiny FLUX"
-    benchmark.pedantic(bare if form.startswith("forward") else update, rounds=8 if FULL else 2, warmup_rounds=1)
+    benchmark.pedantic(bare if form.startswith("forward") else update, rounds=10 if FULL else 2, warmup_rounds=1)

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--fine", type=int, default=60, help="steps of the solution taken as exact")
     options = parser.parse_args()
-    actor = PipelinePolicy(load(None), PROMPTS)
+    actor = PipelinePolicy(load(None), PROMPTS, height=64, width=64)
     sigmas, noise = actor.sigmas(STEPS), actor.noise(torch.Generator().manual_seed(0))
     rows = []
     for start in (0, 5, 10):
