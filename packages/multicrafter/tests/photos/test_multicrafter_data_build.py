@@ -295,7 +295,7 @@ def test_every_filter_says_why(few, make_config, tmp_path, change, reason):
         (["{few}", "/proc/out"], ("/proc/out",)),
         (["{few}", "{tmp}/full"], ("new, empty or of an earlier build",)),
         (["{few}", "{tmp}/out", "--masks", "sam2"], ("sam2:PATH",)),
-        (["{few}", "{tmp}/out", "--masks", "sam2:/nowhere"], ("/nowhere", "not a folder")),
+        (["{few}", "{tmp}/out", "--masks", "sam2:/nowhere"], ("sam2:PATH", "no folder /nowhere")),
         (["{few}", "{tmp}/out", "--masks", "selfie:/nowhere.tflite"], ("/nowhere.tflite",)),
         (["{few}", "{tmp}/out", "--captions", "vlm:/nowhere"], ("/nowhere",)),
         (["{few}", "{tmp}/out", "--min-people", "9"], ("max_people", "9")),

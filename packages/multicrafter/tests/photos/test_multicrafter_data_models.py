@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -180,7 +182,7 @@ def test_a_selfie_model_that_is_missing_or_broken(tmp_path):
 
 
 def test_clip_and_dino_judges(tmp_path, photo):
-    from multicrafter.benchmarking.judges import Clip, Dino, JudgeConfig, Judges
+    from multicrafter.benchmarking.judges import JudgeConfig, Judges
     from multicrafter.judges.clip import build_clip
     from transformers import BitImageProcessor, CLIPImageProcessor, Dinov2Config, Dinov2Model
 
@@ -198,16 +200,72 @@ def test_clip_and_dino_judges(tmp_path, photo):
         tmp_path / "dino"
     )
     pictures = [photo(80, 60), photo(60, 80, 1)]
-    clip, dino = Clip(str(tmp_path / "clip")), Dino(str(tmp_path / "dino"))
-    for rows in (
-        clip.pictures(pictures),
-        dino.pictures(pictures),
-        clip.texts(["two people in the park by day", "x " * 500]),
-    ):
+    folders = {"clip": str(tmp_path / "clip"), "dino": str(tmp_path / "dino")}
+    judges = Judges(JudgeConfig(faces="none", **folders))
+    assert set(judges.embed) == {"clip", "dino"}
+    found = {name: embed(pictures) for name, embed in judges.embed.items()}
+    found["text"] = judges.clip.embed_text(["two people in the park by day", "x " * 500])
+    for rows in found.values():
         assert len(rows) == 2 and np.allclose(np.linalg.norm(rows, axis=1), 1)
-    np.testing.assert_allclose(clip.pictures(pictures)[1], clip.pictures(pictures[1:])[0], atol=1e-5)
-    about = Judges(JudgeConfig(faces="none", clip=str(tmp_path / "clip"), dino=str(tmp_path / "dino"))).describe()
+    np.testing.assert_allclose(found["clip"][1], judges.embed["clip"](pictures[1:])[0], atol=1e-5)
+    about = judges.describe()
     assert about["clip"].startswith("clip@") and about["faces"] == "none"
-    with pytest.raises(ValueError, match="pictures and text"):
-        Clip(str(tmp_path / "dino"))
-    assert Image.Resampling.BICUBIC == 3
+    with pytest.raises(ValueError, match=r"pictures and text, but .* holds a Dinov2Model"):
+        Judges(JudgeConfig(faces="none", clip=folders["dino"]))
+    with pytest.raises(ValueError, match="dino must be a folder"):
+        Judges(JudgeConfig(faces="none", dino="/nowhere"))
+
+
+@pytest.fixture
+def hps_checkpoint(tmp_path, monkeypatch):
+    """HPS_v2.1_compressed.pt as the hub has it, but of a tiny network: open_clip is told that this is what a ViT-H-14 looks like."""
+    open_clip = pytest.importorskip("open_clip")
+    tiny = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 224, "layers": 1, "width": 32, "head_width": 16, "patch_size": 56},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-H-14", tiny)
+    torch.manual_seed(1)
+    model = open_clip.CLIP(**tiny)
+    with torch.no_grad():
+        for parameter in model.parameters():  # the usual initial weights hardly look at the picture
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    torch.save({"epoch": 1, "state_dict": model.state_dict()}, tmp_path / "HPS_v2.1_compressed.pt")
+    return tmp_path / "HPS_v2.1_compressed.pt"
+
+
+def test_hps_scores_photos_and_filters_them(hps_checkpoint, drawn, make_config, tmp_path):
+    """The scores in the manifest are those of id_reward's scorer on the photos, and a threshold between them parts the photos."""
+    from id_reward.backends.aesthetics import HPSv2Scorer
+    from multicrafter.data.photos import build
+    from multicrafter.data.photos.store import open_split
+
+    config = make_config(aesthetics=f"hps:{hps_checkpoint}")
+    build(drawn[0], tmp_path / "out", config, progress=False)
+    rows = [r for split in ("train", "test") for r in open_split(tmp_path / "out", split).records]
+    pictures = [Image.open(drawn[0] / r["source_file"]).convert("RGB") for r in rows]
+    want = HPSv2Scorer.from_pretrained(hps_checkpoint)(
+        pictures, ["a photo of two people"] * len(rows), [()] * len(rows)
+    )
+    np.testing.assert_allclose([r["aesthetics"] for r in rows], want, atol=2e-5)
+    assert np.ptp(want) > 1e-3
+    least = float(np.median(want))
+    strict = replace(config, filter=replace(config.filter, min_aesthetics=least))
+    summary = build(drawn[0], tmp_path / "out", strict, progress=False)
+    assert summary.counts["filter: not aesthetic"] == int((np.round(want, 5) < least).sum()) > 5
+    assert summary.stages["aesthetics"]["computed"] == 0  # the scores come from the cache
+    assert "aesthetic" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_hps_scores_any_models_pictures(hps_checkpoint, drawn, tmp_path):
+    from multicrafter.benchmarking.judges import JudgeConfig, Judges
+
+    judges = Judges(JudgeConfig(faces="none", aesthetics=f"hps:{hps_checkpoint}"))
+    pictures = [Image.open(drawn[0] / f"{i:03d}.png").convert("RGB") for i in range(3)]
+    first, again = (judges.aesthetics(pictures, ["a", "b", "c"], [()] * 3) for _ in range(2))
+    assert np.isfinite(first).all() and (np.abs(first) <= 1).all() and np.array_equal(first, again)
+    assert judges.describe()["aesthetics"].startswith("hps:HPS_v2.1_compressed.pt@")
+    (tmp_path / "broken.pt").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="checkpoint of tensors"):
+        Judges(JudgeConfig(faces="none", aesthetics=f"hps:{tmp_path / 'broken.pt'}"))

@@ -69,10 +69,16 @@ class TransformersClip:
         """Loads a folder in transformers' format, for example of openai/clip-vit-large-patch14.
 
         Raises:
-            ValueError: The folder is missing or cannot be read.
+            ValueError: The folder is missing, cannot be read, or holds another kind of model.
         """
         hf, options = transformers_module("clip"), {"local_files_only": local_files_only}
-        model = load(hf.CLIPModel, folder, "clip", use_safetensors=True, **options).to(device)
+        model = load(hf.AutoModel, folder, "clip", use_safetensors=True, **options).to(device)
+        if not isinstance(
+            model, hf.CLIPModel
+        ):  # CLIPModel.from_pretrained would fill what it misses with random numbers
+            raise ValueError(
+                f"clip must be a CLIPModel, of pictures and text, but {folder} holds a {type(model).__name__}"
+            )
         return cls(model, load(hf.CLIPProcessor, folder, "clip", **options), batch_size=batch_size)
 
     def to(self, device: Any) -> TransformersClip:

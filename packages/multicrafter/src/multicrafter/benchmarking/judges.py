@@ -4,90 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from id_reward import FaceBackend, Scorer
+from id_reward.backends.loading import load
 from jaxtyping import Float
 
 if TYPE_CHECKING:
+    from id_reward.backends.text import ClipEncoder
     from PIL import Image
 
-
-class PictureEmbedder(Protocol):
-    """Pictures as unit vectors."""
-
-    def pictures(self, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "b d"]:
-        """One row per picture."""
-        ...
-
-
-class TextPictureEmbedder(PictureEmbedder, Protocol):
-    """Pictures and sentences in one space."""
-
-    def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "b d"]:
-        """One row per sentence."""
-        ...
-
-
-def _load(kind: Any, folder: str, what: str) -> Any:
-    if not Path(folder).is_dir():
-        raise ValueError(f"{what} must be the folder of a transformers model, but {folder} is none")
-    try:
-        return kind.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{what} {folder} must be readable by transformers, got {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        ) from None
-
-
-def _unit(output: Any) -> Float[np.ndarray, "b d"]:
-    import torch
-
-    features = getattr(output, "pooler_output", output)
-    unit: np.ndarray = torch.nn.functional.normalize(features.float(), dim=-1).cpu().double().numpy()
-    return unit
-
-
-class Clip:
-    """CLIP or SigLIP of transformers (the usual CLIP-T and CLIP-I: openai/clip-vit-base-patch32 or -large-patch14)."""
-
-    def __init__(self, folder: str) -> None:
-        """Loads model, tokenizer and image processor."""
-        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-
-        self.model = _load(AutoModel, folder, "--clip").eval()
-        if not hasattr(self.model, "get_text_features"):
-            raise ValueError(f"--clip {folder} must be a model of pictures and text, got {type(self.model).__name__}")
-        self.processor, self.tokenizer = (
-            _load(AutoImageProcessor, folder, "--clip"),
-            _load(AutoTokenizer, folder, "--clip"),
-        )
-
-    def pictures(self, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "b d"]:
-        """See `PictureEmbedder`."""
-        import torch
-
-        with torch.inference_mode():
-            return _unit(self.model.get_image_features(**self.processor(images=list(pictures), return_tensors="pt")))
-
-    def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "b d"]:
-        """See `TextPictureEmbedder`; prompts longer than the model takes are cut."""
-        import torch
-
-        length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(
-            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        with torch.inference_mode():
-            return _unit(self.model.get_text_features(**tokens))
+Embed = Callable[["Sequence[Image.Image]"], Float[np.ndarray, "b d"]]
 
 
 class TinyClip:
-    """The CLIP of the drawn world, which ships with the package."""
+    """The CLIP of the drawn world, which ships with the package, as `id_reward.backends.text.ClipEncoder`."""
 
     def __init__(self) -> None:
         """Loads it."""
@@ -96,41 +31,19 @@ class TinyClip:
 
         self.scorer = ClipScorer.from_pretrained(judges.shipped() / "clip")
 
-    def pictures(self, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "b d"]:
-        """See `PictureEmbedder`."""
+    def embed_pictures(self, images: Sequence[Image.Image]) -> Float[np.ndarray, "b d"]:
+        """Unit embeddings of pictures."""
         import torch
 
         with torch.inference_mode():
-            return _unit(self.scorer.embed_pictures(list(pictures)))
+            return self.scorer.embed_pictures(list(images)).double().numpy()
 
-    def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "b d"]:
-        """See `TextPictureEmbedder`."""
+    def embed_text(self, prompts: Sequence[str]) -> Float[np.ndarray, "b d"]:
+        """Unit embeddings of prompts."""
         import torch
 
         with torch.inference_mode():
-            return _unit(self.scorer.embed_text(list(texts)))
-
-
-class Dino:
-    """DINO or DINOv2 of transformers: the class token (the usual DINO-I: facebook/dino-vits16 or dinov2-base)."""
-
-    def __init__(self, folder: str) -> None:
-        """Loads model and image processor."""
-        from transformers import AutoImageProcessor, AutoModel
-
-        self.model, self.processor = (
-            _load(AutoModel, folder, "--dino").eval(),
-            _load(AutoImageProcessor, folder, "--dino"),
-        )
-
-    def pictures(self, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "b d"]:
-        """See `PictureEmbedder`."""
-        import torch
-
-        with torch.inference_mode():
-            return _unit(
-                self.model(**self.processor(images=list(pictures), return_tensors="pt")).last_hidden_state[:, 0]
-            )
+            return self.scorer.embed_text(list(prompts)).double().numpy()
 
 
 QUESTIONS = {
@@ -149,8 +62,8 @@ class VisionLanguageJudge:
         """Loads model and processor."""
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self.model = _load(AutoModelForImageTextToText, folder, "--vlm").eval()
-        self.processor = _load(AutoProcessor, folder, "--vlm")
+        self.model = load(AutoModelForImageTextToText, folder, "--vlm").eval()
+        self.processor = load(AutoProcessor, folder, "--vlm")
 
     def __call__(self, picture: Image.Image, references: Sequence[Image.Image], prompt: str) -> dict[str, float]:
         """The scores by name."""
@@ -174,6 +87,22 @@ def parse_score(text: str) -> float:
     found = re.search(r"\d+(\.\d+)?", text)
     value = float(found.group()) if found else float("nan")
     return value if 0 <= value <= 10 else float("nan")
+
+
+def clip_encoder(name: str) -> ClipEncoder:
+    """``tiny``, or a CLIP of transformers by id_reward (the usual CLIP-T and CLIP-I: openai/clip-vit-base-patch32 or -large-patch14)."""
+    if name == "tiny":
+        return TinyClip()
+    from id_reward.backends.text import TransformersClip
+
+    return TransformersClip.from_pretrained(name)
+
+
+def dino_embedder(folder: str) -> Embed:
+    """DINO or DINOv2 of transformers by id_reward (the usual DINO-I: facebook/dino-vits16 or dinov2-base)."""
+    from id_reward.backends.objects import DinoEmbedder
+
+    return DinoEmbedder.from_pretrained(folder).embed
 
 
 def hps_scorer(path: str) -> Scorer:
@@ -208,7 +137,7 @@ class JudgeConfig:
 
 
 class Judges:
-    """The loaded models."""
+    """The loaded models; ``embed`` has those that turn pictures into unit vectors, "clip" and "dino"."""
 
     def __init__(self, config: JudgeConfig) -> None:
         """Loads what the configuration names.
@@ -222,10 +151,12 @@ class Judges:
 
         self.config = config
         self.faces: FaceBackend | None = None if config.faces == "none" else face_backend(config.faces)
-        self.clip: TextPictureEmbedder | None = (
-            None if config.clip is None else TinyClip() if config.clip == "tiny" else Clip(config.clip)
-        )
-        self.dino: PictureEmbedder | None = None if config.dino is None else Dino(config.dino)
+        self.clip: ClipEncoder | None = None if config.clip is None else clip_encoder(config.clip)
+        self.embed: dict[str, Embed] = {}
+        if self.clip is not None:
+            self.embed["clip"] = self.clip.embed_pictures
+        if config.dino is not None:
+            self.embed["dino"] = dino_embedder(config.dino)
         self.aesthetics: Scorer | None = aesthetics_scorer(config.aesthetics)
         self.vlm = None if config.vlm is None else VisionLanguageJudge(config.vlm)
 

@@ -135,7 +135,7 @@ class _References:
         self._known: dict[Any, dict[str, Any]] = {}
 
     def get(self, image: Path | bytes, *, face: bool) -> dict[str, Any]:
-        """picture, and from the judges that are there: clip, dino, faces (of a human reference); empty if it cannot be opened."""
+        """size, thumb, and from the judges that are there: whole, faces, head (of a human reference); empty if it cannot be opened."""
         key = (image, face)
         if key not in self._known:
             self._known[key] = self._judge(image, face)
@@ -150,8 +150,7 @@ class _References:
             return {}
         judges = self.judges
         known: dict[str, Any] = {"size": picture.size, "thumb": _thumbnail(picture)}
-        known["clip"] = judges.clip.pictures([picture])[0] if judges.clip else None
-        known["dino"] = judges.dino.pictures([picture])[0] if judges.dino else None
+        known["whole"] = {name: embed([picture])[0] for name, embed in judges.embed.items()}
         if judges.vlm:
             known["picture"] = picture
         if face and judges.faces:
@@ -162,8 +161,7 @@ class _References:
             known["faces"], known["largest"] = faces, largest
             if largest is not None:
                 head = picture.crop(metrics.head_box(faces.boxes[largest], picture.size))
-                known["clip_head"] = judges.clip.pictures([head])[0] if judges.clip else None
-                known["dino_head"] = judges.dino.pictures([head])[0] if judges.dino else None
+                known["head"] = {name: embed([head])[0] for name, embed in judges.embed.items()}
         return known
 
 
@@ -215,23 +213,23 @@ def _score_batch(
         return []
     pictures = [picture for _, picture in opened]
     texts = [case.prompt.prompt for case, _ in opened]
-    clip = judges.clip.pictures(pictures) if judges.clip else None
-    dino = judges.dino.pictures(pictures) if judges.dino else None
+    features = {name: embed(pictures) for name, embed in judges.embed.items()}
     faces = judges.faces.detect_and_embed(pictures) if judges.faces else None
-    sentences = judges.clip.texts(texts) if judges.clip else None
+    sentences = judges.clip.embed_text(texts) if judges.clip else None
     aes = judges.aesthetics(pictures, texts, [()] * len(pictures)) if judges.aesthetics else None
     rows = []
     for i, (case, picture) in enumerate(opened):
         values: dict[str, float] = {}
-        if clip is not None and sentences is not None:
-            values["clip_t"] = float(clip[i] @ sentences[i])
+        if sentences is not None:
+            values["clip_t"] = float(features["clip"][i] @ sentences[i])
         if aes is not None:
             values["aes"] = float(aes[i])
         given = [(r, references.get(r.image, face=r.kind == "human")) for r in case.prompt.references]
-        for label, features in (("clip", clip), ("dino", dino)):
-            known = [k[label] for _, k in given if k]
-            if features is not None and known and len(known) == len(given):
-                values[f"{label}_i"] = metrics.mean_similarity(features[i], np.stack(known))
+        if given and all(k for _, k in given):
+            for name, rows_of in features.items():
+                values[f"{name}_i"] = metrics.mean_similarity(
+                    rows_of[i], np.stack([k["whole"][name] for _, k in given])
+                )
         if faces is not None:
             values |= _faces(case, picture, faces[i], given, judges, references)
         if "face_sim" in values and "clip_t" in values:
@@ -269,12 +267,11 @@ def _faces(
     values["swap_rate"] = metrics.swaps(similarity, found.boxes, [r.box for r, _ in people], picture.size)
     pairs = score_similarity(similarity).matching.pairs
     heads = [picture.crop(metrics.head_box(box, picture.size)) for box in found.boxes]
-    for label, judge in (("clip", judges.clip), ("dino", judges.dino)):
-        if judge is not None:
-            crops = judge.pictures(heads) if heads else np.zeros((0, 1))
-            values[f"{label}_i_matched"] = metrics.matched_similarity(
-                np.stack([k[f"{label}_head"] for _, k in people]), crops, pairs
-            )
+    for name, embed in judges.embed.items():
+        crops = embed(heads) if heads else np.zeros((0, 1))
+        values[f"{name}_i_matched"] = metrics.matched_similarity(
+            np.stack([k["head"][name] for _, k in people]), crops, pairs
+        )
     if case.prompt.target is not None:
         target = references.get(case.prompt.target, face=True)
         if target and target.get("faces") is not None:

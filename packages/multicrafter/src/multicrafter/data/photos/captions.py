@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from multicrafter.data.photos.people import _load
+from id_reward.backends.loading import load
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,8 +31,8 @@ class VisionLanguageCaptioner:
         """Loads model and processor; ``prompt`` is given to models that chat."""
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self.model = _load(AutoModelForImageTextToText, folder, "captions vlm:PATH").eval()
-        self.processor = _load(AutoProcessor, folder, "captions vlm:PATH")
+        self.model = load(AutoModelForImageTextToText, folder, "captions vlm:PATH").eval()
+        self.processor = load(AutoProcessor, folder, "captions vlm:PATH")
         self.prompt, self.max_new_tokens = prompt, max_new_tokens
 
     def __call__(self, pictures: Sequence[Image.Image]) -> list[str]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from id_reward.backends.loading import load
 from jaxtyping import Bool, Float
 
-from multicrafter.data.photos.people import Box, _load
+from multicrafter.data.photos.people import Box
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -115,8 +116,8 @@ class SemanticForeground:
         """Loads model and image processor."""
         from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-        self.model = _load(AutoModelForSemanticSegmentation, folder, "masks semantic:PATH").eval()
-        self.processor = _load(AutoImageProcessor, folder, "masks semantic:PATH")
+        self.model = load(AutoModelForSemanticSegmentation, folder, "masks semantic:PATH").eval()
+        self.processor = load(AutoImageProcessor, folder, "masks semantic:PATH")
         self.labels = [int(i) for i, name in self.model.config.id2label.items() if name.lower() == "person"]
         if not self.labels:
             raise ValueError(f"masks semantic:PATH needs a model with a label 'person', but {folder} has none")
@@ -138,8 +139,8 @@ class Sam2Masker:
         """Loads model and processor."""
         from transformers import Sam2Model, Sam2Processor
 
-        self.model = _load(Sam2Model, folder, "masks sam2:PATH").eval()
-        self.processor = _load(Sam2Processor, folder, "masks sam2:PATH")
+        self.model = load(Sam2Model, folder, "masks sam2:PATH").eval()
+        self.processor = load(Sam2Processor, folder, "masks sam2:PATH")
 
     def __call__(self, picture: Image.Image, faces: Sequence[Box], bodies: Sequence[Box]) -> Bool[np.ndarray, "s h w"]:
         """See `Masker`; where masks overlap, the nearer face decides."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from id_reward import FaceBackend, match
+from id_reward.backends.loading import load
 from jaxtyping import Float
 
 if TYPE_CHECKING:
@@ -118,8 +119,8 @@ class BodyDetector:
         """Loads model and image processor."""
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-        self.model = _load(AutoModelForObjectDetection, folder, "people").eval()
-        self.processor = _load(AutoImageProcessor, folder, "people")
+        self.model = load(AutoModelForObjectDetection, folder, "people detector").eval()
+        self.processor = load(AutoImageProcessor, folder, "people detector")
         self.threshold = threshold
         self.labels = {int(i) for i, name in self.model.config.id2label.items() if name.lower() == "person"}
         if not self.labels:
@@ -141,21 +142,6 @@ class BodyDetector:
             [tuple(b) for b, label in zip(f["boxes"].tolist(), f["labels"].tolist()) if label in self.labels]  # type: ignore[misc]
             for f in found
         ]
-
-
-def _load(kind: Any, folder: str, what: str) -> Any:
-    """A transformers object from a local folder, or one sentence."""
-    from pathlib import Path
-
-    if not Path(folder).is_dir():
-        raise ValueError(f"{what} needs the folder of a transformers model, but {folder} is not a folder")
-    try:
-        return kind.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{what} needs a transformers model in {folder}, got {type(error).__name__}: {reason}"
-        ) from None
 
 
 @lru_cache(maxsize=2)
