@@ -17,7 +17,7 @@ def draw(n: int, e: int, k: int, r: int, d: int, o: int, seed: int, masked: floa
     h, a, b = (torch.randn(*s, generator=g, requires_grad=True) for s in ((n, d), (e, r, d), (e, o, r)))
     w = torch.rand(n, k, generator=g, requires_grad=True)
     index = torch.rand(n, e, generator=g).argsort(1)[:, :k]
-    index = index.masked_fill(torch.rand(n, 1, generator=g) < masked, -1)
+    index = index.masked_fill(torch.rand(n, k, generator=g) < masked, -1)  # some of a token's experts, or all
     return h, a, b, w, index, torch.randn(n, o, generator=g)
 
 

@@ -34,6 +34,8 @@ def test_weights_by_hand() -> None:
     torch.testing.assert_close(route(logits, 2, "topk_then_softmax").gate_weights, p[:, :2] / p[:, :2].sum())
     given_experts = route(logits, 1, "softmax_then_topk", expert_index=torch.tensor([[2]]))
     torch.testing.assert_close(given_experts.gate_weights, p[:, 2:])
+    none = route(logits, 2, "softmax_then_topk", expert_index=torch.tensor([[1, -1]]))
+    torch.testing.assert_close(none.gate_weights, torch.tensor([[float(p[0, 1]), 0.0]]))
 
 
 def test_masked_tokens_go_nowhere() -> None:
@@ -77,6 +79,16 @@ def test_gate_logits_are_float32_and_their_gradient_joins_the_rest() -> None:
         torch.testing.assert_close(got[1], y.T @ h.float())
         (alone,) = torch.autograd.grad((gate_logits(h, w)[1] * y).sum(), h)
         torch.testing.assert_close(alone.float(), y @ w, atol=tolerance, rtol=tolerance)
+
+
+def test_gate_logits_leave_the_gradients_of_others_alone() -> None:
+    """An addition hands one gradient to both summands: adding the router's part in place would change the other's too."""
+    h, w, y = (torch.randn(n, 5, requires_grad=True) for n in (4, 3, 4))
+    scale, other = torch.randn(4, 5), y.tanh()  # made before, so its backward runs after the router's
+    passed, logits = gate_logits(h, w)
+    got = torch.autograd.grad(((passed + other) * scale).sum() + logits.square().sum(), [y, h])
+    torch.testing.assert_close(got[0], (scale * (1 - y.tanh() ** 2)).detach())
+    torch.testing.assert_close(got[1], (scale + 2 * (h @ w.T) @ w).detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_gate_logits_are_twice_differentiable() -> None:

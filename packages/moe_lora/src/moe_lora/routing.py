@@ -77,42 +77,49 @@ class _GateLogits(torch.autograd.Function):
     """``(h, W) -> (h, h W^T)`` in fp32. Handing h on lets the router's part of its gradient be added in one pass."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, h: Tensor, weight: Tensor, alone: bool) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(h, weight)
+        ctx.alone = alone
         ctx.set_materialize_grads(False)
         with torch.autocast(h.device.type, enabled=False):
             return h.view_as(h), h.float() @ weight.float().T
 
     @staticmethod
-    def backward(ctx: Any, grad_h: Tensor | None, grad_logits: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad_h: Tensor | None, grad_logits: Tensor | None) -> tuple[Tensor | None, ...]:
         h, weight = ctx.saved_tensors
         if grad_logits is None:
-            return grad_h, None
+            return grad_h, None, None
         with torch.autocast(h.device.type, enabled=False):
             grad_weight = (grad_logits.T @ h.float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
             if not ctx.needs_input_grad[0]:
-                return None, grad_weight
+                return None, grad_weight, None
             if grad_h is None:
-                return (grad_logits @ weight.float()).to(h.dtype), grad_weight
+                return (grad_logits @ weight.float()).to(h.dtype), grad_weight, None
             if h.dtype != torch.float32:
-                return grad_h + (grad_logits @ weight.float()).to(h.dtype), grad_weight
-            # in place: the experts' backward made grad_h for us alone; not when this backward is itself differentiated
-            add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
-            return add(grad_h, grad_logits, weight.float()), grad_weight
+                return grad_h + (grad_logits @ weight.float()).to(h.dtype), grad_weight, None
+            # in place where grad_h was made for us alone; not when this backward is itself differentiated
+            add = Tensor.addmm_ if ctx.alone and not torch.is_grad_enabled() else torch.addmm
+            return add(grad_h, grad_logits, weight.float()), grad_weight, None
 
 
 def gate_logits(
-    h: Float[Tensor, "n d"], weight: Float[Tensor, "e d"]
+    h: Float[Tensor, "n d"], weight: Float[Tensor, "e d"], *, alone: bool = False
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n e"]]:
     """``logits = h W^T`` in fp32 whatever the type of h; returns h (to go on with) and the logits.
 
     Going on with the returned h adds the router's part of the gradient to the experts' in one pass instead of three; no fp32 copy of
     h is kept for backward.
+
+    Args:
+        h: Tokens.
+        weight: Gate W.
+        alone: Promise that the returned h goes into `moe_lora.experts` and nowhere else: its gradient is then changed in place. An
+            addition, for one, shares its gradient with its other summand.
     """
     if torch.compiler.is_compiling():
         with torch.autocast(h.device.type, enabled=False):
             return h, h.float() @ weight.float().T
-    passed, logits = _GateLogits.apply(h, weight)
+    passed, logits = _GateLogits.apply(h, weight, alone)
     return passed, logits
 
 

@@ -100,7 +100,7 @@ class RoutingState:
         if training and config.jitter:
             _, logits = gate_logits(self.jittered(h), weight)
         else:
-            h, logits = gate_logits(h, weight)
+            h, logits = gate_logits(h, weight, alone=True)
         routing = route(logits, config.top_k, config.gating, token_mask=mask, check_gate=config.check_gate)
         if self.override is not None:
             routing = self.override(routing, shape)
