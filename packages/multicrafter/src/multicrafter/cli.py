@@ -168,6 +168,8 @@ def _pretrain(arguments: argparse.Namespace) -> int:
         config = replace(config, world=replace(config.world, numbers=(arguments.references,)))
     run = chosen(arguments, Stage1(model=ModelConfig(path=arguments.model, text_tokens=16), pretrain=config))
     assert isinstance(run, Stage1)
+    if arguments.data is not None:
+        run = replace(run, pretrain=_with_photos(run.pretrain, arguments))
     pipe, _ = _load(run, arguments)
     if is_main():
         recipes.save(arguments.out / "recipe.yaml", run)
@@ -177,6 +179,18 @@ def _pretrain(arguments: argparse.Namespace) -> int:
         annotate(arguments.out, size=world.size, reference_size=world.reference_size, base_model=run.model.path)
         print(f"adapter: {arguments.out / 'adapter'}")
     return 0
+
+
+def _with_photos(config: Any, arguments: argparse.Namespace) -> Any:
+    """The configuration on the photos of --data: every record once, or --scenes samples."""
+    from multicrafter.data.photos.encode import training_records
+
+    if arguments.references is not None:
+        raise ValueError(
+            "--references is for drawn scenes, but --data is given: each photo says how many people are on it"
+        )
+    count = len(training_records(arguments.data))
+    return replace(config, data=str(arguments.data.absolute()), num_scenes=arguments.scenes or count)
 
 
 def align(arguments: argparse.Namespace) -> int:
@@ -355,8 +369,18 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--steps", type=_positive)
     sub.add_argument("--batch", type=_positive)
-    sub.add_argument("--scenes", type=_positive, help="training scenes drawn")
-    sub.add_argument("--references", type=int, choices=(2, 3, 4), help="subjects of a scene")
+    sub.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="photos of multicrafter data build to train on; default: drawn scenes",
+    )
+    sub.add_argument(
+        "--scenes",
+        type=_positive,
+        help="training scenes drawn; with --data samples of the photos, default: each photo once",
+    )
+    sub.add_argument("--references", type=int, choices=(2, 3, 4), help="subjects of a drawn scene")
     sub.add_argument("--idar-coef", type=float)
     _training_options(sub)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -10,11 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from multicrafter.backbones import backbone_of
+from multicrafter.cli import main
 from multicrafter.data.photos import BuildConfig, FilterConfig, WriteConfig, build
 from multicrafter.data.photos.check import check_dataset
-from multicrafter.data.photos.encode import encode_photos
+from multicrafter.data.photos.encode import encode_photos, share_out
 from multicrafter.data.photos.people import inside
 from multicrafter.data.photos.store import open_split
+from multicrafter.stages import runs
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -48,6 +54,107 @@ def test_records_without_the_number_of_subjects_are_one_sentence(built, pipe):
         encode_photos(pipe, built[0], num_subjects=3)
     with pytest.raises(ValueError, match="multiples"):
         encode_photos(pipe, built[0], size=60)
+
+
+def test_tokens_masks_and_captions_are_those_of_the_records(built, pipe):
+    """Against the loader and the VAE by hand; chunks, counts beyond an epoch and forgotten pixels change nothing."""
+    scenes = encode_photos(pipe, built[0], num_subjects=2)
+    records = {r["key"]: r for r in open_split(built[0]).records}
+    assert len(scenes) == len(records)
+    backbone = backbone_of(pipe)
+    torch.testing.assert_close(scenes.tokens, backbone.encode_pictures(pipe, scenes.images), atol=1e-5, rtol=1e-5)
+    for j in range(2):
+        alone = backbone.encode_pictures(pipe, scenes.reference_images[:, j])
+        torch.testing.assert_close(scenes.references[:, j], alone, atol=1e-5, rtol=1e-5)
+    more = encode_photos(pipe, built[0], num_subjects=2, count=len(scenes) + 3, keep_pictures=5)
+    assert len(more) == len(more.captions) == len(more.masks) == len(scenes) + 3
+    assert len(more.images) == len(more.reference_images) == 5
+    assert torch.equal(more.tokens[: len(scenes)], scenes.tokens) and torch.equal(
+        more.identities[:5], scenes.identities[:5]
+    )
+
+
+@given(st.integers(1, 500), st.dictionaries(st.integers(1, 8), st.integers(1, 300), min_size=1))
+def test_samples_are_shared_out_in_proportion(count, numbers):
+    shares, total = share_out(count, numbers), sum(numbers.values())
+    assert list(shares) == sorted(numbers)
+    assert all(abs(shares[n] - count * k / total) < 1 or shares[n] == 1 for n, k in numbers.items())
+    assert share_out(total, numbers) == numbers  # as many samples as records: each once
+    if all(count * k >= total for k in numbers.values()):
+        assert sum(shares.values()) == count
+
+
+@pytest.fixture
+def folders(built, pipe, tmp_path):
+    """A model and a dataset, in which every third photo has lost its second person."""
+    pipe.save_pretrained(tmp_path / "model")
+    shutil.copytree(built[0], tmp_path / "set")
+    about = json.loads((tmp_path / "set" / "dataset.json").read_text())
+    rows = [r for r in open_split(built[0]).records]
+    for row in rows[::3]:
+        row["subjects"], row["num_subjects"] = row["subjects"][:1], 1
+    for name in about["files"]["train"]:
+        (tmp_path / "set" / name).unlink()
+    about["format"], about["files"]["train"] = "jsonl", ["manifest/train-00000-of-00001.jsonl"]
+    (tmp_path / "set" / "manifest" / "train-00000-of-00001.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in rows)
+    )
+    del about["files"]["test"]
+    (tmp_path / "set" / "dataset.json").write_text(json.dumps(about))
+    return tmp_path
+
+
+def pretrain(folder, *more):
+    common = ["--steps", "2", "--batch", "2", "--set", "pretrain.adapters.rank=2"]
+    return main(
+        ["pretrain", "--model", f"{folder}/model", "--data", f"{folder}/set", "--out", f"{folder}/run", *common, *more]
+    )
+
+
+def test_the_command_line_trains_on_photos_of_one_and_two_people(folders, monkeypatch):
+    seen = []
+    real = runs.encode_by_number
+    monkeypatch.setattr(runs, "encode_by_number", lambda *a, **k: seen.append(real(*a, **k)) or seen[-1])
+    assert pretrain(folders) == 0
+    records = open_split(folders / "set").records
+    numbers = Counter(r["num_subjects"] for r in records)
+    assert {s.references.shape[1]: len(s) for s in seen[0]} == numbers and set(numbers) == {1, 2}
+    notes = json.loads((folders / "run" / "adapter" / "adapter.json").read_text())
+    assert (notes["num_references"], notes["size"], notes["reference_size"]) == (2, 64, 32)
+    lines = [json.loads(x) for x in (folders / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite([x["diffusion_loss"] for x in lines]).all()
+    # the run can be repeated from its own file, and goes on only with its own data
+    recipe = str(folders / "run" / "recipe.yaml")
+    assert main(["pretrain", "--config", recipe, "--out", str(folders / "again")]) == 0
+    assert len(seen) == 2 and torch.equal(seen[0][1].tokens, seen[1][1].tokens)
+    assert pretrain(folders, "--resume") == 0
+
+
+def test_resume_refuses_other_photos(folders, built, capsys):
+    assert pretrain(folders, "--scenes", "4") == 0
+    assert pretrain(folders, "--scenes", "4", "--resume", "--data", str(built[0])) == 2
+    assert "data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--data", "{tmp}/nowhere"], "dataset.json"),
+        (["--data", "{tmp}/model"], "written by multicrafter data build"),
+        (["--references", "2"], "each photo says"),
+        (["--set", "pretrain.world.size=60"], "multiples"),
+        (["--data", "{tmp}/empty"], "train split is empty"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_one_sentence_and_exit_code_2(folders, capsys, more, words):
+    about = json.loads((folders / "set" / "dataset.json").read_text())
+    (folders / "empty").mkdir()
+    (folders / "empty" / "dataset.json").write_text(json.dumps({**about, "files": {}}))
+    assert pretrain(folders, *(m.format(tmp=folders) for m in more)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("error:")]
+    assert len(errors) == 1 and words in errors[0] and "Traceback" not in "".join(lines), lines
+    assert not (folders / "run" / "adapter").exists()
 
 
 @pytest.fixture(scope="module")

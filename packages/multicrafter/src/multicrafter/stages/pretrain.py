@@ -69,7 +69,8 @@ class PretrainConfig:
         num_steps: Optimizer steps.
         batch: Scenes a step.
         lr: Peak learning rate; warm-up of 20 steps, linear decay to zero.
-        num_scenes: Scenes drawn and encoded.
+        num_scenes: Scenes drawn and encoded; of photos, samples: more than there are records come again, cut anew, with other references.
+        data: Folder of `multicrafter data build`: photos instead of drawn scenes, at the sizes of ``world``. None draws.
         seed: Of data order, noise and adapters; scenes come from ``data_seed``.
         execution: Precision, memory, processes.
     """
@@ -78,6 +79,7 @@ class PretrainConfig:
     batch: int = 32
     lr: float = 2e-3
     num_scenes: int = 4000
+    data: str | None = None
     data_seed: int = 1
     seed: int = 0
     adapters: AdapterConfig = field(default_factory=AdapterConfig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from multicrafter import loop
 from multicrafter.adapters import Adapters
+from multicrafter.data.photos.encode import encode_by_number
 from multicrafter.data.synthetic import WorldConfig
+from multicrafter.distributed import is_main
 from multicrafter.loop import LoopConfig
 from multicrafter.rewards import tiny_reward
 from multicrafter.stages.align import Align, AlignConfig
@@ -43,6 +46,17 @@ def _check_resume(out: Path, config: dict[str, Any]) -> None:
         raise ValueError(f"--resume needs the configuration of {path}, but {', '.join(changed)} changed")
 
 
+def training_scenes(pipe: FluxPipeline, config: PretrainConfig) -> EncodedScenes | Sequence[EncodedScenes]:
+    """What stage 1 trains on: drawn scenes, or the photos of ``config.data``."""
+    world, cache = config.world, config.execution.cache
+    if config.data is None:
+        return encode_scenes(pipe, world, config.num_scenes, seed=config.data_seed, cache=cache)
+    return encode_by_number(
+        pipe, config.data, config.num_scenes, size=world.size, reference_size=world.reference_size, seed=config.data_seed,
+        cache=cache, progress=is_main() and sys.stderr.isatty(),
+    )  # fmt: skip
+
+
 def run_pretrain(
     pipe: FluxPipeline,
     config: PretrainConfig,
@@ -53,12 +67,10 @@ def run_pretrain(
     settings: LoopConfig = STAGE1_LOOP,
     tracker: Tracker | None = None,
 ) -> Adapters:
-    """Stage 1 into ``out``: config.json, metrics.jsonl, checkpoints/, adapter/. ``scenes`` spares drawing them anew."""
+    """Stage 1 into ``out``: config.json, metrics.jsonl, checkpoints/, adapter/. ``scenes`` spares drawing or reading them anew."""
     if resume:
         _check_resume(out, asdict(config))
-    scenes = scenes or encode_scenes(
-        pipe, config.world, config.num_scenes, seed=config.data_seed, cache=config.execution.cache
-    )
+    scenes = scenes or training_scenes(pipe, config)
     stage = Pretrain(pipe, config, scenes)
     loop.run(
         stage,
