@@ -174,7 +174,7 @@ def test_usage_errors_exit_2(argv):
     assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("command", ["", "generate", "pretrain", "align", "evaluate", "demo", "ablation", "report"])
+@pytest.mark.parametrize("command", ["", "generate", "pretrain", "align", "evaluate", "demo", "report"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*([command] if command else []), "--help"])
@@ -284,38 +284,6 @@ def test_as_a_module():
     )
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: --reference")
-
-
-def test_ablation_pairs_rows_with_the_baseline_and_goes_on(model, tmp_path, capsys):
-    out = tmp_path / "study"
-    argv = [
-        "ablation",
-        "--model",
-        model,
-        "--out",
-        str(out),
-        "--seeds",
-        "0",
-        "1",
-        "--steps",
-        "1",
-        "--scenes",
-        "32",
-        "--cases",
-        "3",
-    ]
-    assert main([*argv, "--rows", "baseline"]) == 0
-    first = (out / "baseline_0" / "cases.json").stat().st_mtime_ns
-    assert main([*argv, "--rows", "baseline", "idar", "--page", str(tmp_path / "page.md")]) == 0
-    assert (out / "baseline_0" / "cases.json").stat().st_mtime_ns == first, "what is finished is not done again"
-    study = json.loads((out / "study.json").read_text())
-    both = study["minus_baseline"]["idar"]
-    mean = (both["seed 0"]["leakage"]["mean"] + both["seed 1"]["leakage"]["mean"]) / 2
-    assert both["all seeds"]["leakage"]["mean"] == pytest.approx(mean)
-    assert set(study["rows"]) == {"baseline", "idar"}
-    page = (tmp_path / "page.md").read_text()
-    low, high = both["all seeds"]["leakage"]["low"], both["all seeds"]["leakage"]["high"]
-    assert f"{both['all seeds']['leakage']['mean']:+.3f} [{low:+.3f}, {high:+.3f}]" in page
 
 
 def test_rows_are_those_of_the_recipes():

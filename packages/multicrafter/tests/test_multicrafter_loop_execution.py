@@ -59,6 +59,17 @@ def test_gradient_checkpointing_changes_no_adapter(number):
         assert torch.allclose(want[name], got[name], atol=1e-6), name
 
 
+@pytest.mark.slow  # compiles
+def test_compiled_blocks_train_the_same_adapter():
+    want, _ = trained(workers.make_stage(1))
+    compiled = workers.make_stage(1, execution={"compile_blocks": True})
+    block = compiled.transformer.transformer_blocks[0]
+    assert block._compiled_call_impl is not None
+    got, _ = trained(compiled)
+    for name in want:
+        assert torch.allclose(want[name], got[name], atol=1e-5), name
+
+
 def saved_for_backward(stage):
     """Bytes of activations that the forward keeps for the backward; weights are there anyway."""
     kept: dict[int, int] = {}

@@ -106,6 +106,13 @@ def test_without_the_coefficient_nothing_is_captured(pipe, scenes):
     assert "attention_loss" not in stage.step(0)
 
 
+def test_supervision_may_end_early(pipe, scenes):
+    stage = Pretrain(pipe, replace(STAGE1, num_steps=4, idar=IDARConfig(until=0.5)), scenes)
+    assert ["attention_loss" in stage.step(i) for i in range(4)] == [True, True, False, False]
+    with pytest.raises(ValueError, match=r"until must be in \(0, 1\], got 0"):
+        IDARConfig(until=0)
+
+
 @pytest.mark.parametrize("idar", [IDARConfig.paper(), IDARConfig(sigma_max=0.5), IDARConfig(all_blocks=True)])
 def test_forms_of_the_attention_loss_run(pipe, scenes, idar):
     metrics = Pretrain(pipe, replace(STAGE1, idar=idar), scenes).step(0)

@@ -1,4 +1,4 @@
-"""The command line: ``multicrafter demo | data | pretrain | align | generate | evaluate | ablation | report``."""
+"""The command line: ``multicrafter demo | data | pretrain | align | generate | evaluate | report``."""
 
 from __future__ import annotations
 
@@ -275,25 +275,6 @@ def demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def ablation(arguments: argparse.Namespace) -> int:
-    """Rows of the ablation over seeds, compared with the baseline."""
-    from multicrafter.study import as_markdown, run_study, write_page
-
-    _writable(arguments.out)
-    if arguments.page is not None:
-        _writable(arguments.page)
-    results = run_study(
-        arguments.out, arguments.rows, arguments.seeds,
-        steps=arguments.steps, num_scenes=arguments.scenes, num_cases=arguments.cases, model=arguments.model,
-    )  # fmt: skip
-    print(as_markdown(results))
-    if arguments.page is not None:
-        write_page(arguments.page, results)
-        print(f"page: {arguments.page}")
-    print(f"written to {arguments.out / 'study.json'}")
-    return 0
-
-
 def report(arguments: argparse.Namespace) -> int:
     """The HTML report of a finished demo, written anew."""
     from multicrafter.report import write_report
@@ -409,15 +390,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--cases", type=_positive)
     sub.add_argument("--resume", action="store_true")
 
-    sub = command("ablation", ablation)
-    sub.add_argument("--out", type=Path, required=True)
-    sub.add_argument("--rows", nargs="+", default=["baseline", "idar", "idar_paper", "moe"], choices=ROWS)
-    sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    sub.add_argument("--page", type=Path, help="a page of the results in Markdown, made from them")
-    sub.add_argument("--steps", type=_positive, default=240)
-    sub.add_argument("--scenes", type=_positive, default=2500)
-    sub.add_argument("--cases", type=_positive, default=128)
+    from multicrafter.benchmarking.cli import add_options as add_scoring
+    from multicrafter.benchmarking.cli import add_parser as add_comparing
+    from multicrafter.data.cli import add_parser as add_data
 
+    add_data(commands)
+    add_scoring(commands.choices["evaluate"])
+    add_comparing(commands)
     from multicrafter.benchmarking.cli import add_options as add_scoring
     from multicrafter.benchmarking.cli import add_parser as add_comparing
     from multicrafter.data.cli import add_parser as add_data

@@ -16,7 +16,7 @@ from id_reward import IdentityScorer, match
 from torch import Tensor
 
 from multicrafter import judges
-from multicrafter.data.synthetic import FAMILIES, Family, WorldConfig
+from multicrafter.data.synthetic import FAMILIES, Family, Split, WorldConfig
 from multicrafter.flux.model import Text, decode_latents, encode_prompts, predict_velocity, sample, sigma_schedule
 from multicrafter.flux.packing import unpack_latents
 from multicrafter.judges.aesthetics import aesthetics
@@ -49,6 +49,9 @@ class EvaluateConfig:
     Attributes:
         num_cases: Scenes of unseen identities.
         num_references: Subjects of each.
+        family: "people" or "objects".
+        split: Identities; "validation" is for choosing settings, "test" for what is published.
+        size, reference_size: Sides of pictures and references in pixels.
         shared_attributes: See `WorldConfig`: how similar the subjects of a case may be.
         num_sampling_steps: Euler steps of a picture.
         guidance: Of a base that takes it as an input; training uses 1, as the paper does.
@@ -57,6 +60,10 @@ class EvaluateConfig:
 
     num_cases: int = 128
     num_references: int = 2
+    family: str = "people"
+    split: Split = "test"
+    size: int = 64
+    reference_size: int = 32
     shared_attributes: int = 4
     num_sampling_steps: int = 16
     guidance: float = 2.5
@@ -67,9 +74,16 @@ class EvaluateConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
-    def world(self, split: str = "test") -> WorldConfig:
+    def world(self) -> WorldConfig:
         """The world of the cases."""
-        return WorldConfig(split=split, numbers=(self.num_references,), shared_attributes=self.shared_attributes)  # type: ignore[arg-type]
+        return WorldConfig(
+            family=self.family,
+            split=self.split,
+            numbers=(self.num_references,),
+            size=self.size,
+            reference_size=self.reference_size,
+            shared_attributes=self.shared_attributes,
+        )
 
 
 class Judges(NamedTuple):
@@ -189,7 +203,7 @@ def evaluate(
 ) -> tuple[dict[str, np.ndarray], Tensor]:
     """Generates and scores every case; returns metrics per case and the pictures."""
     pictures = generate_cases(pipe, scenes, config)
-    metrics = score_pictures(pictures, scenes, judges)
+    metrics = score_pictures(pictures, scenes, judges, family=config.family)
     if scenes.references.shape[1] > 1:
         metrics["leakage"] = (
             measure_leakage(pipe, scenes, direction="image_to_reference", seed=config.seed + 2).double().numpy()

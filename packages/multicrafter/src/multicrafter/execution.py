@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from multicrafter.distributed import Parallel
+from multicrafter.distributed import Parallel, transformer_blocks
 
 Quantization = Literal["none", "int8", "nf4"]
 
@@ -30,6 +30,7 @@ class ExecutionConfig:
         optimizer: "adamw", or "adamw8bit" (bitsandbytes), whose two states take a byte each instead of four.
         micro_batch: Rows that go through the model at once on each rank; None takes the rank's whole part of the batch.
         parallel: "ddp" or "fsdp" where there are several processes.
+        compile_blocks: Compile every transformer block (torch.compile needs a C++ compiler on a CPU): a minute at the start, faster steps.
         attention_backend: Of diffusers ("native", "flash", "sage", ...); None keeps the model's.
         ema_decay: Of an exponential moving average of the adapters, in [0, 1); 0 keeps none.
         cache: Folder for encoded texts and pictures; None keeps texts in memory.
@@ -41,6 +42,7 @@ class ExecutionConfig:
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     micro_batch: int | None = None
     parallel: Parallel = "ddp"
+    compile_blocks: bool = False
     attention_backend: str | None = None
     ema_decay: float = 0.0
     cache: str | None = None
@@ -83,11 +85,14 @@ def prepare_transformer(transformer: nn.Module, config: ExecutionConfig) -> None
 
 
 def configure_transformer(transformer: nn.Module, config: ExecutionConfig) -> None:
-    """Gradient checkpointing and the attention backend, which can be set at any time."""
+    """Gradient checkpointing, the attention backend and compilation, which can be set at any time."""
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     if config.attention_backend is not None:
         set_attention_backend(transformer, config.attention_backend)
+    if config.compile_blocks:
+        for _, block in transformer_blocks(transformer):
+            block.compile()
 
 
 def set_attention_backend(transformer: nn.Module, name: str) -> None:
@@ -114,8 +119,6 @@ def quantize(transformer: nn.Module, kind: Quantization) -> nn.Module:
     Raises:
         ImportError: The package is missing; the message has the pip line.
     """
-    from multicrafter.distributed import transformer_blocks
-
     blocks = tuple(name + "." for name, _ in transformer_blocks(transformer))
     chosen = [
         n

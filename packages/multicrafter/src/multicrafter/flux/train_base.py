@@ -45,6 +45,7 @@ class BaseConfig:
         ema: Decay of the averaged weights that are written.
         reference_share: Share of steps with a reference; the others are text to image.
         companion_share: Share of the scenes with a reference that show one more person than the reference does.
+        num_heads: Attention heads of 32 channels each, where it does not start from another base.
         subject_weight: A token covered by a subject weighs ``1 + subject_weight`` times one of the background: few tokens carry the identity.
         top_weight: Added where the upper half of a subject is: hat, hair and glasses, five of its eight attributes, share these few tokens.
         guidance_max: Half of the samples with a reference train at a guidance drawn uniformly from [1, this]; 1 trains without guidance.
@@ -62,6 +63,7 @@ class BaseConfig:
     ema: float = 0.999
     reference_share: float = 0.75
     companion_share: float = 0.3
+    num_heads: int = 4
     subject_weight: float = 3.0
     top_weight: float = 3.0
     guidance_max: float = 4.0
@@ -240,7 +242,9 @@ def train(
     """Trains the base on a VAE, from scratch or from ``start``; writes a diffusers directory of averaged weights now and then."""
     from diffusers import AutoencoderKL, FluxPipeline
 
-    pipe = build_pipeline(TinyFluxConfig(guidance_embeds=config.guidance_max > 1), seed=config.seed)
+    pipe = build_pipeline(
+        TinyFluxConfig(num_heads=config.num_heads, guidance_embeds=config.guidance_max > 1), seed=config.seed
+    )
     if start is not None:
         pipe = with_guidance(FluxPipeline.from_pretrained(start, torch_dtype=torch.float32), config)
     pipe.register_modules(vae=AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False))
@@ -340,6 +344,7 @@ def main() -> None:
         ("reference-share", float),
         ("top-weight", float),
         ("guidance-max", float),
+        ("num-heads", int),
     ):
         parser.add_argument(f"--{name}", type=kind, default=getattr(BaseConfig, name.replace("-", "_")))
     parser.add_argument("--family", default="people", choices=tuple(FAMILIES))

@@ -46,7 +46,9 @@ def build(
     finally:
         torch.set_default_dtype(before)
     transformer.requires_grad_(False)
-    prepare_transformer(transformer, replace(execution, quantization="none", attention_backend=None))
+    prepare_transformer(
+        transformer, replace(execution, quantization="none", attention_backend=None, compile_blocks=False)
+    )
     with torch.device("meta"):
         attached = Adapters(transformer, adapters, backbone=backbone)
     for module in transformer.modules():

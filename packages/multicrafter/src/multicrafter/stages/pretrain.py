@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,8 @@ class IDARConfig:
         normalization: Of the maps, see `idar.normalize_maps`.
         sigma_max: Samples noisier than this are not supervised: there the place of a subject cannot be known yet.
         all_blocks: Supervise the single-stream blocks too.
+        until: Share of the steps, from the first one on, that are supervised: what was separated early stays so, and the rest of the
+            steps are for fidelity alone.
     """
 
     coef: float = 0.3
@@ -48,8 +50,11 @@ class IDARConfig:
     normalization: Normalization = "none"
     sigma_max: float = 1.0
     all_blocks: bool = False
+    until: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 < self.until <= 1:
+            raise ValueError(f"until must be in (0, 1], got {self.until}")
         if self.coef < 0:
             raise ValueError(f"coef must not be negative, got {self.coef}")
         if not 0 < self.sigma_max <= 1:
@@ -127,11 +132,15 @@ class Pretrain:
         sigma = torch.sigmoid(torch.randn(config.batch, generator=self.generator))
         self.optimizer.zero_grad()
         parts = self._parts()
+        supervised = config.idar.coef > 0 and index < config.idar.until * config.num_steps
         metrics: dict[str, float] = {}
         for number, part in enumerate(parts):
             share = (part.stop - part.start) / config.batch
             # the backward stays inside the capture: gradient checkpointing runs blocks again, and must find the same graph
-            with self.trainee.accumulating(last=number == len(parts) - 1), self._capture(scenes) as captured:
+            with (
+                self.trainee.accumulating(last=number == len(parts) - 1),
+                self._capture(scenes, supervised) as captured,
+            ):
                 losses = self._losses(scenes, rows[part], noise[part], sigma[part], captured)
                 (losses["loss"] * (share * world_size())).backward()  # ranks are averaged: their shares add up to 1
             for name, loss in losses.items():
@@ -151,9 +160,9 @@ class Pretrain:
         edges = [mine.start + (mine.stop - mine.start) * k // number for k in range(number + 1)]
         return [slice(a, b) for a, b in itertools.pairwise(edges) if b > a or number == 1]
 
-    def _capture(self, scenes: EncodedScenes) -> Any:
+    def _capture(self, scenes: EncodedScenes, supervised: bool = True) -> Any:
         """Collects the attention maps of what runs inside, if they are supervised; around forward and backward."""
-        if self.config.idar.coef == 0:
+        if self.config.idar.coef == 0 or not supervised:
             return nullcontext()
         return capture_subject_attention(
             self.transformer,
@@ -221,11 +230,12 @@ def measure_leakage(
     scenes: EncodedScenes,
     *,
     direction: Direction,
+    blocks: Callable[[str], bool] | None = None,
     sigmas: tuple[float, ...] = (0.3, 0.6, 0.8),
     seed: int = 0,
     batch: int = 64,
 ) -> Tensor:
-    """Attention leakage (n,), mean over subjects, double blocks and sigmas; NaN where masks hide each other."""
+    """Attention leakage (n,), mean over subjects, blocks (the double-stream ones by default) and sigmas; NaN where masks hide each other."""
     generator = torch.Generator().manual_seed(seed)
     total, backbone = torch.zeros(len(scenes)), backbone_of(pipe)
     for sigma in sigmas:
@@ -236,7 +246,10 @@ def measure_leakage(
             level = torch.full((len(latents),), sigma)
             text = backbone.encode_prompts(pipe, scenes.captions[part])
             with capture_subject_attention(
-                pipe.transformer, layout_of(backbone, scenes, text.embeds.shape[1]), direction=direction
+                pipe.transformer,
+                layout_of(backbone, scenes, text.embeds.shape[1]),
+                direction=direction,
+                blocks=blocks,
             ) as captured:
                 backbone.velocity(
                     pipe.transformer, add_noise(latents, noise, level), level, text, **scenes.context(part)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 STAGE1_LOOP = LoopConfig(save_every=200, best="loss", best_is="lowest", picture_every=50)
 STAGE2_LOOP = LoopConfig(save_every=10, best="reward", best_is="highest", picture_every=10)
-FREE = ("parallel", "cache", "micro_batch")  # of ExecutionConfig: may differ when a run goes on
+FREE = ("parallel", "cache", "micro_batch", "compile_blocks")  # of ExecutionConfig: may differ when a run goes on
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
