@@ -130,6 +130,12 @@ def test_masks_by_layer_name() -> None:
         assert bool((handle.layers["2"].last.expert_index >= 0).all())
     assert all(layer.state.token_mask is None for layer in handle.layers.values())
     with handle.token_mask(mask):
+        with handle.token_mask(~mask):
+            pass
+        assert all(layer.state.token_mask is mask for layer in handle.layers.values()), (
+            "an inner context ends, the outer goes on"
+        )
+    with handle.token_mask(mask):
         net(X)
         assert all(bool((layer.last.expert_index.view(2, 5)[:, 3:] == -1).all()) for layer in handle.layers.values())
 

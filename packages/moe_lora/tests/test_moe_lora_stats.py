@@ -72,7 +72,7 @@ def test_log_counts_by_kind_block_sigma_and_layout() -> None:
     net, handle = build()
     kinds = torch.tensor([0, 0, 1, 2])
     with collect(handle, kinds, ("text", "image", "reference 1")) as log:
-        log.sigma, log.layout = torch.tensor([0.1, 0.9]), [0, 1]
+        log.sigma, log.layout = torch.tensor([0.4, 0.9]), [0, 1]
         net(onehot([[0, 0, 1, 2], [0, 0, 2, 2]]))
         log.sigma, log.layout = 0.9, torch.tensor([1])
         net(onehot([[0, 1, 2, 2]]))
@@ -127,7 +127,8 @@ def test_specialisation_tells_signal_from_few_samples() -> None:
     chance = specialisation(clumped, labels)
     assert chance.p_value > 0.1 and chance.nats < 3 * chance.chance
     told = specialisation(100 * nn.functional.one_hot(labels, 4), labels)
-    assert told.nats == pytest.approx(math.log(2)) and told.share == pytest.approx(1) and told.p_value < 0.02
+    assert told.nats == pytest.approx(math.log(2)) and told.share == pytest.approx(1)
+    assert told.p_value == pytest.approx(1 / 200), "no shuffle reached it, and the labels as they are count as one"
     assert told == specialisation(100 * nn.functional.one_hot(labels, 4), labels), "seeded"
     with pytest.raises(ValueError, match="one entry per sample"):
         specialisation(clumped, labels[:3])

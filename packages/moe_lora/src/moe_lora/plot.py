@@ -26,8 +26,8 @@ def _short(names: list[str]) -> list[str]:
 def plot_load(log: RoutingLog, path: str | Path, by: By = "kind") -> Path:
     """One panel per kind, sigma bin or layout: expert load (columns) by layer (rows); at the right what an expert tells about it.
 
-    Darker is more; an even load has the middle colour everywhere. The bars are the mutual information between expert and label in nats,
-    the line over them its upper limit.
+    Darker is more; an even load has the middle colour everywhere, twice an even share and more the darkest. The bars are the mutual
+    information between expert and label in nats, the line over them its upper limit.
 
     Args:
         log: From `moe_lora.collect`, with at least one pass.
@@ -70,9 +70,17 @@ def plot_load(log: RoutingLog, path: str | Path, by: By = "kind") -> Path:
     bars.set_title(title, fontsize=9)
     bars.set_xlabel("nats", fontsize=8)
     bars.tick_params(labelsize=7)
-    figure.colorbar(
-        image, ax=axes[:-1], label="share of assignments", shrink=0.9, pad=0.02, location="bottom", aspect=40
+    bar = figure.colorbar(
+        image,
+        ax=axes[:-1],
+        shrink=0.9,
+        pad=0.02,
+        location="bottom",
+        aspect=40,
+        extend="max" if experts > 2 else "neither",
     )
+    bar.set_label("share of assignments", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.stem + ".tmp" + (path.suffix or ".png"))

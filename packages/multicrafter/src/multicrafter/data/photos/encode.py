@@ -17,6 +17,7 @@ from multicrafter.backbones import backbone_of
 from multicrafter.cache import CachedPictures
 from multicrafter.data.photos.loader import LoaderConfig, PhotoLoader
 from multicrafter.data.photos.store import open_split
+from multicrafter.data.photos.write import Record
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -146,7 +147,7 @@ def encode_by_number(
     ]  # fmt: skip
 
 
-def training_records(folder: str | Path) -> list[dict[str, object]]:
+def training_records(folder: str | Path) -> list[Record]:
     """Records of the train split.
 
     Raises:
