@@ -397,13 +397,6 @@ def parser() -> argparse.ArgumentParser:
     add_data(commands)
     add_scoring(commands.choices["evaluate"])
     add_comparing(commands)
-    from multicrafter.benchmarking.cli import add_options as add_scoring
-    from multicrafter.benchmarking.cli import add_parser as add_comparing
-    from multicrafter.data.cli import add_parser as add_data
-
-    add_data(commands)
-    add_scoring(commands.choices["evaluate"])
-    add_comparing(commands)
     sub = command("report", report, model=False)
     sub.add_argument("run", type=Path)
 
