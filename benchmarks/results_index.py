@@ -1,0 +1,75 @@
+"""Writes docs/results/index.md: every page there, with one line each.
+
+    python benchmarks/results_index.py
+
+The line of a study is the first sentence of its module in this folder; those of the other pages are in `LINES`.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ROOT / "docs" / "results"
+LINES = {
+    "science": "All studies of the method in the tiny world, and what each found.",
+    "ablation": "The paper's ablation, one part at a time, on people nobody has seen.",
+    "gspo": "Policy optimization on toy problems: kernels, windows, ratios, clip ranges.",
+    "gspo-moe-stability": "Which importance ratio survives that experts are chosen anew in the update, with and without routing replay.",
+    "id_reward": "Pictures and matchings a second, against dlib by hand and insightface's own pipeline.",
+    "idar_losses": "In which direction each form of the attention loss moves attention, in short runs.",
+    "idar_cost": "Time and memory of attention supervision beside a training step of full width.",
+    "moe_lora": "Mixtures of LoRA experts against one LoRA, a dense mixture and a loop: time and memory.",
+    "overhead": "Steps of both stages on full-width slices of FLUX.1-dev: what each part of the method adds.",
+    "plan": "Which recipe fits on which graphics card, and how long a step takes there.",
+    "data": "Photos into a dataset: seconds a photo, 20,000 for real, a million on paper, a million tiny files; the loader beside a step.",
+}
+GROUPS = {
+    "The method": ("science", "ablation", "idar_losses", "gspo", "gspo-moe-stability"),
+    "What it costs": ("overhead", "plan", "moe_lora", "idar_cost", "id_reward"),
+    "Data": ("data",),
+}
+HEAD = """# Results
+
+What was measured, with the command that measures it. Figures carry commit, versions and device. Made by `benchmarks/results_index.py`.
+"""
+
+
+def sentence(name: str) -> str:
+    """What a page is about.
+
+    Raises:
+        ValueError: Neither `LINES` nor a study's module says it.
+    """
+    if name in LINES:
+        return LINES[name]
+    module = ROOT / "benchmarks" / f"{name}.py"
+    text = ast.get_docstring(ast.parse(module.read_text())) if module.is_file() else None
+    if not text:
+        raise ValueError(f"docs/results/{name}.md must have a line in LINES of {Path(__file__).name}, got none")
+    return text.strip().splitlines()[0]
+
+
+def title(page: Path) -> str:
+    """The first heading."""
+    return next(line[2:] for line in page.read_text().splitlines() if line.startswith("# "))
+
+
+def index() -> str:
+    """The page."""
+    names = sorted(p.stem for p in PAGES.glob("*.md") if p.stem != "index")
+    known = {name for group in GROUPS.values() for name in group}
+    text = HEAD
+    for heading, group in GROUPS.items():
+        listed = [n for n in group if n in names]
+        if heading == "The method":
+            listed += [n for n in names if n not in known]
+        if listed:
+            lines = (f"- [{title(PAGES / f'{n}.md')}]({n}.md): {sentence(n)}" for n in listed)
+            text += f"\n## {heading}\n\n" + "\n".join(lines) + "\n"
+    return text
+
+
+if __name__ == "__main__":
+    (PAGES / "index.md").write_text(index())
