@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 import sqlite3
 from collections import Counter
 from dataclasses import replace
@@ -124,6 +127,28 @@ def test_an_interrupted_build_goes_on_and_ends_the_same(drawn, built, make_confi
     computed = {name: t["computed"] for name, t in summary.stages.items()}
     assert computed["fingerprint"] == 0  # six batches were done before
     assert computed["detect"] < len(drawn[1])
+    assert content(tmp_path / "out") == content(built[0])
+
+
+class Dying(InProcess):
+    """Is killed without a warning while a batch is on its way."""
+
+    def run(self, stage, batches):
+        for number, done in enumerate(super().run(stage, batches)):
+            if stage.name == "render" and number == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield done
+
+
+def test_a_killed_build_goes_on_and_ends_the_same(drawn, built, make_config, tmp_path):
+    child = multiprocessing.get_context("fork").Process(
+        target=run, args=(drawn[0], tmp_path / "out", make_config(batch=4)), kwargs={"engine": Dying()}
+    )
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    summary = run(drawn[0], tmp_path / "out", make_config(batch=4))
+    assert summary.stages["detect"]["computed"] == 0 and summary.stages["render"]["computed"] == len(drawn[1]) - 8
     assert content(tmp_path / "out") == content(built[0])
 
 

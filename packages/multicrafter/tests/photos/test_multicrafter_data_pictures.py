@@ -42,6 +42,12 @@ def test_hash_survives_what_copies_suffer_and_tells_photos_apart(photo):
     assert min(bits(perceptual_hash(original), h) for h in others) >= 12
 
 
+def test_half_of_the_bits_are_set_whatever_the_photo(photo):
+    """Bits say "above the median": thresholds that favour a side would make strangers look alike."""
+    counts = [int(perceptual_hash(photo(200, 150, seed)) & ~(1 << 63)).bit_count() for seed in range(8)]
+    assert set(counts) == {31}  # of 63, one of which is the median itself
+
+
 def test_hash_does_not_depend_on_brightness_but_on_place():
     picture = Image.new("L", (64, 64), 40)
     picture.paste(200, (0, 0, 32, 32))

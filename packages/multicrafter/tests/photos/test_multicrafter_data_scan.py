@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -99,6 +100,20 @@ def test_many_tiny_files(tmp_path):
         (tmp_path / f"{i}.{'jpg' if i % 2 else 'tmp'}").touch()
     assert len(photos(tmp_path)) == 2500
     assert len(skipped(tmp_path)) == 2500
+
+
+def test_a_build_accounts_for_every_tiny_file(tmp_path):
+    """What benchmarks/results/data_million_files.json records of a million, with 3000."""
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "study_multicrafter_tiny_files.py"
+    spec = importlib.util.spec_from_file_location("study_multicrafter_tiny_files", path)
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    study.make(tmp_path / "many", 3000)
+    figures = study.run(tmp_path / "many", 3000)
+    assert figures["records"] == study.PHOTOS
+    assert figures["left_out"] == {
+        "duplicates: near-duplicate": 599, "filter: too small": 1, "fingerprint: unreadable": 1200, "scan: not a picture": 1200,
+    }  # fmt: skip
 
 
 def test_a_changed_file_has_another_key():
