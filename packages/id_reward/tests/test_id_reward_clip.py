@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sysconfig
 import venv
@@ -84,6 +85,27 @@ def test_the_transformers_score_is_the_models_own(transformers_folder, pictures)
         oracle = torch.diagonal(theirs.logits_per_image) / model.logit_scale.exp()
     np.testing.assert_allclose(found, oracle, atol=1e-5)
     assert len(set(found.round(6))) == 3
+
+
+def test_folders_of_the_time_before_safetensors_load_but_run_nothing(transformers_folder, pictures, tmp_path) -> None:
+    from transformers import CLIPModel
+
+    shutil.copytree(transformers_folder, tmp_path / "old")
+    (tmp_path / "old" / "model.safetensors").unlink()
+    torch.save(CLIPModel.from_pretrained(transformers_folder).state_dict(), tmp_path / "old" / "pytorch_model.bin")
+    want = TransformersClip.from_pretrained(transformers_folder).embed_pictures(pictures)
+    np.testing.assert_allclose(
+        TransformersClip.from_pretrained(tmp_path / "old").embed_pictures(pictures), want, atol=1e-6
+    )
+
+    class Evil:
+        def __reduce__(self):  # type: ignore[no-untyped-def]
+            return (Path.write_text, (tmp_path / "evil", "ran"))
+
+    torch.save({"w": Evil()}, tmp_path / "old" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="clip must be in transformers' format"):
+        TransformersClip.from_pretrained(tmp_path / "old")
+    assert not (tmp_path / "evil").exists()
 
 
 def test_the_open_clip_score_is_the_models_own(open_clip_folder, pictures) -> None:

@@ -143,9 +143,9 @@ class DinoEmbedder:
     def from_pretrained(
         cls, folder: str | Path, *, device: str = "cpu", batch_size: int = 32, local_files_only: bool = True
     ) -> DinoEmbedder:
-        """Loads a DINOv2 folder."""
+        """Loads a DINO or DINOv2 folder: safetensors, else the tensors of a .bin."""
         hf, options = transformers_module("objects"), {"local_files_only": local_files_only}
-        model = load(hf.AutoModel, folder, "dino", use_safetensors=True, **options).to(device)
+        model = load(hf.AutoModel, folder, "dino", weights_only=True, **options).to(device)
         return cls(model, load(hf.AutoImageProcessor, folder, "dino", **options), batch_size=batch_size)
 
     @property

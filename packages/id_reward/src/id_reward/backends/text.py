@@ -66,13 +66,13 @@ class TransformersClip:
     def from_pretrained(
         cls, folder: str | Path, *, device: str = "cpu", batch_size: int = 32, local_files_only: bool = True
     ) -> TransformersClip:
-        """Loads a folder in transformers' format, for example of openai/clip-vit-large-patch14.
+        """Loads a folder in transformers' format, for example of openai/clip-vit-large-patch14: safetensors, else the tensors of a .bin.
 
         Raises:
             ValueError: The folder is missing, cannot be read, or holds another kind of model.
         """
         hf, options = transformers_module("clip"), {"local_files_only": local_files_only}
-        model = load(hf.AutoModel, folder, "clip", use_safetensors=True, **options).to(device)
+        model = load(hf.AutoModel, folder, "clip", weights_only=True, **options).to(device)
         if not isinstance(
             model, hf.CLIPModel
         ):  # CLIPModel.from_pretrained would fill what it misses with random numbers
