@@ -117,8 +117,12 @@ def test_masks_of_another_size_or_without_a_pixel(copy):
     path = copy / first(copy)["masks"]
     Image.open(path).resize((63, 64)).save(path)
     assert kinds(copy) == {"mask size"}
+    Image.fromarray(np.full((64, 64), 1 << first(copy)["subjects"][0]["mask_bit"], np.uint8)).save(path)
+    problems = check_dataset(copy, progress=False)
+    assert [(p.kind, p.key) for p in problems] == [("empty mask", first(copy)["key"])]
+    assert f"bit {first(copy)['subjects'][1]['mask_bit']} of" in str(problems[0])
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(path)
-    assert kinds(copy) == {"empty mask"}
+    assert [p.kind for p in check_dataset(copy, progress=False)] == ["empty mask"] * 2
 
 
 def test_identities_and_photos_on_both_sides(copy):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from multicrafter.data.photos import schema
 from multicrafter.data.photos.config import MAX_SUBJECTS
-from multicrafter.data.photos.store import Store, open_split, safe_path
+from multicrafter.data.photos.store import Store, open_split
 from multicrafter.data.photos.write import Record, record_files
 
 
@@ -122,11 +122,6 @@ def check_files(record: Record, store: Store) -> Iterator[Problem]:
     opened: dict[str, Image.Image] = {}
     for name in dict.fromkeys(record_files(record)):
         try:
-            if not store.places:
-                path = safe_path(store.folder, name)
-                if not path.is_file():
-                    yield Problem("missing file", key, f"{name} is not there")
-                    continue
             picture = Image.open(io.BytesIO(store.read(name)))
             picture.load()
             opened[name] = picture
