@@ -13,7 +13,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 HATCH := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	HATCH_CONFIG=.hatch/config.toml HATCH_DATA_DIR=.hatch/data HATCH_CACHE_DIR=.hatch/cache .hatch/bin/python -m hatch
 
-.PHONY: demo test test-all check bench docs clean environment help
+.PHONY: demo test test-all check bench bench-science bench-science-smoke docs clean environment help
 
 help:
 	@echo "make demo      train both stages on the shipped tiny model, evaluate, write a report into runs/demo"
@@ -21,6 +21,8 @@ help:
 	@echo "make test-all  the slow ones as well"
 	@echo "make check     ruff, mypy, import rules, changelog fragments, doctests, docs"
 	@echo "make bench     all micro-benchmarks in smoke size (BENCH_SIZE=full for real figures)"
+	@echo "make bench-science        what is missing of the studies (hours; python -m benchmarks.all --minutes 100 for a piece)"
+	@echo "make bench-science-smoke  every study in miniature (minutes)"
 	@echo "make docs      the site, into site/"
 	@echo "make clean     remove .venv, .hatch, runs and caches"
 
@@ -45,6 +47,12 @@ check: environment
 
 bench: environment
 	$(RUN) benchmarks/run.py
+
+bench-science: environment
+	$(RUN) -m benchmarks.all
+
+bench-science-smoke: environment
+	$(RUN) -m benchmarks.all --smoke
 
 docs: environment
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet

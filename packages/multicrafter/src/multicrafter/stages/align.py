@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from gspo import FlowCPS, FlowSDE, PolicyConfig, PolicyTrainer, Rollout, SlidingWindow, group_advantages, rollout
 from gspo.sde import Kernel
 from gspo.step import UpdateStatistics
+from moe_lora.replay import RouteRecord, record, replay
 from torch import Tensor
 
 from multicrafter.adapters import Adapters
@@ -52,6 +54,8 @@ class AlignConfig:
         seed: Of prompt order, noise and rollouts.
         policy: Ratio, clipping, KL, inner epochs.
         reward: Weights.
+        routing_replay: Experts that the rollout chose are chosen again in the update (their weights are still the router's, and learn).
+        routing_jitter: Measure after every update, in one more pass, which share of the tokens the policy would route otherwise now.
         reward_retries: More attempts where the reward raises, before the pictures that cause it are left out.
         reward_wait_s: Seconds before the first of them, doubled with each.
         execution: Precision, memory, processes.
@@ -71,6 +75,8 @@ class AlignConfig:
     seed: int = 0
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    routing_replay: bool = False
+    routing_jitter: bool = False
     reward_retries: int = 2
     reward_wait_s: float = 1.0
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
@@ -88,6 +94,8 @@ class AlignConfig:
         for name in ("reward_retries", "reward_wait_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.routing_replay and self.execution.gradient_checkpointing:
+            raise ValueError("routing_replay needs execution.gradient_checkpointing to be off, got both")
         if self.kernel not in KERNELS:
             raise ValueError(f"kernel must be one of {tuple(KERNELS)}, got {self.kernel!r}")
         self.window()
@@ -130,6 +138,9 @@ class Align:
         self.sigmas = self.backbone.sigmas(pipe, config.num_sampling_steps, scenes.tokens.shape[1])
         self.reference_pictures = [list(pictures) for pictures in scenes.reference_images]
         self.broken_velocities, self.failed_rewards = 0, 0
+        if adapters.experts is None and (config.routing_replay or config.routing_jitter):
+            raise ValueError("routing_replay and routing_jitter need an adapter with experts, got a plain one")
+        self.routes: dict[int, RouteRecord] = {}
         self.last_pictures: Tensor | None = None
 
     @torch.no_grad()
@@ -167,7 +178,36 @@ class Align:
         return rollout(
             self.velocity(rows[share.prompts], text), noise[share.prompts].to(device), self.sigmas, kernel=kernel,
             window=self.window.at(iteration), group_size=share.group_size, generator=self.generator, tail_steps=config.tail_steps,
+            record=self._record if config.routing_replay or config.routing_jitter else None,
         )  # fmt: skip
+
+    @contextmanager
+    def _record(self, position: int, rows: Tensor) -> Iterator[None]:
+        """Notes which experts a step of the window takes."""
+        assert self.adapters.experts is not None
+        with record(self.adapters.experts) as kept:
+            yield
+        self.routes[position] = kept
+
+    def _replay(self, position: int, rows: Tensor) -> AbstractContextManager[None]:
+        """Takes them again."""
+        assert self.adapters.experts is not None
+        return replay(self.adapters.experts, self.routes[position].rows(rows.cpu()))
+
+    @torch.no_grad()
+    def _jitter(self, velocity: Callable[[Tensor, Tensor, Tensor], Tensor], drawn: Rollout) -> float:
+        """Share of (token, layer) at the first step of the window whose experts the policy would choose otherwise now (all ranks)."""
+        assert self.adapters.experts is not None
+        step = drawn.trajectory[0]
+        x = step.latents.to(drawn.latents.device)
+        with record(self.adapters.experts) as now:
+            velocity(x, torch.full((len(x),), step.sigma, device=x.device), drawn.index)
+        pairs = [(a[0], b[0]) for a, b in zip(self.routes[0].choices.values(), now.choices.values(), strict=True)]
+        moved = sum(float((a != b).any(-1).sum()) for a, b in pairs)
+        moved, count = all_sum(
+            torch.tensor([moved, sum(a[..., 0].numel() for a, _ in pairs)], dtype=torch.float64)
+        ).tolist()
+        return moved / count
 
     def step(self, index: int) -> dict[str, float]:
         """One iteration: rollout, reward, advantages, update."""
@@ -198,11 +238,20 @@ class Align:
         if not any_rank(self.broken_velocities > 0):
             advantages = group_advantages(rewards, drawn.index + share.prompts.start)
             statistics = self.trainer.update(
-                self.velocity(mine, text), drawn, advantages, self.kernel, reference=self.adapters.disable
+                self.velocity(mine, text),
+                drawn,
+                advantages,
+                self.kernel,
+                reference=self.adapters.disable,
+                replay=self._replay if config.routing_replay else None,
             )
             if not statistics.skipped:
                 self.trainee.update_ema()
-        return self._metrics(index, rewards, score, statistics)
+        metrics = self._metrics(index, rewards, score, statistics)
+        if config.routing_jitter:
+            metrics["routing_jitter"] = self._jitter(self.velocity(mine, text), drawn)
+        self.routes = {}
+        return metrics
 
     def _metrics(
         self, index: int, rewards: Tensor, score: Scored, statistics: UpdateStatistics | None
@@ -216,8 +265,16 @@ class Align:
         parts = {name: gather_rows(torch.from_numpy(score.parts.get(name, nothing)), where, count) for name in names}
         failed = sum(gather_objects(score.failed))
         finite = totals[torch.isfinite(totals)]
-        local = [0.0, 0.0] if statistics is None else [float(statistics.surrogate.clip_fraction) / ranks, statistics.kl]
-        clip_fraction, kl = all_sum(torch.tensor(local, dtype=torch.float64)).tolist()
+        local = [0.0] * 4
+        if statistics is not None:
+            clipped, ratio = statistics.surrogate.clip_fraction, statistics.surrogate
+            local = [
+                statistics.kl,
+                float(clipped) / ranks,
+                float(ratio.ratio_std) / ranks,
+                float(ratio.approx_kl) / ranks,
+            ]
+        kl, clip_fraction, ratio_spread, approx_kl = all_sum(torch.tensor(local, dtype=torch.float64)).tolist()
         # without a signal (all rewards of each group equal) nothing is wrong: only what is not finite counts as skipped
         skipped = statistics is None or (statistics.skipped and statistics.num_samples > 0) or not len(finite)
         return {
@@ -225,6 +282,8 @@ class Align:
             "reward_spread": float(totals.unflatten(0, (-1, config.group_size)).std(1).nanmean()),
             **{f"reward_{name}": float(values.nanmean()) for name, values in parts.items()},
             "clip_fraction": clip_fraction,
+            "ratio_spread": ratio_spread,
+            "approx_kl": approx_kl,
             "clip_range": 0.0 if statistics is None else statistics.clip_range,
             "kl": kl,
             "grad_norm": float("nan") if statistics is None else statistics.grad_norm,

@@ -1,0 +1,26 @@
+"""The ablation again, on objects: shape, colours, pattern and handle in the place of faces and clothes."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks import ablation
+from benchmarks.experiment import Base, Budget, Experiment
+from benchmarks.science import Study, main
+
+
+def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
+    """As for people, from a base of objects."""
+    return ablation.arms(budget, base=Base(family="objects", minutes=budget.base_minutes))
+
+
+STUDY = Study(
+    name="ablation_objects",
+    title="The ablation, on objects",
+    arms=arms,
+    summarise=ablation.summarise,
+    page=ablation.page,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(STUDY))

@@ -1,0 +1,124 @@
+"""What a study is made of: experiments, and how much of everything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from multicrafter.evaluate import EvaluateConfig
+from multicrafter.recipes import ablation
+from multicrafter.stages.align import AlignConfig
+from multicrafter.stages.pretrain import PretrainConfig
+from multicrafter.stages.runs import with_execution
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """What a run starts from.
+
+    Attributes:
+        family: "people" or "objects".
+        minutes: Of training from scratch; None is the base that ships (people only).
+        num_heads: Its width is 32 times this.
+    """
+
+    family: str = "people"
+    minutes: float | None = None
+    num_heads: int = 4
+
+    def __post_init__(self) -> None:
+        if self.minutes is None and (self.family != "people" or self.num_heads != 4):
+            raise ValueError(f"minutes must be given for a base that does not ship, got None for {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One model of the tiny world, and what it is measured on.
+
+    Attributes:
+        base: Where it starts.
+        pretrain: Stage 1; None measures the base itself.
+        align: Stage 2, or None.
+        tests: Sets of cases.
+    """
+
+    base: Base = field(default_factory=Base)
+    pretrain: PretrainConfig | None
+    align: AlignConfig | None = None
+    tests: tuple[EvaluateConfig, ...]
+
+    def __post_init__(self) -> None:
+        if self.align is not None and self.pretrain is None:
+            raise ValueError("pretrain must be given where align is, got None")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much a study does; every study is written in these terms.
+
+    Attributes:
+        seeds: Of training; cases are the same for all.
+        steps: Of stage 1.
+        scenes: To train on.
+        cases: To measure on.
+        sampling_steps: Of a picture.
+        iterations: Of stage 2.
+        prompts, group: Of one iteration.
+        base_minutes: Of a base that does not ship.
+        compile_blocks: See `ExecutionConfig`.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    steps: int = 320
+    scenes: int = 2500
+    cases: int = 128
+    sampling_steps: int = 16
+    iterations: int = 24
+    prompts: int = 8
+    group: int = 8
+    base_minutes: float = 30.0
+    compile_blocks: bool = True
+
+    def rows(self, seed: int) -> dict[str, tuple[PretrainConfig, AlignConfig | None]]:
+        """The rows of the paper's ablation at this size."""
+        return {
+            name: (self.pretrain(r.pretrain), self.align(r.align) if r.align else None)
+            for name, r in ablation(seed=seed).items()
+        }
+
+    def pretrain(self, config: PretrainConfig, **changes: Any) -> PretrainConfig:
+        """Stage 1 at this size."""
+        config = replace(config, **{"num_steps": self.steps, "num_scenes": self.scenes, **changes})
+        return with_execution(config, compile_blocks=self.compile_blocks)  # type: ignore[no-any-return]
+
+    def align(self, config: AlignConfig, **changes: Any) -> AlignConfig:
+        """Stage 2 at this size."""
+        size = {"num_steps": self.iterations, "prompts": self.prompts, "group_size": self.group}
+        return replace(config, **{**size, **changes})
+
+    def test(self, **changes: Any) -> EvaluateConfig:
+        """Cases at this size."""
+        return EvaluateConfig(**{"num_cases": self.cases, "num_sampling_steps": self.sampling_steps, **changes})
+
+
+FULL = Budget()
+SMOKE = Budget(
+    seeds=(0,), steps=1, scenes=8, cases=4, sampling_steps=2, iterations=1, prompts=2, group=2, base_minutes=0.02, compile_blocks=False
+)  # fmt: skip
+
+
+def key_of(content: Any) -> str:
+    """Twelve hexadecimal digits of a hash of JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def deciding(content: Any) -> Any:
+    """A configuration (as `to_dict` has it) without what changes nothing but speed, and without what is off (None, False): an option that is new, and off by
+    default, renames no record.
+    """
+    if isinstance(content, Mapping):
+        return {k: deciding(v) for k, v in content.items() if k != "execution" and v is not None and v is not False}
+    return [deciding(x) for x in content] if isinstance(content, list) else content

@@ -1,0 +1,122 @@
+"""GSPO, GRPO and guarded GRPO in stage 2, with and without routing replay, with experts and without."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from multicrafter.evaluate import bootstrap
+
+from benchmarks.experiment import Budget, Experiment
+from benchmarks.report import Record, cell, markdown_table, save_plot
+from benchmarks.science import Study, main
+
+RATIOS = {"sequence": "GSPO", "step": "GRPO", "guarded": "guarded GRPO"}
+WINDOW = 4  # iterations at either end that are compared
+
+
+def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
+    """Stage 2 from ONE first stage with experts and one without; the seed is stage 2's."""
+    found: dict[str, dict[int, Experiment]] = {}
+    rows = budget.rows(0)
+    align = rows["ippo"][1]
+    assert align is not None
+    for name, title in RATIOS.items():
+        for model, pretrain in (("experts", rows["moe"][0]), ("plain LoRA", rows["idar"][0])):
+            for replay in (False, True) if model == "experts" else (False,):
+                label = f"{title}, {model}" + (", routing replayed" if replay else "")
+                for seed in budget.seeds:
+                    config = replace(
+                        align,
+                        seed=seed,
+                        policy=replace(align.policy, ratio=name),  # type: ignore[arg-type]
+                        routing_replay=replay,
+                        routing_jitter=model == "experts",
+                    )
+                    found.setdefault(label, {})[seed] = Experiment(
+                        pretrain=pretrain, align=config, tests=(budget.test(),)
+                    )
+    return found
+
+
+def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
+    """By arm: reward gained over the run, collapses, ratio spread, clipping, routing jitter; curves of every seed."""
+    rows, curves = {}, {}
+    for label, by in records.items():
+        history = {seed: r["curves"]["stage 2"] for seed, r in by.items()}
+        reward = {s: [h["reward"] for h in run] for s, run in history.items()}
+        gains = [np.mean(r[-WINDOW:]) - np.mean(r[:WINDOW]) for r in reward.values()]
+        noise = (
+            np.median([np.std(np.diff(r)) / np.sqrt(2) for r in reward.values()])
+            if len(next(iter(reward.values()))) > 2
+            else 0.0
+        )
+        rows[label] = {
+            "gain": bootstrap(gains),
+            "collapsed": int(sum(g < -2 * noise for g in gains)),
+            "runs": len(gains),
+            **{
+                name: float(np.nanmean([h.get(key, np.nan) for run in history.values() for h in run[1:] or run]))
+                for name, key in METRICS.items()
+            },
+            "tests": {
+                n: bootstrap(np.mean([np.array(r["tests"][0]["metrics"][n], float) for r in by.values()], 0))
+                for n in ("attributes", "identity", "swaps", "text", "aesthetics")
+            },
+        }
+        curves[label] = {str(s): r for s, r in reward.items()}
+    return {"rows": rows, "reward": curves}
+
+
+METRICS = {
+    "ratio spread": "ratio_spread",
+    "clip fraction": "clip_fraction",
+    "approximate KL": "approx_kl",
+    "routing jitter": "routing_jitter",
+}
+
+
+def page(content: dict[str, Any], folder: Path) -> str:
+    """Curves, and a table."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    colours = dict(zip(RATIOS.values(), ("tab:blue", "tab:red", "tab:green"), strict=True))
+    for label, runs in content["reward"].items():
+        column = 2 if "plain" in label else 1 if "replayed" in label else 0
+        title = next(t for t in sorted(RATIOS.values(), key=len, reverse=True) if label.startswith(t))
+        array = np.array(list(runs.values()))
+        axes[column].plot(array.T, color=colours[title], alpha=0.25, linewidth=0.8)
+        axes[column].plot(array.mean(0), color=colours[title], linewidth=2, label=title)
+    for axis, name in zip(axes, ("experts", "experts, routing replayed", "plain LoRA"), strict=True):
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("iteration")
+    axes[0].set_ylabel("reward of the rollouts")
+    axes[0].legend(fontsize=8)
+    save_plot(figure, folder / "ratios.png")
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2e}"
+
+    table = [
+        [label, cell(r["gain"], "+.3f"), f"{r['collapsed']} of {r['runs']}", *(number(r[n]) for n in METRICS), *(cell(r["tests"][n]) for n in ("attributes", "identity"))]
+        for label, r in content["rows"].items()
+    ]  # fmt: skip
+    return f"""All runs of a kind start from one first stage; seeds are stage 2's. Gain: reward of the last {WINDOW} iterations minus that of the first {WINDOW}, interval over seeds. A run collapsed if it lost more than twice its
+own iteration-to-iteration noise. Routing jitter: share of the tokens (in the window's first step, all layers) that the updated policy would send to another expert.
+
+![reward by iteration: thin lines are seeds, thick ones their mean](ratios.png)
+
+{markdown_table(["", "gain", "collapsed", *METRICS, "attributes", "identity"], table)}"""
+
+
+STUDY = Study(
+    name="ratios", title="GSPO, GRPO, guarded GRPO, and the routing", arms=arms, summarise=summarise, page=page
+)
+
+if __name__ == "__main__":
+    sys.exit(main(STUDY))

@@ -1,0 +1,83 @@
+"""Reward hacking: policies trained on four identity rewards, and what becomes of the attributes."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from multicrafter.rewards import RewardConfig
+
+from benchmarks.experiment import Budget, Experiment
+from benchmarks.report import Record, compare, forest, save_plot, tables
+from benchmarks.science import Study, main
+
+NAMES = ("attributes", "identity", "swaps", "count", "text", "aesthetics")
+REWARDS = {
+    "Hungarian, with penalties": RewardConfig(text=0.0, aesthetics=0.0, multi_id=1.0),
+    "Hungarian": RewardConfig(text=0.0, aesthetics=0.0, multi_id=1.0, extra_penalty=0.0),
+    "UMO": RewardConfig(text=0.0, aesthetics=0.0, multi_id=1.0, extra_penalty=0.0, convention="umo"),
+    "best face (XVerse)": RewardConfig(text=0.0, aesthetics=0.0, multi_id=1.0, extra_penalty=0.0, convention="xverse"),
+    "mean": RewardConfig(text=0.0, aesthetics=0.0, multi_id=1.0, extra_penalty=0.0, convention="mean"),
+}
+BEFORE = "before stage 2"
+
+
+def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
+    """Identity alone is the reward: what else a picture needs cannot hide a hack. One first stage; the seed is stage 2's."""
+    rows = budget.rows(0)
+    align = rows["ippo"][1]
+    assert align is not None
+    found = {BEFORE: {s: Experiment(pretrain=rows["moe"][0], tests=(budget.test(),)) for s in budget.seeds}}
+    for label, reward in REWARDS.items():
+        found[label] = {
+            seed: Experiment(
+                pretrain=rows["moe"][0], align=replace(align, seed=seed, reward=reward), tests=(budget.test(),)
+            )
+            for seed in budget.seeds
+        }
+    return found
+
+
+def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
+    """Differences to the model before stage 2, and the reward that each policy maximised."""
+    curves = {
+        label: {str(s): [h["reward"] for h in r["curves"]["stage 2"]] for s, r in by.items()}
+        for label, by in records.items()
+        if label != BEFORE
+    }
+    return {**compare(records, NAMES, baseline=BEFORE), "reward": curves}
+
+
+def page(content: dict[str, Any], folder: Path) -> str:
+    """Curves of the rewards, differences of the truth."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.3 * max(1, len(content["reward"])), 2.5), layout="constrained")
+    for axis, (label, runs) in zip(
+        figure.subplots(1, max(1, len(content["reward"])), squeeze=False)[0], content["reward"].items(), strict=False
+    ):
+        for run in runs.values():
+            axis.plot(run, color="tab:blue", alpha=0.6, linewidth=1)
+        axis.set_title(label, fontsize=9)
+        axis.set_xlabel("iteration", fontsize=8)
+    save_plot(figure, folder / "reward_hacking_curves.png")
+    picture = ""
+    if content.get("minus_baseline"):
+        forest(content["minus_baseline"], NAMES[:4], folder / "reward_hacking.png", content["by_seed"])
+        picture = "![what each policy changed in the pictures](reward_hacking.png)\n\nBars: 95 % intervals over cases; dots: single seeds."
+    return f"""Every policy maximises its own reward, and identity alone: Hungarian (one face a reference, with or without a penalty for faces nobody asked for), UMO's confidence, the best face of each reference (one face may serve
+both), the mean over all pairs. A hack is a reward that rises while the attributes of the people, which no reward sees, or the number of people get worse.
+
+![reward by iteration, each line a seed](reward_hacking_curves.png)
+
+{picture}
+
+{tables(content, NAMES, baseline=BEFORE)}"""
+
+
+STUDY = Study(name="reward_hacking", title="Which identity reward is gamed?", arms=arms, summarise=summarise, page=page)
+
+if __name__ == "__main__":
+    sys.exit(main(STUDY))

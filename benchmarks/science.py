@@ -1,0 +1,344 @@
+"""What the studies share: an experiment is trained and measured once, whoever asks for it, and its record is kept with the code.
+
+    python -m benchmarks.<study>                   all of it; what is recorded already is not done again
+    python -m benchmarks.<study> --seeds 0 1       these seeds
+    python -m benchmarks.<study> --minutes 120     starts nothing new after that time
+    python -m benchmarks.<study> --page            only the page and its plots, from the records
+    python -m benchmarks.<study> --smoke           in miniature, into runs/science-smoke
+
+A record is named after what decides it: base, both stages, tests. So a study goes on where it was interrupted, on another machine too, several processes share the
+work, and studies share runs. Records lie in ``benchmarks/results/runs``, a study's summary in ``benchmarks/results/<study>.json``, its page in ``docs/results/<study>.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import torch
+from multicrafter import judges as shipped_judges
+from multicrafter.adapters import fingerprint
+from multicrafter.evaluate import (
+    EvaluateConfig,
+    Judges,
+    generate_cases,
+    score_pictures,
+    write_json,
+)
+from multicrafter.flux.train_base import BaseConfig, train
+from multicrafter.loading import load_flux
+from multicrafter.pipeline import MultiCrafterPipeline
+from multicrafter.settings import to_dict, write_text
+from multicrafter.stages.data import EncodedScenes, encode_scenes
+from multicrafter.stages.pretrain import measure_leakage
+from multicrafter.stages.runs import run_align, run_pretrain
+
+from benchmarks import probes
+from benchmarks.experiment import FULL, SMOKE, Base, Budget, Experiment, deciding, key_of
+from benchmarks.report import Record
+from benchmarks.run import ROOT, circumstances
+
+DIGITS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A question.
+
+    Attributes:
+        name: Of the module, the JSON and the page.
+        title: Of the page.
+        arms: Experiments by label, one per seed.
+        summarise: Records by label (of the seeds that are done) to what the page shows, as JSON.
+        page: The summary as Markdown; plots go into the folder it is given.
+    """
+
+    name: str
+    title: str
+    arms: Callable[[Budget], dict[str, dict[int, Experiment]]]
+    summarise: Callable[[dict[str, dict[int, Record]]], dict[str, Any]]
+    page: Callable[[dict[str, Any], Path], str]
+
+
+@dataclass
+class Laboratory:
+    """Where runs, records and results lie; keeps what several experiments need in memory."""
+
+    runs: Path
+    records: Path
+    results: Path
+    pages: Path
+    _scenes: dict[str, EncodedScenes] = field(default_factory=dict)
+    _prints: dict[Base, str] = field(default_factory=dict)
+    _judges: dict[str, Judges] = field(default_factory=dict)
+
+    @classmethod
+    def full(cls) -> Laboratory:
+        """Records and pages are part of the repository."""
+        results = ROOT / "benchmarks" / "results"
+        return cls(ROOT / "runs" / "science", results / "runs", results, ROOT / "docs" / "results")
+
+    @classmethod
+    def within(cls, folder: Path) -> Laboratory:
+        """Everything in one folder."""
+        return cls(folder / "runs", folder / "records", folder, folder / "pages")
+
+    # what an experiment is made of
+
+    def judges(self, family: str) -> Judges:
+        """Readers and judges of a family: shipped for people, trained by ``python -m multicrafter.judges.train`` for others."""
+        if family not in self._judges:
+            folder = None if family == "people" else self.runs / "judges" / family
+            self._judges[family] = Judges.load(folder)
+        return self._judges[family]
+
+    def base(self, base: Base) -> Path | None:
+        """Folder of a base, trained first if need be; None is the one that ships."""
+        if base.minutes is None:
+            return None
+        folder = self.runs / "bases" / key_of(to_dict(base))
+        if not (folder / "training.json").is_file():
+            config = BaseConfig(
+                family=base.family,
+                minutes=base.minutes,
+                num_heads=base.num_heads,
+                batch=32,
+                lr_matrix=2e-3,
+                reference_share=0.9,
+                compile_blocks=base.minutes > 5,
+            )
+            train(shipped_vae(), folder, config)
+        return folder
+
+    def fingerprint(self, base: Base) -> str:
+        """Of the weights that ship; bases that are trained here are known by their recipe."""
+        if base not in self._prints:
+            self._prints[base] = fingerprint(load_flux(None).transformer) if base.minutes is None else "recipe"
+        return self._prints[base]
+
+    def key(self, experiment: Experiment) -> str:
+        """Name of an experiment's record."""
+        return key_of([self.fingerprint(experiment.base), deciding(to_dict(experiment))])
+
+    def scenes(self, pipe: Any, base: Base, world: Any, count: int, seed: int) -> list[EncodedScenes]:
+        """Encoded scenes, one bucket per number of subjects; drawn once a process."""
+        found = []
+        for number in world.numbers:
+            one = replace(world, numbers=(number,), weights=())
+            name = key_of([to_dict(base), to_dict(one), count, seed])
+            if name not in self._scenes:
+                self._scenes[name] = encode_scenes(pipe, one, max(1, count // len(world.numbers)), seed=seed)
+            found.append(self._scenes[name])
+        return found
+
+    # doing it
+
+    def stage1(self, experiment: Experiment) -> Path:
+        """Adapter of an experiment's first stage, trained if it is not there; stage 2 of several experiments may start from one."""
+        config = experiment.pretrain
+        assert config is not None
+        folder = self.runs / key_of(
+            [self.fingerprint(experiment.base), to_dict(experiment.base), deciding(to_dict(config))]
+        )
+        with filelock.FileLock(folder.with_suffix(".lock")):
+            if not (folder / "adapter" / "adapter.json").is_file():
+                pipe = load_flux(self.base(experiment.base))
+                scenes = self.scenes(pipe, experiment.base, config.world, config.num_scenes, config.data_seed)
+                if config.execution.compile_blocks:
+                    torch._dynamo.config.automatic_dynamic_shapes = False
+                run_pretrain(pipe, config, folder, scenes=scenes, resume=folder.exists())
+        return folder
+
+    def perform(self, experiment: Experiment) -> Record:
+        """Trains and measures."""
+        seconds, clock = {}, time.monotonic()
+        curves: dict[str, list[dict[str, float]]] = {}
+        base = self.base(experiment.base)
+        if experiment.pretrain is None:
+            loaded = MultiCrafterPipeline.from_pretrained(base)
+        else:
+            folder = self.stage1(experiment)
+            curves["stage 1"] = _thin([json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()])
+            loaded = MultiCrafterPipeline.from_pretrained(base, adapter=folder / "adapter")
+        seconds["stage 1"] = time.monotonic() - clock
+        if experiment.align is not None:
+            assert experiment.pretrain is not None
+            clock = time.monotonic()
+            number = max(experiment.pretrain.world.numbers)
+            out = self.runs / f"{self.key(experiment)}_stage2"
+            curves["stage 2"] = run_align(
+                loaded.pipe, loaded.adapters, experiment.align, out, num_references=number, resume=out.exists()
+            )
+            seconds["stage 2"] = time.monotonic() - clock
+        clock = time.monotonic()
+        tests = [self.measure(loaded, experiment.base, test) for test in experiment.tests]
+        seconds["tests"] = time.monotonic() - clock
+        return {
+            "experiment": to_dict(experiment),
+            "base": self.fingerprint(experiment.base),
+            "seconds": seconds,
+            "curves": curves,
+            "tests": tests,
+            **circumstances(),
+        }
+
+    @torch.no_grad()
+    def measure(self, loaded: MultiCrafterPipeline, base: Base, test: EvaluateConfig) -> dict[str, Any]:
+        """All metrics by case, pose against reference, and routing where there are experts."""
+        pipe, family = loaded.pipe, self.judges(test.family)
+        (scenes,) = self.scenes(pipe, base, test.world(), test.num_cases, test.seed)
+        pictures = generate_cases(pipe, scenes, test)
+        judged = scenes if test.size == 64 else _shrunk(scenes)
+        pictures = _shrink(pictures, 64)
+        metrics = score_pictures(pictures, judged, family, family=test.family)
+        if test.num_references > 1:
+            for name, blocks in (("leakage", None), ("leakage_single", probes.is_single)):
+                metrics[name] = measure_leakage(
+                    pipe, scenes, direction="image_to_reference", blocks=blocks, seed=test.seed + 2
+                ).numpy()
+        found: dict[str, Any] = {"metrics": {k: np.round(v.astype(float), DIGITS).tolist() for k, v in metrics.items()}}
+        if test.family == "people" and test.split == "test":
+            found["copies"] = probes.copies(pictures, judged, family)
+        if loaded.adapters is not None and loaded.adapters.experts is not None:
+            found["routing"] = probes.routing(loaded, scenes, seed=test.seed + 3)
+        return found
+
+    def record(self, experiment: Experiment, *, wait: bool = True) -> Record | None:
+        """The record of an experiment, made if need be; None if another process is at it and this one need not wait."""
+        path = self.records / f"{self.key(experiment)}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.runs.mkdir(parents=True, exist_ok=True)
+        try:
+            with filelock.FileLock(self.runs / f"{path.stem}.record.lock", timeout=-1 if wait else 0):
+                if not path.is_file():
+                    write_json(path, self.perform(experiment))
+        except filelock.Timeout:
+            return None
+        return dict(json.loads(path.read_text()))
+
+    def known(self, experiment: Experiment) -> Record | None:
+        """The record of an experiment, if there is one."""
+        path = self.records / f"{self.key(experiment)}.json"
+        return dict(json.loads(path.read_text())) if path.is_file() else None
+
+    def publish(self, study: Study, budget: Budget) -> Path | None:
+        """Summary, page and plots of what is recorded; None where nothing is."""
+        arms = study.arms(budget)
+        records = {
+            label: {seed: r for seed, e in seeds.items() if (r := self.known(e)) is not None}
+            for label, seeds in arms.items()
+        }
+        records = {label: by for label, by in records.items() if by}
+        if not records:
+            return None
+        everything = [r for by in records.values() for r in by.values()]
+        summary = {
+            "study": study.name,
+            "done": {label: sorted(by) for label, by in records.items()},
+            "planned": {label: sorted(seeds) for label, seeds in arms.items()},
+            "commits": sorted({r["commit"][:10] for r in everything}),
+            "versions": everything[-1]["versions"],
+            "devices": sorted({r["device"] for r in everything}),
+            "minutes": sum(sum(r["seconds"].values()) for r in everything) / 60,
+            "budget": to_dict(budget),
+            **study.summarise(records),
+        }
+        path = self.results / f"{study.name}.json"
+        write_json(path, summary)
+        self.pages.mkdir(parents=True, exist_ok=True)
+        content = json.loads(path.read_text())
+        write_text(self.pages / f"{study.name}.md", _page(study, content, self.pages))
+        return self.pages / f"{study.name}.md"
+
+
+def _shrink(pictures: torch.Tensor, size: int) -> torch.Tensor:
+    """Judges know one size; larger pictures are averaged down to it."""
+    shape = pictures.shape[:-3]
+    small = torch.nn.functional.interpolate(pictures.flatten(0, -4), size=(size, size), mode="area")
+    return small.unflatten(0, shape)
+
+
+def _shrunk(scenes: EncodedScenes) -> EncodedScenes:
+    return replace(scenes, images=_shrink(scenes.images, 64), reference_images=_shrink(scenes.reference_images, 32))
+
+
+def shipped_vae() -> Path:
+    """The autoencoder that every base shares."""
+    return shipped_judges.shipped().parent / "tiny_flux" / "vae"
+
+
+def _thin(history: Sequence[dict[str, float]], most: int = 64) -> list[dict[str, float]]:
+    """At most ``most`` entries, each the mean of its neighbours."""
+    groups = np.array_split(np.arange(len(history)), min(most, len(history)))
+    names = [k for k, v in history[0].items() if isinstance(v, (int, float))]
+    return [{k: float(np.mean([history[i].get(k, np.nan) for i in g])) for k in names} for g in groups if len(g)]
+
+
+def _page(study: Study, content: dict[str, Any], folder: Path) -> str:
+    planned = sum(len(s) for s in content["planned"].values())
+    done = sum(len(s) for s in content["done"].values())
+    seeds = sorted({s for by in content["done"].values() for s in by})
+    missing = {k: sorted(set(v) - set(content["done"].get(k, []))) for k, v in content["planned"].items()}
+    left = "; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in missing.items() if v)
+    budget = content["budget"]
+    return f"""# {study.title}
+
+Generated by `python -m benchmarks.{study.name}` from `benchmarks/results/{study.name}.json`: {done} of {planned} runs are done (seeds {", ".join(map(str, seeds))}), {content["minutes"]:.0f} minutes
+of training and measuring on {", ".join(content["devices"])}; commits {", ".join(content["commits"])}; torch {content["versions"]["torch"]}, diffusers {content["versions"]["diffusers"]}.
+{"Not run yet (seeds): " + left + "." if left else ""}
+
+{study.page(content, folder)}
+
+Unless a row says otherwise: {budget["steps"]} steps of stage 1 on {budget["scenes"]} scenes, {budget["iterations"]} iterations of stage 2, {budget["cases"]} cases of unseen identities. Brackets: 95 % bootstrap
+intervals over cases, each case averaged over the seeds first; a difference is taken case by case, and is bold where its interval excludes 0.
+"""
+
+
+def carry_out(study: Study, laboratory: Laboratory, budget: Budget, *, until: float | None = None) -> bool:
+    """All experiments of a study, seed by seed, and its page now and then; False if the time ran out."""
+    arms = study.arms(budget)
+    seeds = sorted({seed for by in arms.values() for seed in by})
+    todo = [(s, label, by[s]) for s in seeds for label, by in arms.items() if s in by]
+    waiting, published = False, time.monotonic()
+    for wait in (False, True):  # what another process is at comes last
+        for seed, label, experiment in todo:
+            if laboratory.known(experiment) is not None:
+                continue
+            if until is not None and time.monotonic() > until:
+                laboratory.publish(study, budget)
+                return False
+            print(f"==> {study.name}: {label}, seed {seed}", flush=True)
+            waiting |= laboratory.record(experiment, wait=wait) is None
+            if time.monotonic() > published + 60:
+                laboratory.publish(study, budget)
+                published = time.monotonic()
+        if not waiting:
+            break
+    laboratory.publish(study, budget)
+    return True
+
+
+def main(study: Study, arguments: Sequence[str] | None = None) -> int:
+    """Command line of one study."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{study.name}", description=study.title)
+    parser.add_argument("--smoke", action="store_true", help="in miniature, into runs/science-smoke")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of training")
+    parser.add_argument("--minutes", type=float, help="start nothing new after this time")
+    parser.add_argument("--page", action="store_true", help="only the page, from what is recorded")
+    options = parser.parse_args(arguments)
+    budget = SMOKE if options.smoke else FULL
+    laboratory = Laboratory.within(ROOT / "runs" / "science-smoke") if options.smoke else Laboratory.full()
+    some = replace(budget, seeds=tuple(options.seeds)) if options.seeds else budget
+    until = time.monotonic() + 60 * options.minutes if options.minutes else None
+    if not options.page and not carry_out(study, laboratory, some, until=until):
+        print(f"time is up; the same command goes on with {study.name}")
+    path = laboratory.publish(study, budget)
+    print(f"page: {path}" if path else f"nothing is recorded for {study.name} yet")
+    return 0

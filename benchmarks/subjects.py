@@ -1,0 +1,87 @@
+"""Numbers of subjects: one to four in the picture, trained on up to two and on up to four."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.experiment import Budget, Experiment
+from benchmarks.report import Record, cell, markdown_table, mean_over_seeds, save_plot
+from benchmarks.science import Study, main
+
+NUMBERS = (1, 2, 3, 4)
+NAMES = ("attributes", "identity", "swaps", "swaps_by_chance", "count", "leakage")
+TRAINED = {"trained on 1 and 2": (1, 2), "trained on 1 to 4": (1, 2, 3, 4)}
+
+
+def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
+    """Stage 1 whole (IDAR, experts), on two mixtures of scenes."""
+    found: dict[str, dict[int, Experiment]] = {}
+    for seed in budget.seeds:
+        config = budget.rows(seed)["moe"][0]
+        for label, numbers in TRAINED.items():
+            found.setdefault(label, {})[seed] = Experiment(
+                pretrain=replace(config, world=replace(config.world, numbers=numbers)),
+                tests=tuple(budget.test(num_references=n) for n in NUMBERS),
+            )
+    return found
+
+
+def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
+    """Means by training and number of subjects."""
+    return {
+        "numbers": NUMBERS,
+        "means": {
+            label: [
+                {n: mean_over_seeds(by, n, i) for n in NAMES if n in next(iter(by.values()))["tests"][i]["metrics"]}
+                for i in range(len(NUMBERS))
+            ]
+            for label, by in records.items()
+        },
+    }
+
+
+def page(content: dict[str, Any], folder: Path) -> str:
+    """A table, and curves over the number of subjects."""
+    from matplotlib.figure import Figure
+
+    rows = [
+        [label, str(number), *(cell(metrics.get(n)) for n in NAMES)]
+        for label, by in content["means"].items()
+        for number, metrics in zip(content["numbers"], by, strict=True)
+    ]
+    shown = ("attributes", "identity", "swaps", "count")
+    figure = Figure(figsize=(11, 2.8), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(shown)), shown, strict=True):
+        for label, by in content["means"].items():
+            points = [
+                (k, m[name])
+                for k, m in zip(content["numbers"], by, strict=True)
+                if m.get(name, {}).get("mean") is not None
+            ]
+            x, y = [k for k, _ in points], [m["mean"] for _, m in points]
+            error = [[m["mean"] - m["low"] for _, m in points], [m["high"] - m["mean"] for _, m in points]]
+            axis.errorbar(x, y, error, marker="o", capsize=3, label=label)
+        if name == "swaps":
+            for by in list(content["means"].values())[:1]:
+                points = [
+                    (k, m["swaps_by_chance"]["mean"]) for k, m in zip(content["numbers"], by, strict=True) if k > 1
+                ]
+                axis.plot(*zip(*points, strict=True), color="0.6", linestyle=":", label="by chance")
+        axis.set_title(name, fontsize=9)
+        axis.set_xticks(content["numbers"])
+    axis.legend(fontsize=7)
+    save_plot(figure, folder / "subjects.png")
+    return f"""How many subjects can one model hold apart? Both are trained with equally many scenes and steps, mixed evenly over the numbers of subjects named; swaps above chance are bleeding.
+
+![metrics over the number of subjects](subjects.png)
+
+{markdown_table(["", "subjects", *NAMES], rows)}"""
+
+
+STUDY = Study(name="subjects", title="One to four subjects", arms=arms, summarise=summarise, page=page)
+
+if __name__ == "__main__":
+    sys.exit(main(STUDY))
