@@ -40,10 +40,10 @@ def dataset(folder: Path, count: int = 60) -> Path:
     return folder / "set"
 
 
-def loading(folder: Path, *, batch: int, workers: int, side: int = 64) -> tuple[PhotoLoader, object]:
+def loading(folder: Path, *, batch: int, workers: int, side: int = 64, subjects: int = 2) -> tuple[PhotoLoader, object]:
     """A loader whose workers are already busy."""
     config = LoaderConfig(
-        batch=batch, buckets=((side, side),), reference_size=side // 2, num_subjects=2, num_workers=workers
+        batch=batch, buckets=((side, side),), reference_size=side // 2, num_subjects=subjects, num_workers=workers
     )
     stream = PhotoLoader(folder, config)
     return stream, iter(stream)
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--subjects", type=int, default=2, help="of the records that are read")
     arguments = parser.parse_args()
     folder = arguments.dataset or dataset(Path(tempfile.mkdtemp()), 400)
     one_step = step(arguments.batch)
@@ -95,7 +96,7 @@ def main() -> None:
             one_step()
         rows["step"].append(2 * arguments.batch / (time.perf_counter() - started))
         for name, workers in (("loader", arguments.workers), ("loader, no workers", 0)):
-            _, batches = loading(folder, batch=arguments.batch, workers=workers)
+            _, batches = loading(folder, batch=arguments.batch, workers=workers, subjects=arguments.subjects)
             for _ in islice(batches, 2 * workers + 2):  # start of the processes, and what they have read ahead
                 pass
             count = 24
@@ -107,7 +108,7 @@ def main() -> None:
     ratios = [a / b for a, b in zip(rows["loader"], rows["step"], strict=True)]
     figures = {
         "what": "records a second; step: stage 1 of the tiny model (row moe), the named baseline",
-        "batch": arguments.batch, "workers": arguments.workers,
+        "batch": arguments.batch, "workers": arguments.workers, "subjects": arguments.subjects,
         "records_per_second": {n: {"median": statistics.median(v), "all": v} for n, v in rows.items()},
         "loader_over_step": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
     }  # fmt: skip

@@ -91,6 +91,16 @@ def test_workers_change_nothing_not_even_the_position(built):
     assert alone.state_dict() == helped.state_dict()
 
 
+def test_workers_are_started_once_and_not_every_epoch(built, monkeypatch):
+    started = []
+    real = torch.utils.data.DataLoader
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *a, **k: started.append(1) or real(*a, **k))
+    helped = loader(built, num_workers=1)
+    for _ in islice(helped, 3 * helped.batches_per_epoch + 1):
+        pass
+    assert helped.state_dict()["epoch"] == 3 and len(started) == 1
+
+
 def test_a_state_of_other_data_or_settings_is_refused(built):
     state = loader(built).state_dict()
     for other in ({"batch": 2}, {"seed": 5}, {"augmented": False}, {"world_size": 2, "batch": 2}):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -170,24 +171,29 @@ class PhotoLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """From the current position on; the position moves when a batch is handed out."""
-        while True:
-            epoch = self.epoch
-            plan = self.plan(epoch)[self.position :]
-            for batch in self._stream(epoch, plan):
-                self.position += 1
-                if self.position == self.batches_per_epoch:
-                    self.epoch, self.position = epoch + 1, 0
-                yield batch
+        for batch in self._stream():
+            self.position += 1
+            if self.position == self.batches_per_epoch:
+                self.epoch, self.position = self.epoch + 1, 0
+            yield batch
 
-    def _stream(self, epoch: int, plan: list[tuple[Size, list[int]]]) -> Iterator[Batch]:
+    def _ahead(self) -> Iterator[tuple[int, Size, list[int]]]:
+        """What to read from the current position on, for ever: epoch, bucket and rows."""
+        start = self.position
+        for epoch in itertools.count(self.epoch):
+            for bucket, rows in self.plan(epoch)[start:]:
+                yield epoch, bucket, rows
+            start = 0
+
+    def _stream(self) -> Iterator[Batch]:
         if self.config.num_workers == 0:
-            for bucket, rows in plan:
-                yield self.read(epoch, bucket, rows)
+            yield from itertools.starmap(self.read, self._ahead())
             return
         from torch.utils.data import DataLoader
 
-        loader: DataLoader[Batch] = DataLoader(
-            _Reading(self, epoch, plan), batch_size=None, num_workers=self.config.num_workers, prefetch_factor=4, multiprocessing_context="fork",
+        loader: DataLoader[Batch] = DataLoader(  # one for all epochs: starting workers costs more than a short epoch
+            _Reading(self), sampler=self._ahead(), batch_size=None, num_workers=self.config.num_workers, prefetch_factor=4,
+            multiprocessing_context="fork",
         )  # fmt: skip
         yield from loader
 
@@ -229,16 +235,13 @@ class PhotoLoader:
 
 
 class _Reading(torch.utils.data.Dataset[Batch]):
-    """Batch number -> batch, for the workers."""
+    """Epoch, bucket and rows -> batch, for the workers."""
 
-    def __init__(self, loader: PhotoLoader, epoch: int, plan: list[tuple[Size, list[int]]]) -> None:
-        self.loader, self.epoch, self.plan = loader, epoch, plan
+    def __init__(self, loader: PhotoLoader) -> None:
+        self.loader = loader
 
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.loader.read(self.epoch, *self.plan[index])
+    def __getitem__(self, job: tuple[int, Size, list[int]]) -> Batch:
+        return self.loader.read(*job)
 
 
 def usable_subjects(record: Record, config: LoaderConfig) -> list[dict[str, Any]]:
