@@ -89,7 +89,7 @@ Per-photo stages are linear and independent, so they divide by the number of pro
 | per-photo stages, one process | {plan["hours_one_process"]:.1f} hours |
 | on Ray Data with 64 processes | some minutes, plus reading and writing |
 | grouping 2 million faces | {plan["hours_grouping"]:.1f} hours on these two cores (a matrix product: minutes on a GPU, or approximately) |
-| memory of the driver | some 30 GB, by what 20,000 photos added to the process: build shards of the collection apart where that is too much |
+| memory of the driver | 20 to 30 GB, by what 20,000 photos added to the process: build shards of the collection apart where that is too much |
 
 Real photos cost what their detectors cost. {real["photos"]} photos with dlib and selfie masks, milliseconds a photo of the folder
 (`data_build.json`, one run, nothing else running): {per_photo(real)}. A million take {hours / 24:.1f} days in one process, {hours / 64:.1f}
