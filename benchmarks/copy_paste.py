@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablation
+from benchmarks import ablation, poses
 from benchmarks.experiment import Budget, Experiment
 from benchmarks.report import Record, cell, markdown_table, save_plot
 from benchmarks.science import Study, main
@@ -24,8 +24,6 @@ def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
 
 def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
     """Slopes of generated on reference values, people of all seeds together."""
-    from benchmarks import poses
-
     rows = {}
     for label, by in records.items():
         joined: dict[str, dict[str, list[float]]] = {}
@@ -58,15 +56,10 @@ def page(content: dict[str, Any], folder: Path) -> str:
         axis.set_xlim(-0.6, 1.2)
     figure.axes[0].invert_yaxis()
     save_plot(figure, folder / "copy_paste.png")
-    reader = [
-        [name, *(f"{content['reader'][name][k]:.2f}" for k in sorted(content["reader"][name]))]
-        for name in names
-        if name in content["reader"]
-    ]
-    columns = sorted(next(iter(content["reader"].values())))
+    reader = [f"{content['reader'][name]:.2f}" for name in names]
     rows = [[label, *(cell(slopes[n]) for n in names)] for label, slopes in content["rows"].items()]
     return f"""If a person of the reference raises an arm, does the generated one raise it too? The slope of the generated value on the reference's, over all people that were found: 1 is copy-paste, 0 is a person who was understood and drawn anew. The
-captions say nothing about pose or light of a reference; scale and the light of the scene follow the caption.
+captions say nothing about the pose or the light of a reference. Height is in pixels: a reference is 32 pixels high, a picture 64.
 
 ![slopes: 0 (grey) is independent of the reference, 1 (red) is copied](copy_paste.png)
 
@@ -74,9 +67,9 @@ captions say nothing about pose or light of a reference; scale and the light of 
 
 ## How well the reader reads
 
-R^2 on drawn people nobody trained on; a slope is worth as much as this.
+R^2 on drawn people of the test split, found as in generated pictures: a perfect copy would show about this slope, and where it is low nothing can be said.
 
-{markdown_table(["", *columns], reader)}"""
+{markdown_table(["", *names], [["R^2", *reader]])}"""
 
 
 STUDY = Study(name="copy_paste", title="Copy-paste or understanding?", arms=arms, summarise=summarise, page=page)

@@ -1,4 +1,4 @@
-"""What the studies measure beside `multicrafter.evaluate`: where experts send which tokens, and whether people are copied from their references."""
+"""What the studies measure beside `multicrafter.evaluate`: where experts send which tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from moe_lora import collect
 from moe_lora.stats import RoutingLog, specialisation
 from multicrafter.data.synthetic import ARRANGEMENTS
-from multicrafter.evaluate import Judges
 from multicrafter.flux.model import add_noise
 from multicrafter.pipeline import MultiCrafterPipeline
 from multicrafter.stages.data import EncodedScenes
@@ -116,10 +115,3 @@ def _cells(counts: Tensor, labels: range) -> tuple[Tensor, Tensor]:
     label = torch.tensor(list(labels)).repeat(len(counts))
     some = flat.sum(1) > 0
     return flat[some], label[some]
-
-
-def copies(pictures: Tensor, scenes: EncodedScenes, judges: Judges) -> dict[str, Any]:
-    """Pose, scale and light of generated people beside those of their references; see `benchmarks.poses`."""
-    from benchmarks import poses
-
-    return poses.copy_scores(pictures, scenes, judges)

@@ -40,7 +40,7 @@ from multicrafter.stages.data import EncodedScenes, encode_scenes
 from multicrafter.stages.pretrain import measure_leakage
 from multicrafter.stages.runs import run_align, run_pretrain
 
-from benchmarks import probes
+from benchmarks import poses, probes
 from benchmarks.experiment import FULL, SMOKE, Base, Budget, Experiment, deciding, key_of
 from benchmarks.report import Record
 from benchmarks.run import ROOT, circumstances
@@ -75,6 +75,7 @@ class Laboratory:
     records: Path
     results: Path
     pages: Path
+    pose_steps: int = poses.STEPS
     _scenes: dict[str, EncodedScenes] = field(default_factory=dict)
     _prints: dict[Base, str] = field(default_factory=dict)
     _judges: dict[str, Judges] = field(default_factory=dict)
@@ -88,7 +89,7 @@ class Laboratory:
     @classmethod
     def within(cls, folder: Path) -> Laboratory:
         """Everything in one folder."""
-        return cls(folder / "runs", folder / "records", folder, folder / "pages")
+        return cls(folder / "runs", folder / "records", folder, folder / "pages", pose_steps=2)
 
     # what an experiment is made of
 
@@ -205,7 +206,8 @@ class Laboratory:
                 ).numpy()
         found: dict[str, Any] = {"metrics": {k: np.round(v.astype(float), DIGITS).tolist() for k, v in metrics.items()}}
         if test.family == "people" and test.split == "test":
-            found["copies"] = probes.copies(pictures, judged, family)
+            reader = poses.reader_at(self.runs / "poses.safetensors", family, steps=self.pose_steps)
+            found["copies"] = poses.copy_scores(pictures, judged, family, reader)._asdict()
         if loaded.adapters is not None and loaded.adapters.experts is not None:
             found["routing"] = probes.routing(loaded, scenes, seed=test.seed + 3)
         return found

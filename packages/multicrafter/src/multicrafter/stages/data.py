@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class EncodedScenes:
-    """tokens (n, 64, d), references (n, m, 16, d), masks (n, m, 64), identities (n, m, a), setting and time (n,), pictures."""
+    """tokens (n, 64, d), references (n, m, 16, d), masks (n, m, 64), identities (n, m, a), setting and time (n,), pictures.
+
+    How the references were drawn (poses, heights, light: see `Scenes`) is there if they were, for evaluation only.
+    """
 
     tokens: Tensor
     references: Tensor
@@ -34,6 +37,9 @@ class EncodedScenes:
     time: Tensor
     grid: tuple[int, int]
     reference_grid: tuple[int, int]
+    reference_poses: Tensor | None = None
+    reference_heights: Tensor | None = None
+    reference_light: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -83,13 +89,16 @@ def encode_scenes(
                 scenes.references,
                 scenes.setting,
                 scenes.time,
+                scenes.reference_poses,
+                scenes.reference_heights,
+                scenes.reference_light,
             )
         )
-    tokens, references, masks, identities, images, pictures, setting, time = (
+    tokens, references, masks, identities, images, pictures, setting, time, *drawn = (
         torch.cat(p) for p in zip(*parts, strict=True)
     )
     return EncodedScenes(
-        tokens, references, masks, captions, identities, images, pictures, setting, time, grid, reference_grid
+        tokens, references, masks, captions, identities, images, pictures, setting, time, grid, reference_grid, *drawn
     )
 
 

@@ -80,7 +80,8 @@ class Scenes(NamedTuple):
 
     Shapes: images (b, 3, H, W) in [0, 1]; masks (b, m, H, W), the visible coverage of each subject; references
     (b, m, 3, h, w) in [0, 1]; identities (b, m, a); boxes (b, m, 4) as left, top, right, bottom in pixels of the
-    whole subject (occluded or not); number (b,); setting, time, arrangement (b,) as indices.
+    whole subject (occluded or not); number (b,); setting, time, arrangement (b,) as indices; poses as `draw` takes them, heights in
+    pixels, light as a factor on colours, of the scene and of each reference.
     """
 
     images: Float[Tensor, "b 3 H W"]
@@ -94,6 +95,10 @@ class Scenes(NamedTuple):
     arrangement: Int[Tensor, " b"]
     poses: Float[Tensor, "b m p"]
     heights: Float[Tensor, "b m"]
+    light: Float[Tensor, "b 3"]
+    reference_poses: Float[Tensor, "b m p"]
+    reference_heights: Float[Tensor, "b m"]
+    reference_light: Float[Tensor, "b m 3"]
 
     def captions(self, family: Family = PEOPLE) -> list[str]:
         """One caption per scene from the grammar."""
@@ -283,14 +288,17 @@ def make_scenes(
             )
             _paste(images, masks, subject, sprite.rgb * light[here][:, :, None, None], sprite.alpha, left, top, here)
             boxes[here, subject] = torch.stack([fx - 0.31 * ht, fy - 1.02 * ht, fx + 0.31 * ht, fy], 1)
-    references = make_references(family, identities.flatten(0, 1), config.reference_size, generator).unflatten(
-        0, (count, most)
+    portraits = References(
+        *(
+            part.unflatten(0, (count, most))
+            for part in draw_references(family, identities.flatten(0, 1), config.reference_size, generator)
+        )
     )
     absent = ~present
     return Scenes(
         images=images.clamp_(0, 1),
         masks=masks,
-        references=references * present[:, :, None, None, None],
+        references=portraits.images * present[:, :, None, None, None],
         identities=identities.masked_fill(absent[:, :, None], -1),
         boxes=boxes,
         number=number,
@@ -299,12 +307,32 @@ def make_scenes(
         arrangement=arrangement,
         poses=poses,
         heights=height * present,
+        light=light,
+        reference_poses=portraits.poses,
+        reference_heights=portraits.heights * present,
+        reference_light=portraits.light,
     )
+
+
+class References(NamedTuple):
+    """images (n, 3, h, w) in [0, 1]; poses (n, p); heights (n,) in pixels; light (n, 3), a factor on the person's colours."""
+
+    images: Float[Tensor, "*n 3 h w"]
+    poses: Float[Tensor, "*n p"]
+    heights: Float[Tensor, "*n"]
+    light: Float[Tensor, "*n 3"]
 
 
 def make_references(
     family: Family, identities: Int[Tensor, "n a"], size: int, generator: torch.Generator
 ) -> Float[Tensor, "n 3 h w"]:
+    """The pictures of `draw_references`."""
+    return draw_references(family, identities, size, generator).images
+
+
+def draw_references(
+    family: Family, identities: Int[Tensor, "n a"], size: int, generator: torch.Generator
+) -> References:
     """Portraits (n, 3, size, size) on plain grounds, each with a pose, a scale and a light of its own."""
     n = len(identities)
     pose = _uniform(generator, n, POSE_SIZE, low=-1.0)
@@ -315,4 +343,4 @@ def make_references(
     ground = _uniform(generator, n, 1, low=0.45, high=0.8) * (1 + _uniform(generator, n, 3, low=-0.06, high=0.06))
     light = _uniform(generator, n, 1, low=0.85, high=1.05) * (1 + _uniform(generator, n, 3, low=-0.04, high=0.04))
     picture = ground[:, :, None, None].lerp(sprite.rgb * light[:, :, None, None], sprite.alpha[:, None])
-    return picture.clamp(0, 1)
+    return References(picture.clamp(0, 1), pose, height, light)

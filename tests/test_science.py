@@ -1,0 +1,172 @@
+"""The studies' harness: names of records, sharing, resuming, comparisons, and every study in miniature."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import filelock
+import numpy as np
+import pytest
+import torch
+from multicrafter.adapters import AdapterConfig, Adapters
+from multicrafter.loading import load_flux
+from multicrafter.stages.runs import with_execution
+
+from benchmarks import ablation, all as everything, probes, report
+from benchmarks.experiment import SMOKE, Base, Experiment
+from benchmarks.science import Laboratory, Study, carry_out, main
+
+
+@pytest.fixture(scope="module")
+def laboratory(tmp_path_factory) -> Laboratory:
+    return Laboratory.within(tmp_path_factory.mktemp("science"))
+
+
+def experiment(**changes) -> Experiment:
+    config = replace(SMOKE.rows(0)["baseline"][0], **changes)
+    return Experiment(pretrain=config, tests=(SMOKE.test(num_cases=2),))
+
+
+def test_a_record_is_named_after_what_decides_it(laboratory):
+    one = experiment()
+    faster = replace(one, pretrain=with_execution(one.pretrain, compile_blocks=True, micro_batch=4))
+    assert laboratory.key(faster) == laboratory.key(one)
+    others = [
+        experiment(seed=1),
+        experiment(lr=1e-4),
+        replace(one, tests=(SMOKE.test(num_cases=3),)),
+        replace(one, base=Base(minutes=1.0)),
+        replace(one, align=SMOKE.rows(0)["ippo"][1]),
+    ]
+    assert len({laboratory.key(e) for e in [one, *others]}) == 6
+
+
+def test_what_is_recorded_is_not_done_again(laboratory, monkeypatch):
+    first = laboratory.record(experiment())
+    monkeypatch.setattr(Laboratory, "perform", lambda *_: pytest.fail("done again"))
+    assert laboratory.record(experiment()) == first == laboratory.known(experiment())
+    assert set(first["tests"][0]["metrics"]) >= {"attributes", "swaps", "leakage", "leakage_single"}
+    assert first["commit"] and first["versions"]["torch"] and first["experiment"]["pretrain"]["seed"] == 0
+
+
+def test_another_process_is_at_it(laboratory):
+    other = experiment(seed=7)
+    laboratory.runs.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(laboratory.runs / f"{laboratory.key(other)}.record.lock"):
+        assert laboratory.record(other, wait=False) is None
+    assert laboratory.known(other) is None
+
+
+def test_stage_2_of_several_experiments_starts_from_one_first_stage(laboratory, monkeypatch):
+    from benchmarks import science
+
+    calls = []
+    monkeypatch.setattr(science, "run_pretrain", lambda *a, **k: calls.append(1) or run(*a, **k))
+    from multicrafter.stages.runs import run_pretrain as run
+
+    align = SMOKE.rows(0)["ippo"][1]
+    for seed in (0, 1):
+        made = replace(experiment(seed=5), align=replace(align, seed=seed))
+        assert "stage 2" in laboratory.record(made)["curves"]
+    assert calls == [1]
+
+
+def test_time_that_is_up_leaves_the_rest(laboratory, capsys):
+    study = Study(
+        name="late",
+        title="Late",
+        arms=lambda b: {"one": {0: experiment(seed=11)}},
+        summarise=lambda r: {},
+        page=lambda c, f: "",
+    )
+    assert carry_out(study, laboratory, SMOKE, until=0.0) is False
+    assert laboratory.known(experiment(seed=11)) is None
+
+
+def record(values: list[float]) -> dict:
+    return {"tests": [{"metrics": {"attributes": values}}]}
+
+
+def test_differences_are_taken_case_by_case_and_averaged_over_the_seeds_both_have():
+    a = {0: record([1.0, 0.5]), 1: record([0.8, 0.7]), 2: record([9.0, 9.0])}
+    b = {0: record([0.5, 0.5]), 1: record([0.5, 0.3])}
+    found = report.difference(a, b, "attributes")
+    assert found.mean == pytest.approx((0.5 + 0.0 + 0.3 + 0.4) / 4)
+    assert found.n == 2, "a case is one unit, however many seeds"
+    assert found.low == pytest.approx(0.2) and found.high == pytest.approx(0.4)
+    assert report.spread(a, b, "attributes") == pytest.approx([0.25, 0.35])
+
+
+def test_a_cell_is_bold_only_where_a_difference_excludes_0():
+    assert report.cell((0.1, 0.05, 0.2), "+.2f").startswith("**")
+    assert not report.cell((0.1, -0.05, 0.2), "+.2f").startswith("**")
+    assert not report.cell((0.1, 0.05, 0.2)).startswith("**")
+
+
+def test_kinds_of_tokens():
+    masks = torch.tensor([[[1.0, 0.4, 0.2, 0.0], [0.0, 0.6, 0.3, 1.0]]])
+    kinds, names = probes.token_kinds(masks, num_reference=2, num_text=3)
+    assert names == ("text", "background", "person 1", "person 2", "reference 1", "reference 2")
+    assert kinds[r".*\.ff"].tolist() == [[2, 3, 1, 3, 4, 4, 5, 5]]
+    assert kinds[r".*\.ff_context"].tolist() == [[0, 0, 0]]
+    assert kinds["single_.*"].tolist() == [[0, 0, 0, 2, 3, 1, 3, 4, 4, 5, 5]]
+
+
+def test_the_wide_lora_has_as_many_parameters_as_the_experts():
+    def count(config: AdapterConfig) -> int:
+        return sum(p.numel() for p in Adapters(load_flux(None).transformer, config).parameters())
+
+    rank = ablation.SIZE_MATCHED
+    experts, plain = (
+        count(AdapterConfig()),
+        [count(AdapterConfig(num_experts=0, rank=r, alpha=1.0)) for r in (rank - 1, rank)],
+    )
+    assert plain[0] < experts <= plain[1]
+
+
+@pytest.mark.parametrize("study", everything.STUDIES, ids=lambda s: s.name)
+def test_every_study_runs(study, laboratory):
+    """Two arms of each, in miniature; ``make bench-science-smoke`` runs all arms."""
+
+    def few(budget):
+        arms = study.arms(budget)
+        wanted = [k for k in arms if k not in ("baseline",)][-2:] if study.name == "copy_paste" else list(arms)[:2]
+        return {k: arms[k] for k in wanted}
+
+    small = replace(study, arms=few)
+    if any(e.base.family != "people" for by in small.arms(SMOKE).values() for e in by.values()):
+        pytest.skip("judges of objects take minutes to train")
+    assert carry_out(small, laboratory, SMOKE)
+    content = json.loads((laboratory.results / f"{study.name}.json").read_text())
+    assert content["done"] == {k: [0] for k in small.arms(SMOKE)} and content["commits"] and content["versions"]
+    page = (laboratory.pages / f"{study.name}.md").read_text()
+    assert f"python -m benchmarks.{study.name}" in page
+    for picture in [p.split(")")[0] for p in page.split("](")[1:] if ".png)" in p[:60]]:
+        assert (laboratory.pages / picture).stat().st_size > 1000
+
+
+def test_the_readme_and_pages_are_what_the_results_say():
+    """Generated, never typed."""
+    results = Laboratory.full().results
+    readme = (everything.ROOT / "README.md").read_text()
+    assert everything.with_table(readme, everything.readme_table(results)) == readme
+
+
+def test_command_line(monkeypatch, tmp_path, capsys):
+    from benchmarks import science
+
+    monkeypatch.setattr(science, "ROOT", tmp_path)
+    assert main(replace(ablation.STUDY, arms=lambda b: {}), ["--smoke", "--page"]) == 0
+    assert "nothing is recorded" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(ablation.STUDY, ["--seeds", "x"])
+    assert stop.value.code == 2
+
+
+def test_thin_keeps_the_mean():
+    from benchmarks.science import _thin
+
+    history = [{"loss": float(i)} for i in range(1000)]
+    thin = _thin(history, 10)
+    assert len(thin) == 10 and np.mean([h["loss"] for h in thin]) == pytest.approx(499.5)
