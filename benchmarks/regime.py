@@ -17,7 +17,7 @@ from benchmarks.science import Study, main
 
 NAMES = ("attributes", "swaps", "identity", "leakage", "leakage_single", "count")
 PLAIN = IDARConfig(coef=0.0)
-HERE = IDARConfig(coef=0.1, sigma_max=0.8, all_blocks=True)
+HERE = IDARConfig(coef=0.1, sigma_max=0.8, all_blocks=True, until=1.0)
 """The centre of the map: image queries over reference keys, all blocks, where the place of a person can be known."""
 
 

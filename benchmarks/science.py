@@ -2,6 +2,7 @@
 
     python -m benchmarks.<study>                   all of it; what is recorded already is not done again
     python -m benchmarks.<study> --seeds 0 1       these seeds
+    python -m benchmarks.<study> --arms "+ IDAR"   these arms
     python -m benchmarks.<study> --minutes 120     starts nothing new after that time
     python -m benchmarks.<study> --page            only the page and its plots, from the records
     python -m benchmarks.<study> --smoke           in miniature, into runs/science-smoke
@@ -303,11 +304,18 @@ intervals over cases, each case averaged over the seeds first; a difference is t
 """
 
 
-def carry_out(study: Study, laboratory: Laboratory, budget: Budget, *, until: float | None = None) -> bool:
+def carry_out(
+    study: Study,
+    laboratory: Laboratory,
+    budget: Budget,
+    *,
+    until: float | None = None,
+    only: Sequence[str] | None = None,
+) -> bool:
     """All experiments of a study, seed by seed, and its page now and then; False if the time ran out."""
     arms = study.arms(budget)
     seeds = sorted({seed for by in arms.values() for seed in by})
-    todo = [(s, label, by[s]) for s in seeds for label, by in arms.items() if s in by]
+    todo = [(s, label, by[s]) for s in seeds for label, by in arms.items() if s in by and (not only or label in only)]
     waiting, published = False, time.monotonic()
     for wait in (False, True):  # what another process is at comes last
         for seed, label, experiment in todo:
@@ -332,14 +340,17 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{study.name}", description=study.title)
     parser.add_argument("--smoke", action="store_true", help="in miniature, into runs/science-smoke")
     parser.add_argument("--seeds", type=int, nargs="+", help="of training")
+    parser.add_argument("--arms", nargs="+", help="labels; all others wait")
     parser.add_argument("--minutes", type=float, help="start nothing new after this time")
     parser.add_argument("--page", action="store_true", help="only the page, from what is recorded")
     options = parser.parse_args(arguments)
     budget = SMOKE if options.smoke else FULL
     laboratory = Laboratory.within(ROOT / "runs" / "science-smoke") if options.smoke else Laboratory.full()
     some = replace(budget, seeds=tuple(options.seeds)) if options.seeds else budget
+    if unknown := set(options.arms or ()) - set(study.arms(some)):
+        parser.error(f"--arms must name arms of {study.name} ({', '.join(study.arms(some))}), got {', '.join(unknown)}")
     until = time.monotonic() + 60 * options.minutes if options.minutes else None
-    if not options.page and not carry_out(study, laboratory, some, until=until):
+    if not options.page and not carry_out(study, laboratory, some, until=until, only=options.arms):
         print(f"time is up; the same command goes on with {study.name}")
     path = laboratory.publish(study, budget)
     print(f"page: {path}" if path else f"nothing is recorded for {study.name} yet")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class IDARConfig:
-    """Attention supervision.
+    """Attention supervision; the defaults are the centre of ``benchmarks/regime.py`` (docs/adr/0020-which-arrows.md).
 
     Attributes:
         coef: lambda; 0 switches it off.
@@ -44,12 +44,12 @@ class IDARConfig:
             steps are for fidelity alone.
     """
 
-    coef: float = 0.3
+    coef: float = 0.1
     direction: Direction = "image_to_reference"
     kind: LossKind = "share_cross_entropy"
     normalization: Normalization = "none"
-    sigma_max: float = 1.0
-    all_blocks: bool = False
+    sigma_max: float = 0.8
+    all_blocks: bool = True
     until: float = 1.0
 
     def __post_init__(self) -> None:
@@ -63,7 +63,14 @@ class IDARConfig:
     @classmethod
     def paper(cls, coef: float = 0.3) -> IDARConfig:
         """The paper's letter: Dice on maps of reference queries over image keys, divided by their maximum, double blocks."""
-        return cls(coef=coef, direction="reference_to_image", kind="dice", normalization="max")
+        return cls(
+            coef=coef,
+            direction="reference_to_image",
+            kind="dice",
+            normalization="max",
+            sigma_max=1.0,
+            all_blocks=False,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
