@@ -126,21 +126,18 @@ def speed(data: dict) -> str:
         groups.setdefault(b["group"] or b["name"].split("[")[0], {})[b["name"]] = b
     rows = []
     for group, members in groups.items():
-        names = list(members)
-        base = next((n for n in names if "bare" in n or "forward and backward" in n), None)
-        for name in names:
-            s = members[name]["stats"]
+        base = next((n for n in members if "bare" in n), None)
+        for name, b in members.items():
+            s, pair = b["stats"], b["extra_info"]
+            if "ratio" in pair:  # both took turns within a round
+                low, high = pair["quartiles"]
+                rows.append([group, pair["baseline"], f"{pair['baseline_ms']:.0f}", "", s["rounds"], "1.000"])
+                ratio = f"{pair['ratio']:.3f} ({low:.3f} to {high:.3f})"
+                rows.append([group, "update", f"{pair['update_ms']:.0f}", "", s["rounds"], ratio])
+                continue
             ratio = f"{s['median'] / members[base]['stats']['median']:.3f}" if base else "-"
-            rows.append(
-                [
-                    group,
-                    name.split("[")[1].rstrip("]"),
-                    f"{s['median'] * 1e3:.2f}",
-                    f"{s['iqr'] * 1e3:.2f}",
-                    s["rounds"],
-                    ratio,
-                ]
-            )
+            what = name.split("[")[1].rstrip("]")
+            rows.append([group, what, f"{s['median'] * 1e3:.2f}", f"{s['iqr'] * 1e3:.2f}", s["rounds"], ratio])
     header = ["group", "what", "median, ms", "inter-quartile range", "rounds", "ratio to the baseline"]
     return "\n".join(["## Speed\n", table(header, rows), origin(data)])
 
