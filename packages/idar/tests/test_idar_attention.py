@@ -47,7 +47,7 @@ def test_equals_materialised_attention_in_value_and_gradient(direction: str, chu
 def test_spans_may_come_in_any_order(direction: str) -> None:
     """References before the image (FLUX.2-klein-KV), the last subject first."""
     q, k = joint()
-    spans, image = [(12, 15), (1, 5)], (6, 12)
+    spans, image = [(12, 15), (1, 5)], (6, 12)  # keys before, between and behind the spans
     weight = torch.randn(2, 2, 6, generator=torch.Generator().manual_seed(1))
     fast = subject_attention(q, k, spans, image, direction=direction)
     slow = reference.subject_attention(q, k, spans, image, direction=direction)
@@ -60,7 +60,7 @@ def test_spans_may_come_in_any_order(direction: str) -> None:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("scale", [None, 0.07])
 def test_gradcheck(direction: str, scale: float | None) -> None:
-    q, k = joint(torch.float64, batch=1, heads=2, length=8, width=3)
+    q, k = joint(torch.float64, batch=1, heads=2, length=9, width=3)  # a token before and one behind everything
     assert torch.autograd.gradcheck(
         lambda a, b: subject_attention(a, b, [(5, 7), (7, 8)], (1, 5), direction=direction, chunk_size=9, scale=scale),
         (q, k),
