@@ -23,6 +23,7 @@ from benchmarks import (
     inference_overhead,
     ratios,
     regime,
+    results_index,
     reward_hacking,
     scaling,
     subjects,
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for study in STUDIES:
         print(f"{study.name}: {laboratory.publish(study, budget) or 'nothing is recorded yet'}")
     write_text(laboratory.pages / "science.md", overview(laboratory.results))
+    results_index.write(laboratory.pages)
     if not options.smoke:
         path = ROOT / "README.md"
         write_text(path, with_table(path.read_text(), readme_table(laboratory.results)))

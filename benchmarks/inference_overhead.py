@@ -25,6 +25,7 @@ from multicrafter.flux.model import Text
 from multicrafter.plan.steps import build
 from multicrafter.settings import write_text
 
+from benchmarks import results_index
 from benchmarks.report import markdown_table, save_plot
 from benchmarks.run import ROOT, circumstances
 
@@ -166,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.page:
         write_json(path, measure(rounds=1 if options.smoke else options.rounds, smoke=options.smoke))
     write_text(folder / f"{NAME}.md", page(json.loads(path.read_text()), folder))
+    results_index.write(folder)
     print(f"page: {folder / f'{NAME}.md'}")
     return 0
 

