@@ -16,11 +16,16 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImageEditPlusPipeline,
+    QwenImageTransformer2DModel,
 )
 from idar.cli import main
 from idar.integrations.recording import record, references_in_context, to_tensor
@@ -176,7 +181,7 @@ def test_references_follow_the_image_diagonally() -> None:
             )
 
 
-def test_flux2_takes_its_references_itself() -> None:
+def flux2(pipeline: type, *, guidance: bool) -> Any:
     torch.manual_seed(0)
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -185,17 +190,63 @@ def test_flux2_takes_its_references_itself() -> None:
     )  # fmt: skip
     transformer = Flux2Transformer2DModel(
         patch_size=1, in_channels=16, num_layers=2, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=12, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+        joint_attention_dim=12, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=guidance,
     )  # fmt: skip
-    pipe = Flux2KleinPipeline(
+    pipe = pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=None, tokenizer=None, transformer=transformer
     )
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("pipeline", [Flux2KleinPipeline, Flux2Pipeline])
+def test_flux2_takes_its_references_itself(pipeline: type) -> None:
     embeds = torch.randn(1, 5, 12)
-    options = {"prompt_embeds": embeds, "negative_prompt_embeds": embeds, "guidance_scale": 4.0}
+    options = {"prompt_embeds": embeds, "guidance_scale": 4.0}
+    if pipeline is Flux2KleinPipeline:  # guidance by a second pass, which is not a step
+        options["negative_prompt_embeds"] = embeds
+    pipe = flux2(pipeline, guidance=pipeline is Flux2Pipeline)
     found = record(pipe, [picture(64, 64), picture(128, 64)], "", num_steps=2, size=(64, 64), options=options)
     assert found.grid == (4, 4)
-    assert found.maps["image_to_reference"].shape == (2, 2, 2, 16)  # guidance's second pass is not a step
+    assert found.maps["image_to_reference"].shape == (2, 2, 2, 16)
+    torch.testing.assert_close(found.maps["reference_to_image"].sum(-1), torch.ones(2, 2, 2))
+
+
+def test_kontext_takes_one_reference() -> None:
+    parts = tiny_flux().components
+    pipe = FluxKontextPipeline(**{k: v for k, v in parts.items() if k not in ("image_encoder", "feature_extractor")})
+    pipe.set_progress_bar_config(disable=True)
+    options = {"max_sequence_length": 6}
+    found = record(pipe, [picture(40, 40)], "two", num_steps=2, options=options)
+    assert found.grid == (6, 6) and found.sigmas == (1.0, 0.5)
+    assert found.maps["image_to_reference"].shape == (2, 2, 1, 36)
+    torch.testing.assert_close(found.maps["reference_to_image"].sum(-1), torch.ones(2, 2, 1))
+    other = record(pipe, [picture(40, 40, (0, 255, 0))], "two", num_steps=2, options=options)
+    assert not torch.allclose(found.maps["image_to_reference"], other.maps["image_to_reference"], atol=1e-6)
+    with pytest.raises(ValueError, match="at most 1 for FluxKontextPipeline, got 2"):
+        record(pipe, [picture(8, 8)] * 2, "two")
+
+
+@pytest.mark.slow  # references are a megapixel each, whatever their size
+def test_qwen_image_edit_takes_several() -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    pipe = QwenImageEditPlusPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=None, tokenizer=None, processor=None,
+        transformer=transformer,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    options = {"prompt_embeds": torch.randn(1, 5, 12), "prompt_embeds_mask": torch.ones(1, 5, dtype=torch.long)}
+    found = record(pipe, [picture(64, 64), picture(128, 64)], "", num_steps=2, size=(64, 64), options=options)
+    assert found.grid == (4, 4) and found.sigmas == (1.0, 0.5)
+    assert found.maps["image_to_reference"].shape == (2, 2, 2, 16)
     torch.testing.assert_close(found.maps["reference_to_image"].sum(-1), torch.ones(2, 2, 2))
 
 
