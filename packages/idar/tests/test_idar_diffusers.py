@@ -129,6 +129,17 @@ def test_checkpointing_gives_values_once_and_gradients_once(direction: str) -> N
         torch.testing.assert_close(again[2][name], plain[2][name], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("keep_blocks", [False, True])
+def test_a_block_that_runs_again_in_the_backward_counts_once(keep_blocks: bool) -> None:
+    model = tiny_flux().train()
+    model.enable_gradient_checkpointing()
+    with capture_subject_attention(model, LAYOUT, keep_blocks=keep_blocks) as captured:
+        output = model(**inputs(), return_dict=False)[0]
+        before = captured.maps.detach().clone()
+        (output.square().mean() + captured.maps.square().sum()).backward()
+        torch.testing.assert_close(captured.maps.detach(), before)
+
+
 def test_single_blocks_can_be_chosen_and_wrong_layouts_are_named() -> None:
     model = tiny_flux()
     _, maps, _ = run(model, "reference_to_image", blocks=lambda n: "single" in n)

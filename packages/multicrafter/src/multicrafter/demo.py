@@ -84,6 +84,9 @@ def claims(differences: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {
         "Stage 1 looks less at the wrong person than plain LoRA (leakage)": {"holds": stage1["leakage"].high < 0},
         "Stage 1 shows more of the right attributes than plain LoRA": {"holds": stage1["attributes"].low > 0},
+        "Stage 1 shows people more like their references than plain LoRA (identity)": {
+            "holds": stage1["identity"].low > 0
+        },
         "Stage 2 raises its composite reward on unseen prompts": {"holds": stage2["reward"].low > 0},
         "Stage 2 does not lower identity": {"holds": stage2["identity"].high >= 0},
     }
