@@ -36,6 +36,21 @@ def test_pictures_of_one_prompt_do_not_count_as_independent():
     assert (clustered.cases, clustered.groups) == (160, 20)
 
 
+def test_prompts_with_more_pictures_weigh_more_in_the_mean_and_in_every_resample():
+    values, groups = [0.0, *[1.0] * 9], ["a", *["b"] * 9]
+    middle = bootstrap_interval(values, groups, level=0.2)  # half of the resamples hold both prompts
+    assert middle.mean == 0.9 and (middle.low, middle.high) == (0.9, 0.9)
+
+
+def test_prompts_count_alike_in_the_paired_test():
+    sizes, effect = (1, 5, 2), (1.0, -0.5, 0.8)
+    difference = np.repeat(effect, sizes)
+    groups = [name for name, size in zip("abc", sizes) for _ in range(size)]
+    test = paired_test(np.zeros(8), difference, groups)
+    flips = [abs(np.dot(signs, effect)) for signs in itertools.product((1, -1), repeat=3)]
+    assert test.p == pytest.approx(np.mean(np.array(flips) >= sum(effect) - 1e-9)) == 0.5
+
+
 def test_coverage_of_the_interval():
     random = np.random.default_rng(2)
     hits = 0

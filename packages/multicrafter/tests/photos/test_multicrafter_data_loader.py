@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from multicrafter.data.photos.loader import LoaderConfig, PhotoLoader, aspect_buckets, nearest_bucket
-from multicrafter.data.photos.samples import cover
-from multicrafter.data.photos.store import open_split
+from multicrafter.data.photos.loader import LoaderConfig, PhotoLoader, aspect_buckets, nearest_bucket, usable_subjects
+from multicrafter.data.photos.samples import Draw, cover, read_sample
+from multicrafter.data.photos.store import Store, open_split
+from PIL import Image
 
 CONFIG = {"batch": 3, "buckets": ((64, 64),), "reference_size": 32}
 
@@ -71,6 +72,7 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others(built):
     first = [list(islice(x, 5)) for x in (a, b, c)]
     assert all(same(x, y) for x, y in zip(first[0], first[1], strict=True))
     assert not all(same(x, y) for x, y in zip(first[0], first[2], strict=True))
+    assert [x.keys for x in first[0]] != [x.keys for x in first[2]], "the order too"
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4, 5, 6, 11])
@@ -127,6 +129,51 @@ def test_batches_of_mixed_counts_are_padded_and_marked(built, monkeypatch):
     assert batch.present.sum(1).tolist() == counts
     for i, count in enumerate(counts):
         assert batch.masks[i, count:].abs().sum() == 0 and batch.references[i, count:].abs().sum() == 0
+
+
+def test_the_last_batch_is_kept_or_dropped(built):
+    kept, dropped = loader(built, batch=4, drop_last=False), loader(built, batch=4)
+    whole = len(kept.store.records)
+    assert whole % 4 and dropped.batches_per_epoch == whole // 4
+    sizes = [len(b.keys) for b in islice(kept, kept.batches_per_epoch)]
+    assert sum(sizes) == whole and sorted(sizes)[0] == whole % 4
+
+
+def test_numbers_of_subjects_are_kept_apart_unless_mixed(built):
+    for mixed in (False, True):
+        stream = loader(built, batch=2, mix_counts=mixed)
+        stream.rows = [(index, subjects[: 1 + row % 2]) for row, (index, subjects) in enumerate(stream.rows)]
+        stream._groups = stream._by_bucket()
+        counts = {tuple(len(stream.rows[r][1]) for r in rows) for epoch in range(4) for _, rows in stream.plan(epoch)}
+        assert counts == ({(1, 1), (2, 2), (1, 2), (2, 1)} if mixed else {(1, 1), (2, 2)})
+
+
+def test_records_are_used_whole_or_not_at_all():
+    def subject(*augmented):
+        return {"references": [{"augmented": a} for a in augmented]}
+
+    record = {"subjects": [subject(False, True), subject(True)]}
+    assert usable_subjects(record, LoaderConfig()) == record["subjects"]
+    assert usable_subjects(record, LoaderConfig(augmented=False)) == []
+    known = {"subjects": [subject(False, True), subject(False)]}
+    assert usable_subjects(known, LoaderConfig(augmented=False)) == [subject(False), subject(False)]
+    assert usable_subjects(known, LoaderConfig(num_subjects=3)) == []
+
+
+@pytest.mark.parametrize("bucket", [(64, 32), (32, 64), (48, 48)])
+def test_masks_are_cut_as_their_pictures_are(tmp_path, bucket):
+    """The subject is red, so its mask must lie where the sample is red, wherever the cut fell."""
+    pixels = np.zeros((90, 120, 3), np.uint8)
+    planes = np.zeros((90, 120), np.uint8)
+    pixels[30:70, 50:85], planes[30:70, 50:85] = (255, 0, 0), 4
+    for name, content in (("a.png", pixels), ("m.png", planes), ("r.png", pixels)):
+        Image.fromarray(content).save(tmp_path / name)
+    subject = {"identity": "x", "mask_bit": 2, "face_box": [55, 32, 75, 50], "references": [{"image": "r.png"}]}
+    record = {"key": "k", "image": "a.png", "masks": "m.png", "width": 120, "height": 90, "caption": "c"}
+    for epoch in range(5):
+        sample = read_sample(Store(tmp_path, {}, [], {}), record, [subject], bucket, Draw(0, epoch, 8, 16))
+        red = sample.image[0] > 0.5
+        assert (red == (sample.masks[0] > 0.5)).float().mean() > 0.95 and 0 < red.float().mean() < 0.9
 
 
 def test_max_references_draws_anew_every_epoch(built):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from multicrafter.data.photos.masks import (
     split_by_faces,
 )
 from multicrafter.data.photos.people import BodyDetector, assign_bodies, body_box
+from multicrafter.data.photos.references import crop_box
 from PIL import Image
 
 SEED = st.integers(0, 2**32 - 1)
@@ -60,6 +62,48 @@ def test_bodies_go_to_the_faces_inside_them():
     got = assign_bodies(faces, bodies, 300, 100)
     assert got[:2] == [bodies[1], bodies[0]]
     assert got[2] == body_box(faces[2], 300, 100)
+
+
+def test_of_bodies_around_both_faces_each_gets_the_one_that_fits_it():
+    faces = [(10.0, 10.0, 20.0, 20.0), (40.0, 10.0, 50.0, 20.0)]
+    left, right = (0.0, 5.0, 52.0, 80.0), (8.0, 5.0, 60.0, 80.0)  # each holds both faces
+    for bodies in ([left, right], [right, left]):
+        assert assign_bodies(faces, bodies, 300, 100) == [left, right]
+
+
+def test_a_face_outside_of_every_body_keeps_the_guess():
+    faces, bodies = (
+        [(10.0, 10.0, 20.0, 20.0), (60.0, 10.0, 70.0, 20.0)],
+        [(0.0, 5.0, 35.0, 95.0), (200.0, 5.0, 240.0, 95.0)],
+    )
+    assert assign_bodies(faces, bodies, 300, 100) == [bodies[0], body_box(faces[1], 300, 100)]
+
+
+def test_a_reference_crop_shrinks_until_the_neighbour_is_out_of_it():
+    face, neighbour = (100.0, 100.0, 140.0, 140.0), (150.0, 100.0, 190.0, 140.0)
+    alone = crop_box(face, [], 400, 300, scale=2.2)
+    assert alone[2] - alone[0] == alone[3] - alone[1] == 88 and alone[2] > 154  # it would show the neighbour
+    box = crop_box(face, [neighbour], 400, 300, scale=2.2)
+    assert box[2] <= 154 and box[0] <= 100 and box[2] >= 140 and box[2] - box[0] >= 48
+
+
+def test_sam2_takes_the_mask_it_trusts_most():
+    masks = torch.zeros(1, 3, 4, 4)
+    for i in range(3):
+        masks[0, i, i] = 1
+    masker = object.__new__(Sam2Masker)
+    masker.model = lambda **_: SimpleNamespace(pred_masks=None, iou_scores=torch.tensor([[[0.1, 0.9, 0.5]]]))
+
+    class Processor(dict):
+        def __call__(self, **_):
+            return {"original_sizes": [(4, 4)]}
+
+        def post_process_masks(self, *_):
+            return [masks.bool()]
+
+    masker.processor = Processor()
+    found = masker(Image.new("RGB", (4, 4)), [(0.0, 0.0, 1.0, 1.0)], [(0.0, 0.0, 4.0, 4.0)])
+    assert np.array_equal(found[0], masks[0, 1].bool().numpy())
 
 
 def test_box_masks(photo):

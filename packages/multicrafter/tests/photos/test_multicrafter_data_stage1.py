@@ -77,7 +77,7 @@ def test_tokens_masks_and_captions_are_those_of_the_records(built, pipe):
 @given(st.integers(1, 500), st.dictionaries(st.integers(1, 8), st.integers(1, 300), min_size=1))
 def test_samples_are_shared_out_in_proportion(count, numbers):
     shares, total = share_out(count, numbers), sum(numbers.values())
-    assert list(shares) == sorted(numbers)
+    assert list(shares) == sorted(numbers) and min(shares.values()) >= 1
     assert all(abs(shares[n] - count * k / total) < 1 or shares[n] == 1 for n, k in numbers.items())
     assert share_out(total, numbers) == numbers  # as many samples as records: each once
     if all(count * k >= total for k in numbers.values()):
