@@ -116,9 +116,11 @@ def key_of(content: Any) -> str:
 
 
 def deciding(content: Any) -> Any:
-    """A configuration (as `to_dict` has it) without what changes nothing but speed, and without what is off (None, False): an option that is new, and off by
-    default, renames no record.
+    """A configuration (as `to_dict` has it) without what changes nothing but speed, without what is off (None, False: an option that is new, and off by
+    default, renames no record), and without what a coefficient of 0 leaves without effect.
     """
     if isinstance(content, Mapping):
+        if content.get("coef") == 0:
+            return {"coef": 0.0}
         return {k: deciding(v) for k, v in content.items() if k != "execution" and v is not None and v is not False}
     return [deciding(x) for x in content] if isinstance(content, list) else content

@@ -32,14 +32,17 @@ def test_a_record_is_named_after_what_decides_it(laboratory):
     one = experiment()
     faster = replace(one, pretrain=with_execution(one.pretrain, compile_blocks=True, micro_batch=4))
     assert laboratory.key(faster) == laboratory.key(one)
+    off = replace(one.pretrain.idar, sigma_max=0.5, all_blocks=False)
+    assert off.coef == 0 and laboratory.key(experiment(idar=off)) == laboratory.key(one), "0 times anything"
     others = [
+        experiment(idar=replace(off, coef=0.1)),
         experiment(seed=1),
         experiment(lr=1e-4),
         replace(one, tests=(SMOKE.test(num_cases=3),)),
         replace(one, base=Base(minutes=1.0)),
         replace(one, align=SMOKE.rows(0)["ippo"][1]),
     ]
-    assert len({laboratory.key(e) for e in [one, *others]}) == 6
+    assert len({laboratory.key(e) for e in [one, *others]}) == 7
 
 
 def test_what_is_recorded_is_not_done_again(laboratory, monkeypatch):
