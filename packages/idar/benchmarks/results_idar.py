@@ -83,7 +83,6 @@ Milliseconds for maps and gradients of one block, {size["reference"]} tokens eac
 |---|---|---|---|---|---|---|---|---|---|---|
 {chr(10).join(lines)}
 
-In the recorded session the six-reference runs of reference queries were disturbed by neighbours every time; without that point the line has 62 ms per reference and R² 0.998.
 
 ![references](idar_references.png)
 """

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from multicrafter.benchmarking.judges import JudgeConfig, Judges, clip_encoder
 from multicrafter.benchmarking.leaderboard import as_markdown, compare_runs, leaderboard
-from multicrafter.benchmarking.score import Scores
+from multicrafter.benchmarking.manifest import find_cases, read_prompts
+from multicrafter.benchmarking.score import Scores, score
 from multicrafter.cli import main
+from PIL import Image
 
 JUDGES = ["--faces", "tiny", "--clip", "tiny"]
 
@@ -42,6 +46,29 @@ def test_json_and_page(runs, scored):
     page = (runs / "right" / "report.html").read_text()
     assert all(name in page for name in content["summary"])
     assert "data:image/jpeg;base64" in page and "http" not in page.replace("https://", "http://").split("<style>")[0]
+
+
+def test_every_case_has_its_own_sentence_and_all_of_its_references(asked, scored):
+    """CLIP-T and CLIP-I by hand; a number of people that is not that of the references; faces too few are not too many."""
+    clip = clip_encoder("tiny")
+    prompts = [json.loads(line) for line in (asked / "manifest.jsonl").read_text().splitlines()]
+
+    def pictures(names):
+        return clip.embed_pictures([Image.open(asked / n).convert("RGB") for n in names])
+
+    for case, prompt in zip(scored["right"].cases, prompts, strict=True):
+        (picture,), (sentence,) = pictures([f"right/{prompt['key']}.png"]), clip.embed_text([prompt["prompt"]])
+        assert case["metrics"]["clip_t"] == pytest.approx(picture @ sentence, abs=1e-5)
+        references = pictures([r["image"] for r in prompt["references"]])
+        assert case["metrics"]["clip_i"] == pytest.approx((references @ picture).mean(), abs=1e-5)
+    found = find_cases(
+        [replace(p, count=3) for p in read_prompts(asked / "manifest.jsonl")[1]], asked / "right", format="native"
+    )
+    three = score(found, Judges(JudgeConfig(faces="tiny")), name="three", progress=False)
+    two = [case["faces"] == 2 for case in three.cases]
+    assert sum(two) >= 4
+    for case, only_two in zip(three.cases, two, strict=True):
+        assert not only_two or (case["metrics"]["count"], case["metrics"]["extra"]) == (0.0, 0.0)
 
 
 def test_compare_finds_the_difference_case_by_case(runs, tmp_path, capsys):
