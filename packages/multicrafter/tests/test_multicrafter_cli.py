@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from multicrafter.adapters import AdapterConfig, Adapters
 from multicrafter.cli import main
 from PIL import Image
@@ -284,6 +285,14 @@ def test_as_a_module():
     )
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: --reference")
+
+
+def test_flags_change_a_recipe_too(model, tmp_path, capsys):
+    """They were ignored beside --recipe; what --set says comes last."""
+    flags = ["--recipe", "tiny_stage1", "--model", model, "--steps", "7", "--batch", "2", "--scenes", "4"]
+    assert main(["pretrain", *flags, "--set", "num_steps=1", "--out", str(tmp_path / "run")]) == 0
+    run = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["pretrain"]
+    assert (run["num_steps"], run["batch"], run["num_scenes"]) == (1, 2, 4)
 
 
 def test_rows_are_those_of_the_recipes():

@@ -160,13 +160,14 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
     _writable(arguments.out)
     config = ablation(seed=arguments.seed)[arguments.row].pretrain
-    changes = {"num_steps": arguments.steps, "batch": arguments.batch, "num_scenes": arguments.scenes}
-    config = replace(config, **{k: v for k, v in changes.items() if v is not None})
-    if arguments.idar_coef is not None:
-        config = replace(config, idar=replace(config.idar, coef=arguments.idar_coef))
-    if arguments.references is not None:
-        config = replace(config, world=replace(config.world, numbers=(arguments.references,)))
-    run = chosen(arguments, Stage1(model=ModelConfig(path=arguments.model, text_tokens=16), pretrain=config))
+    flags = {
+        "pretrain.num_steps": arguments.steps,
+        "pretrain.batch": arguments.batch,
+        "pretrain.num_scenes": arguments.scenes,
+        "pretrain.idar.coef": arguments.idar_coef,
+        "pretrain.world.numbers": None if arguments.references is None else [arguments.references],
+    }
+    run = chosen(arguments, Stage1(model=ModelConfig(path=arguments.model, text_tokens=16), pretrain=config), flags)
     assert isinstance(run, Stage1)
     if arguments.data is not None:
         run = replace(run, pretrain=_with_photos(run.pretrain, arguments))
@@ -210,9 +211,12 @@ def _align(arguments: argparse.Namespace) -> int:
     _writable(arguments.out)
     config = tiny(seed=arguments.seed).align
     assert config is not None
-    changes = {"num_steps": arguments.steps, "prompts": arguments.prompts, "group_size": arguments.group_size}
-    config = replace(config, **{k: v for k, v in changes.items() if v is not None})
-    run = chosen(arguments, Stage2(model=ModelConfig(path=arguments.model, text_tokens=16), align=config))
+    flags = {
+        "align.num_steps": arguments.steps,
+        "align.prompts": arguments.prompts,
+        "align.group_size": arguments.group_size,
+    }
+    run = chosen(arguments, Stage2(model=ModelConfig(path=arguments.model, text_tokens=16), align=config), flags)
     assert isinstance(run, Stage2)
     pipe, backbone = _load(run, arguments)
     adapters, notes = Adapters.load(pipe.transformer, arguments.adapter, backbone=backbone)

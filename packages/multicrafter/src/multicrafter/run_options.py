@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,8 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def chosen(arguments: argparse.Namespace, default: Run | None = None) -> Run:
-    """The run that the options name; ``default`` (with ``--set`` applied) where they name none.
+def chosen(arguments: argparse.Namespace, default: Run | None = None, flags: Mapping[str, Any] | None = None) -> Run:
+    """The run that the options name, or ``default``, with ``flags`` (by dotted name; None: not given) and then ``--set`` applied.
 
     Raises:
         ValueError: See `recipes.resolve`; or the run is of the other stage than ``default``.
@@ -32,10 +33,11 @@ def chosen(arguments: argparse.Namespace, default: Run | None = None) -> Run:
     from multicrafter import settings
     from multicrafter.recipes import resolve
 
+    given = [f"{name}={json.dumps(value)}" for name, value in (flags or {}).items() if value is not None]
     if default is not None and arguments.recipe is None and arguments.config is None:
-        return settings.override(default, arguments.changes)
+        return settings.override(default, [*given, *arguments.changes])
     model = getattr(arguments, "model", None)
-    changes = [*([f"model.path={json.dumps(model)}"] if model is not None else []), *arguments.changes]
+    changes = [*([f"model.path={json.dumps(model)}"] if model is not None else []), *given, *arguments.changes]
     seed = getattr(arguments, "seed", 0)
     run = resolve(recipe=arguments.recipe, config=arguments.config, changes=changes, seed=seed)
     if default is not None and type(run) is not type(default):
