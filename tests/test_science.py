@@ -13,7 +13,8 @@ from multicrafter.adapters import AdapterConfig, Adapters
 from multicrafter.loading import load_flux
 from multicrafter.stages.runs import with_execution
 
-from benchmarks import ablation, all as everything, probes, report
+from benchmarks import ablation, probes, report
+from benchmarks import all as everything
 from benchmarks.experiment import SMOKE, Base, Experiment
 from benchmarks.science import Laboratory, Study, carry_out, main
 

@@ -362,5 +362,5 @@ def test_execution_is_what_the_plan_knows():
     """A new way of computing must be planned too: this fails when `ExecutionConfig` grows."""
     assert {f for f in ExecutionConfig.__dataclass_fields__} == {
         "dtype", "gradient_checkpointing", "quantization", "optimizer", "micro_batch", "parallel", "attention_backend", "ema_decay",
-        "cache", "compile_blocks",  # compiled blocks are planned as if they were not: an upper bound
+        "cache", "compile_blocks",  # compiled blocks are planned as if they were not
     }  # fmt: skip
