@@ -1,4 +1,4 @@
-"""Both stages train on every backbone, with and without recomputed blocks."""
+"""Both stages train, and evaluation runs, on every backbone, with and without recomputed blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from multicrafter.adapters import AdapterConfig, Adapters
 from multicrafter.backbones import backbone_of
 from multicrafter.backbones.tiny import tiny_flux1, tiny_klein, tiny_kontext
 from multicrafter.data.synthetic import WorldConfig
+from multicrafter.evaluate import METRICS, EvaluateConfig, Judges, cases, evaluate, generate_cases
 from multicrafter.execution import ExecutionConfig
+from multicrafter.figures import subject_maps
 from multicrafter.flux.tiny import TinyFluxConfig
 from multicrafter.stages.align import Align, AlignConfig
 from multicrafter.stages.data import encode_scenes
@@ -108,3 +110,20 @@ def test_stage_2_moves_the_adapters(name):
 
 def replace_scenes(pipe):
     return encode_scenes(pipe, replace(WORLD, numbers=(2,)), 2, seed=4)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_backbone_can_be_evaluated_and_looked_at(name):
+    """Cases are drawn through the backbone: its references reach the pictures, and its attention is read."""
+    pipe = make(name)
+    config = EvaluateConfig(num_cases=2, num_sampling_steps=2)
+    scenes = cases(pipe, config)
+    metrics, pictures = evaluate(pipe, scenes, Judges.load(), config)
+    assert pictures.shape == scenes.images.shape
+    assert metrics.keys() == METRICS.keys()
+    assert ((metrics["leakage"] > 0) & (metrics["leakage"] < 1)).all()
+    exchanged = generate_cases(pipe, replace(scenes, references=scenes.references.flip(1)), config)
+    assert not torch.equal(exchanged, pictures)
+    assert torch.equal(generate_cases(pipe, scenes, config, batch=1).gt(0.5), pictures.gt(0.5))
+    maps = subject_maps(pipe, scenes, [1])
+    assert torch.allclose(maps.sum(1), torch.ones(1, *scenes.grid))

@@ -16,9 +16,9 @@ from id_reward import IdentityScorer, match
 from torch import Tensor
 
 from multicrafter import judges
+from multicrafter.backbones import backbone_of
 from multicrafter.data.synthetic import FAMILIES, Family, Split, WorldConfig
-from multicrafter.flux.model import Text, decode_latents, encode_prompts, predict_velocity, sample, sigma_schedule
-from multicrafter.flux.packing import unpack_latents
+from multicrafter.flux.model import sample
 from multicrafter.judges.aesthetics import aesthetics
 from multicrafter.judges.clip import ClipScorer
 from multicrafter.judges.people import PeopleBackend
@@ -27,7 +27,7 @@ from multicrafter.stages.data import EncodedScenes, encode_scenes
 from multicrafter.stages.pretrain import measure_leakage
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from diffusers import DiffusionPipeline
 
 METRICS = {
     "identity": "cosine of each reference with the face matched to it (people judge)",
@@ -148,25 +148,23 @@ def score_attributes(truth: Tensor, read: Tensor, family: Family, stranger: Tens
     )
 
 
-def _velocity(pipe: FluxPipeline, text: Text, context: dict[str, Any], x: Tensor, sigma: Tensor) -> Tensor:
-    return predict_velocity(pipe.transformer, x, sigma, text, **context)
-
-
 @torch.no_grad()
-def generate_cases(pipe: FluxPipeline, scenes: EncodedScenes, config: EvaluateConfig, *, batch: int = 64) -> Tensor:
-    """One picture (n, 3, H, W) per case; the noise depends on the seed and the case alone."""
+def generate_cases(pipe: DiffusionPipeline, scenes: EncodedScenes, config: EvaluateConfig, *, batch: int = 64) -> Tensor:
+    """One picture (n, 3, H, W) per case, by any backbone; the noise depends on the seed and the case alone."""
+    backbone = backbone_of(pipe)
     noise = torch.randn(scenes.tokens.shape, generator=torch.Generator().manual_seed(config.seed + 1))
+    sigmas = backbone.sigmas(pipe, config.num_sampling_steps, scenes.tokens.shape[1])
     pictures = []
     for start in range(0, len(scenes), batch):
         part = slice(start, min(start + batch, len(scenes)))
         velocity = partial(
-            _velocity,
-            pipe,
-            encode_prompts(pipe, scenes.captions[part]),
-            {**scenes.context(part), "guidance": config.guidance},
+            backbone.velocity,
+            pipe.transformer,
+            text=backbone.encode_prompts(pipe, scenes.captions[part]),
+            guidance=config.guidance,
+            **scenes.context(part),
         )
-        tokens = sample(velocity, noise[part], sigma_schedule(config.num_sampling_steps))
-        pictures.append(decode_latents(pipe.vae, unpack_latents(tokens, scenes.grid)))
+        pictures.append(backbone.decode_pictures(pipe, sample(velocity, noise[part], sigmas), scenes.grid))
     return torch.cat(pictures)
 
 
@@ -199,7 +197,7 @@ def score_pictures(
 
 
 def evaluate(
-    pipe: FluxPipeline, scenes: EncodedScenes, judges: Judges, config: EvaluateConfig
+    pipe: DiffusionPipeline, scenes: EncodedScenes, judges: Judges, config: EvaluateConfig
 ) -> tuple[dict[str, np.ndarray], Tensor]:
     """Generates and scores every case; returns metrics per case and the pictures."""
     pictures = generate_cases(pipe, scenes, config)
@@ -211,7 +209,7 @@ def evaluate(
     return metrics, pictures
 
 
-def cases(pipe: FluxPipeline, config: EvaluateConfig) -> EncodedScenes:
+def cases(pipe: DiffusionPipeline, config: EvaluateConfig) -> EncodedScenes:
     """The cases of a configuration, encoded."""
     return encode_scenes(pipe, config.world(), config.num_cases, seed=config.seed)
 

@@ -11,7 +11,7 @@ from idar.integrations.diffusers import capture_subject_attention
 from torch import Tensor
 
 from multicrafter.backbones import backbone_of
-from multicrafter.flux.model import add_noise, encode_prompts, predict_velocity
+from multicrafter.flux.model import add_noise
 from multicrafter.stages.data import EncodedScenes
 from multicrafter.stages.pretrain import layout_of
 
@@ -55,12 +55,13 @@ def subject_maps(
     rows = torch.tensor(list(cases))
     latents = scenes.tokens[rows]
     level = torch.full((len(rows),), sigma)
-    text = encode_prompts(pipe, [scenes.captions[i] for i in cases])
+    backbone = backbone_of(pipe)
+    text = backbone.encode_prompts(pipe, [scenes.captions[i] for i in cases])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
     with capture_subject_attention(
-        pipe.transformer, layout_of(backbone_of(pipe), scenes, text.embeds.shape[1]), direction="image_to_reference"
+        pipe.transformer, layout_of(backbone, scenes, text.embeds.shape[1]), direction="image_to_reference"
     ) as captured:
-        predict_velocity(pipe.transformer, add_noise(latents, noise, level), level, text, **scenes.context(rows))
+        backbone.velocity(pipe.transformer, add_noise(latents, noise, level), level, text, **scenes.context(rows))
     maps = captured.maps
     return (maps / maps.sum(1, keepdim=True).clamp_min(1e-8)).unflatten(2, scenes.grid)
 

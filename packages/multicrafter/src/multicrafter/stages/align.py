@@ -30,7 +30,7 @@ from multicrafter.stages.scoring import Reward, Scored, score_pictures
 from multicrafter.stages.trainee import Trainee
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from diffusers import DiffusionPipeline
 
 KERNELS = {"flow_sde": FlowSDE, "flow_cps": FlowCPS}
 
@@ -114,7 +114,7 @@ class Align:
 
     def __init__(
         self,
-        pipe: FluxPipeline,
+        pipe: DiffusionPipeline,
         adapters: Adapters,
         config: AlignConfig,
         scenes: EncodedScenes,

@@ -16,7 +16,7 @@ from multicrafter.cache import CachedPictures
 from multicrafter.data.synthetic import FAMILIES, WorldConfig, make_scenes
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from diffusers import DiffusionPipeline
 
 
 @dataclass
@@ -56,7 +56,7 @@ class EncodedScenes:
 
 @torch.no_grad()
 def encode_scenes(
-    pipe: FluxPipeline,
+    pipe: DiffusionPipeline,
     world: WorldConfig,
     count: int,
     *,

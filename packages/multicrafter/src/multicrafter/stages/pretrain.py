@@ -26,7 +26,7 @@ from multicrafter.stages.look import Look, look_at
 from multicrafter.stages.trainee import Trainee
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class Pretrain:
     """Stage 1 as a `loop.Stage`, on one process or many (`multicrafter.distributed`)."""
 
     def __init__(
-        self, pipe: FluxPipeline, config: PretrainConfig, scenes: EncodedScenes | Sequence[EncodedScenes]
+        self, pipe: DiffusionPipeline, config: PretrainConfig, scenes: EncodedScenes | Sequence[EncodedScenes]
     ) -> None:
         """Attaches adapters to the pipeline's transformer; several `EncodedScenes` are buckets of different layouts."""
         my_slice(config.batch)  # says early that a batch is too small for the processes
@@ -233,7 +233,7 @@ class Pretrain:
 
 @torch.no_grad()
 def measure_leakage(
-    pipe: FluxPipeline,
+    pipe: DiffusionPipeline,
     scenes: EncodedScenes,
     *,
     direction: Direction,

@@ -23,7 +23,7 @@ from multicrafter.stages.scoring import Reward
 from multicrafter.trackers import Tracker
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from diffusers import DiffusionPipeline
 
 STAGE1_LOOP = LoopConfig(save_every=200, best="loss", best_is="lowest", picture_every=50)
 STAGE2_LOOP = LoopConfig(save_every=10, best="reward", best_is="highest", picture_every=10)
@@ -46,7 +46,7 @@ def _check_resume(out: Path, config: dict[str, Any]) -> None:
         raise ValueError(f"--resume needs the configuration of {path}, but {', '.join(changed)} changed")
 
 
-def training_scenes(pipe: FluxPipeline, config: PretrainConfig) -> EncodedScenes | Sequence[EncodedScenes]:
+def training_scenes(pipe: DiffusionPipeline, config: PretrainConfig) -> EncodedScenes | Sequence[EncodedScenes]:
     """What stage 1 trains on: drawn scenes, or the photos of ``config.data``."""
     world, cache = config.world, config.execution.cache
     if config.data is None:
@@ -58,7 +58,7 @@ def training_scenes(pipe: FluxPipeline, config: PretrainConfig) -> EncodedScenes
 
 
 def run_pretrain(
-    pipe: FluxPipeline,
+    pipe: DiffusionPipeline,
     config: PretrainConfig,
     out: Path,
     *,
@@ -88,7 +88,7 @@ def run_pretrain(
 
 
 def run_align(
-    pipe: FluxPipeline,
+    pipe: DiffusionPipeline,
     adapters: Adapters,
     config: AlignConfig,
     out: Path,
