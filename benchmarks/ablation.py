@@ -10,10 +10,10 @@ from typing import Any
 from multicrafter.evaluate import METRICS
 
 from benchmarks.experiment import Base, Budget, Experiment
-from benchmarks.report import Record, cell, compare, difference, forest, markdown_table, tables
+from benchmarks.report import Record, cell, compare, forest, markdown_table, tables
 from benchmarks.science import Study, main
 
-NAMES = ("attributes", "identity", "swaps", "leakage", "text", "aesthetics", "count")
+NAMES = ("attributes", "identity", "swaps", "leakage", "text", "aesthetics", "count", "reward")
 SIZE_MATCHED = 22  # the smallest rank at which plain LoRA has as many parameters as the experts; tested
 PAPER = {  # MultiCrafter, arXiv 2509.21953, its own people: text alignment, identity, aesthetics
     "baseline (UNO)": (0.2645, 0.1474, 0.2954),
@@ -59,7 +59,7 @@ def arms(budget: Budget, *, base: Base | None = None) -> dict[str, dict[int, Exp
 def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
     """Means, differences to the baseline, and what each part adds to the one before."""
     added = {
-        f"{a} - {b}": {n: difference(records[a], records[b], n) for n in NAMES}
+        f"{a} - {b}": compare({a: records[a], b: records[b]}, NAMES, baseline=b)["minus_baseline"][a]
         for a, b in STEPS
         if a in records and b in records and records[a].keys() & records[b].keys()
     }
@@ -74,7 +74,7 @@ def page(content: dict[str, Any], folder: Path) -> str:
     if content.get("minus_baseline"):
         forest(content["minus_baseline"], NAMES[:5], folder / f"{name}.png", content["by_seed"])
         picture = f"![differences to the baseline, by metric]({name}.png)\n\nBars: 95 % intervals over cases; dots: single seeds."
-    meaning = "\n".join(f"- **{n}**: {METRICS[n]}" for n in NAMES)
+    meaning = "\n".join(f"- **{n}**: {METRICS[n]}" for n in NAMES if n in METRICS)
     return f"""The rows of the paper's table: a plain in-context LoRA, then attention supervision, experts, and policy optimization on top. Plain LoRA has the rank of one expert, so that it computes as much
 per token as the mixture does (matched compute); one more row has the rank {SIZE_MATCHED}, as many parameters as all experts together (matched size).
 
@@ -89,6 +89,7 @@ per token as the mixture does (matched compute); one more row has the rank {SIZE
 {tables(content, (*NAMES, "swaps_by_chance", "leakage_single"), baseline="baseline")}
 
 {meaning}
+- **reward**: what stage 2 maximises: text, aesthetics and Multi-ID, weighted; here on prompts and people it has not seen
 - **swaps_by_chance**: {METRICS["swaps_by_chance"]}
 - **leakage_single**: leakage in the single-stream blocks
 

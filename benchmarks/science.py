@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from multicrafter import judges as shipped_judges
 from multicrafter.adapters import fingerprint
+from multicrafter.data.synthetic import FAMILIES
 from multicrafter.evaluate import (
     EvaluateConfig,
     Judges,
@@ -34,8 +35,10 @@ from multicrafter.evaluate import (
     write_json,
 )
 from multicrafter.flux.train_base import BaseConfig, train
+from multicrafter.judges.train import RECIPES
 from multicrafter.loading import load_flux
 from multicrafter.pipeline import MultiCrafterPipeline
+from multicrafter.rewards import tiny_reward
 from multicrafter.settings import to_dict, write_text
 from multicrafter.stages.data import EncodedScenes, encode_scenes
 from multicrafter.stages.pretrain import measure_leakage
@@ -47,6 +50,8 @@ from benchmarks.report import Record
 from benchmarks.run import ROOT, circumstances
 
 DIGITS = 4
+JUDGES = {"reader": (9.0, "reader.json"), "people": (7.0, "people.json"), "clip": (3.0, "clip/training.json")}
+"""Minutes each is trained, as the shipped ones were, and the file that says it is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +82,7 @@ class Laboratory:
     results: Path
     pages: Path
     pose_steps: int = poses.STEPS
+    judge_share: float = 1.0
     _scenes: dict[str, EncodedScenes] = field(default_factory=dict)
     _prints: dict[Base, str] = field(default_factory=dict)
     _judges: dict[str, Judges] = field(default_factory=dict)
@@ -90,15 +96,26 @@ class Laboratory:
     @classmethod
     def within(cls, folder: Path) -> Laboratory:
         """Everything in one folder."""
-        return cls(folder / "runs", folder / "records", folder, folder / "pages", pose_steps=2)
+        return cls(folder / "runs", folder / "records", folder, folder / "pages", pose_steps=2, judge_share=0.001)
 
     # what an experiment is made of
 
+    def judges_folder(self, family: str) -> Path:
+        """Weights of a family's judges: shipped for people, trained by the same recipes, once, for others."""
+        if family == "people":
+            return shipped_judges.shipped()
+        folder = self.runs / "judges" / family
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder.with_suffix(".lock")):
+            for seed, (name, (minutes, done)) in enumerate(JUDGES.items()):
+                if not (folder / done).is_file():
+                    RECIPES[name](folder, minutes=minutes * self.judge_share, seed=seed, family=FAMILIES[family])
+        return folder
+
     def judges(self, family: str) -> Judges:
-        """Readers and judges of a family: shipped for people, trained by ``python -m multicrafter.judges.train`` for others."""
+        """Readers and judges of a family."""
         if family not in self._judges:
-            folder = None if family == "people" else self.runs / "judges" / family
-            self._judges[family] = Judges.load(folder)
+            self._judges[family] = Judges.load(self.judges_folder(family))
         return self._judges[family]
 
     def base(self, base: Base) -> Path | None:
@@ -175,8 +192,10 @@ class Laboratory:
             clock = time.monotonic()
             number = max(experiment.pretrain.world.numbers)
             out = self.runs / f"{self.key(experiment)}_stage2"
+            reward = tiny_reward(experiment.align.reward, folder=self.judges_folder(experiment.base.family))
+            options = {"num_references": number, "family": experiment.base.family, "reward": reward}
             curves["stage 2"] = run_align(
-                loaded.pipe, loaded.adapters, experiment.align, out, num_references=number, resume=out.exists()
+                loaded.pipe, loaded.adapters, experiment.align, out, resume=out.exists(), **options
             )
             seconds["stage 2"] = time.monotonic() - clock
         clock = time.monotonic()
@@ -200,6 +219,8 @@ class Laboratory:
         judged = scenes if test.size == 64 else _shrunk(scenes)
         pictures = _shrink(pictures, 64)
         metrics = score_pictures(pictures, judged, family, family=test.family)
+        reward = tiny_reward(folder=self.judges_folder(test.family))
+        metrics["reward"] = reward(list(pictures), judged.captions, [list(x) for x in judged.reference_images]).totals
         if test.num_references > 1:
             for name, blocks in (("leakage", None), ("leakage_single", probes.is_single)):
                 metrics[name] = measure_leakage(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -284,3 +286,29 @@ def test_buckets_never_mix_layouts_and_every_scene_is_equally_likely():
     assert abs(drawn - 0.75) < 0.04
     with pytest.raises(ValueError, match="at least one scene"):
         Buckets([small, Scenes()])
+
+
+@slow
+def test_the_command_line_under_torchrun_trains_the_adapter_of_one_process(tmp_path):
+    """Both stages as a user starts them; the model that ships."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(ranks, *arguments):
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+        command = [*(launcher if ranks > 1 else [sys.executable]), "-m", "multicrafter", *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("adapter: ") == 1, "one rank speaks"
+
+    def adapter(folder):
+        return load_file(folder / "adapter" / "adapter.safetensors")
+
+    small1 = ("--row", "moe", "--steps", 3, "--scenes", 12, "--batch", 5)
+    start(1, "pretrain", "--out", tmp_path / "one1", *small1)
+    start(2, "pretrain", "--out", tmp_path / "two1", *small1)
+    assert distance(adapter(tmp_path / "one1"), adapter(tmp_path / "two1")) < TOLERANCE
+    small2 = ("--adapter", tmp_path / "one1" / "adapter", "--steps", 1, "--prompts", 2, "--group-size", 3)
+    start(1, "align", "--out", tmp_path / "one2", *small2)
+    start(2, "align", "--out", tmp_path / "two2", *small2, "--set", "align.execution.parallel=fsdp")
+    assert distance(adapter(tmp_path / "one1"), adapter(tmp_path / "one2")) > 5 * TOLERANCE, "it trains"
+    assert distance(adapter(tmp_path / "one2"), adapter(tmp_path / "two2")) < TOLERANCE

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -149,7 +149,9 @@ def score_attributes(truth: Tensor, read: Tensor, family: Family, stranger: Tens
 
 
 @torch.no_grad()
-def generate_cases(pipe: DiffusionPipeline, scenes: EncodedScenes, config: EvaluateConfig, *, batch: int = 64) -> Tensor:
+def generate_cases(
+    pipe: DiffusionPipeline, scenes: EncodedScenes, config: EvaluateConfig, *, batch: int = 64
+) -> Tensor:
     """One picture (n, 3, H, W) per case, by any backbone; the noise depends on the seed and the case alone."""
     backbone = backbone_of(pipe)
     noise = torch.randn(scenes.tokens.shape, generator=torch.Generator().manual_seed(config.seed + 1))

@@ -1,4 +1,7 @@
-"""Recipes of the judges: ``python -m multicrafter.judges.train {reader,people,clip} --out DIR``; each measures itself on unseen identities."""
+"""Recipes of the judges: ``python -m multicrafter.judges.train {reader,people,clip} --out DIR [--family objects]``.
+
+Each measures itself on unseen identities. ``people`` is the detector and embedder of whatever family it is trained on.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from multicrafter.data.synthetic import PEOPLE, SETTINGS, TIMES, Scenes, WorldConfig, make_scenes
+from multicrafter.data.synthetic import FAMILIES, PEOPLE, SETTINGS, TIMES, Family, Scenes, WorldConfig, make_scenes
 from multicrafter.judges.clip import MEAN, STD, ClipScorer, build_clip
 from multicrafter.judges.network import centre_cells, detection_loss
 from multicrafter.judges.people import PeopleBackend, build_people
@@ -64,21 +67,25 @@ def fit(modules: nn.Module, loss_fn: Callable[[], Tensor], *, minutes: float, lr
 
 
 def _scenes(
-    generator: torch.Generator, count: int, numbers: tuple[int, ...] = (1, 2, 3, 4), split: Any = "train"
+    family: Family,
+    generator: torch.Generator,
+    count: int,
+    numbers: tuple[int, ...] = (1, 2, 3, 4),
+    split: Any = "train",
 ) -> Scenes:
-    weights = (2.0, 4.0, 1.0, 1.0)[: len(numbers)] if numbers == (1, 2, 3, 4) else ()
-    return make_scenes(
-        count, WorldConfig(split=split, numbers=numbers, weights=weights, shared_attributes=6), generator
-    )
+    weights = (2.0, 4.0, 1.0, 1.0) if numbers == (1, 2, 3, 4) else ()
+    shared = len(family.attributes) - 2
+    world = WorldConfig(family=family.name, split=split, numbers=numbers, weights=weights, shared_attributes=shared)
+    return make_scenes(count, world, generator)
 
 
-def train_reader(out: Path, *, minutes: float, seed: int, batch: int = 48) -> dict[str, Any]:
+def train_reader(out: Path, *, minutes: float, seed: int, family: Family = PEOPLE, batch: int = 48) -> dict[str, Any]:
     """Reader of truth, trained on the train split of both look-alikes and strangers."""
     torch.manual_seed(seed)
-    generator, network = torch.Generator().manual_seed(seed), build_reader(PEOPLE).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    generator, network = torch.Generator().manual_seed(seed), build_reader(family).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss_fn() -> Tensor:
-        scenes = _scenes(generator, batch)
+        scenes = _scenes(family, generator, batch)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             maps = network(soften(scenes.images, generator))
         present = scenes.identities[:, :, 0] >= 0
@@ -87,8 +94,8 @@ def train_reader(out: Path, *, minutes: float, seed: int, batch: int = 48) -> di
         where = torch.arange(batch)[:, None].expand_as(row)
         logits = maps.features.float()[where[present], :, row[present], column[present]]
         truth = scenes.identities[present]
-        seen = PEOPLE.visible(truth)
-        for i, part in enumerate(logits.split(list(PEOPLE.sizes), 1)):
+        seen = family.visible(truth)
+        for i, part in enumerate(logits.split(list(family.sizes), 1)):
             if bool(seen[:, i].any()):
                 loss = loss + nn.functional.cross_entropy(part[seen[:, i]], truth[seen[:, i], i])
         setting, when = maps.scene.float().split([len(SETTINGS), len(TIMES)], 1)
@@ -98,18 +105,18 @@ def train_reader(out: Path, *, minutes: float, seed: int, batch: int = 48) -> di
 
     report = fit(network, loss_fn, minutes=minutes, lr=2e-3, name="reader")
     _write(out, "reader", network)
-    report |= {"seed": seed, "family": "people", "measured": measure_reader(Reader(network, PEOPLE))}
+    report |= {"seed": seed, "family": family.name, "measured": measure_reader(Reader(network, family))}
     (out / "reader.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
-def train_people(out: Path, *, minutes: float, seed: int, batch: int = 40) -> dict[str, Any]:
+def train_people(out: Path, *, minutes: float, seed: int, family: Family = PEOPLE, batch: int = 40) -> dict[str, Any]:
     """Detector and embedder: a scene's person and its reference attract each other, everybody else repels (InfoNCE, arXiv 1807.03748)."""
     torch.manual_seed(seed)
     generator, network = torch.Generator().manual_seed(seed), build_people().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss_fn() -> Tensor:
-        scenes = _scenes(generator, batch)
+        scenes = _scenes(family, generator, batch)
         present = scenes.identities[:, :, 0] >= 0
         with torch.autocast("cpu", dtype=torch.bfloat16):
             maps = network(soften(scenes.images, generator))
@@ -128,12 +135,12 @@ def train_people(out: Path, *, minutes: float, seed: int, batch: int = 40) -> di
 
     report = fit(network, loss_fn, minutes=minutes, lr=2e-3, name="people")
     _write(out, "people", network)
-    report |= {"seed": seed, "measured": measure_people(PeopleBackend(network))}
+    report |= {"seed": seed, "family": family.name, "measured": measure_people(PeopleBackend(network), family=family)}
     (out / "people.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
-def train_clip(out: Path, *, minutes: float, seed: int, batch: int = 96) -> dict[str, Any]:
+def train_clip(out: Path, *, minutes: float, seed: int, family: Family = PEOPLE, batch: int = 96) -> dict[str, Any]:
     """Contrastive training on captions (CLIP, arXiv 2103.00020); equal captions in a batch share the target."""
     torch.manual_seed(seed)
     generator, (model, tokenizer) = torch.Generator().manual_seed(seed), build_clip()
@@ -141,8 +148,8 @@ def train_clip(out: Path, *, minutes: float, seed: int, batch: int = 96) -> dict
     model.train()
 
     def loss_fn() -> Tensor:
-        scenes = _scenes(generator, batch)
-        captions = scenes.captions()
+        scenes = _scenes(family, generator, batch)
+        captions = scenes.captions(family)
         pictures = nn.functional.normalize(
             model.get_image_features(pixel_values=(soften(scenes.images, generator) - MEAN) / STD).pooler_output, dim=1
         )
@@ -155,7 +162,11 @@ def train_clip(out: Path, *, minutes: float, seed: int, batch: int = 96) -> dict
     folder = out / "clip"
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    report |= {"seed": seed, "measured": measure_clip(ClipScorer(model.float(), tokenizer))}
+    report |= {
+        "seed": seed,
+        "family": family.name,
+        "measured": measure_clip(ClipScorer(model.float(), tokenizer), family=family),
+    }
     (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
@@ -169,13 +180,13 @@ def measure_reader(reader: Reader, *, count: int = 400) -> dict[str, float]:
     """Accuracy on unseen identities, one or two people, and with three or four."""
     result: dict[str, float] = {}
     for label, numbers in (("", (1, 2)), ("_crowd", (3, 4))):
-        scenes = _scenes(torch.Generator().manual_seed(77), count, numbers, "test")
+        scenes = _scenes(reader.family, torch.Generator().manual_seed(77), count, numbers, "test")
         right = total = counted = placed = 0
         for i, reading in enumerate(reader.read(scenes.images)):
             truth = scenes.identities[i, : int(scenes.number[i])]
             counted += int(len(reading.identities) == len(truth))
             placed += int(reading.setting == scenes.setting[i] and reading.time == scenes.time[i])
-            seen = PEOPLE.visible(truth)
+            seen = reader.family.visible(truth)
             total += int(seen.sum())
             if len(reading.identities):
                 centre = (reading.boxes[:, :2] + reading.boxes[:, 2:]) / 2
@@ -190,11 +201,11 @@ def measure_reader(reader: Reader, *, count: int = 400) -> dict[str, float]:
     return {k: round(v, 4) for k, v in result.items()}
 
 
-def measure_people(backend: PeopleBackend, *, count: int = 400) -> dict[str, float]:
-    """Count accuracy, AUC of same against different person, and how often two look-alikes are matched right; unseen identities."""
+def measure_people(backend: PeopleBackend, *, family: Family = PEOPLE, count: int = 400) -> dict[str, float]:
+    """Count accuracy, AUC of same against different subject, and how often two look-alikes are matched right; unseen identities."""
     from id_reward import match
 
-    scenes = _scenes(torch.Generator().manual_seed(78), count, (2,), "test")
+    scenes = _scenes(family, torch.Generator().manual_seed(78), count, (2,), "test")
     found = backend.detect_and_embed(scenes.images)
     references = backend.detect_and_embed(scenes.references.flatten(0, 1))
     same, different, matched, usable = [], [], 0, 0
@@ -220,12 +231,12 @@ def measure_people(backend: PeopleBackend, *, count: int = 400) -> dict[str, flo
 
 
 @torch.no_grad()
-def measure_clip(scorer: ClipScorer, *, count: int = 300) -> dict[str, float]:
+def measure_clip(scorer: ClipScorer, *, family: Family = PEOPLE, count: int = 300) -> dict[str, float]:
     """How often the right caption beats one that differs in number, setting or time; unseen identities."""
     from multicrafter.data.synthetic import ARRANGEMENTS, caption
 
-    scenes = _scenes(torch.Generator().manual_seed(79), count, (1, 2, 3, 4), "test")
-    own = scorer(scenes.images, scenes.captions())
+    scenes = _scenes(family, torch.Generator().manual_seed(79), count, (1, 2, 3, 4), "test")
+    own = scorer(scenes.images, scenes.captions(family))
     result = {}
     for what in ("number", "setting", "time"):
         wrong = []
@@ -241,7 +252,7 @@ def measure_clip(scorer: ClipScorer, *, count: int = 300) -> dict[str, float]:
                 ((s + 1) % 6 if what == "setting" else s),
                 ((t + 1) % 3 if what == "time" else t),
             )
-            wrong.append(caption(n, s, t, a % len(ARRANGEMENTS[n])))
+            wrong.append(caption(n, s, t, a % len(ARRANGEMENTS[n]), family))
         result[what] = round(float((own > scorer(scenes.images, wrong)).mean()), 4)
     return result
 
@@ -254,10 +265,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("judge", choices=tuple(RECIPES))
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--family", choices=tuple(FAMILIES), default="people")
     parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    print(json.dumps(RECIPES[arguments.judge](arguments.out, minutes=arguments.minutes, seed=arguments.seed), indent=2))
+    options = {"minutes": arguments.minutes, "seed": arguments.seed, "family": FAMILIES[arguments.family]}
+    print(json.dumps(RECIPES[arguments.judge](arguments.out, **options), indent=2))
 
 
 if __name__ == "__main__":

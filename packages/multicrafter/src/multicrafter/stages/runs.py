@@ -94,16 +94,20 @@ def run_align(
     out: Path,
     *,
     num_references: int = 2,
+    family: str = "people",
     scenes: EncodedScenes | None = None,
     resume: loop.Resume = False,
     reward: Reward | None = None,
     settings: LoopConfig = STAGE2_LOOP,
     tracker: Tracker | None = None,
 ) -> list[dict[str, float]]:
-    """Stage 2 into ``out``, as `run_pretrain`; returns the metrics of every iteration. The tiny world's reward by default."""
+    """Stage 2 into ``out``, as `run_pretrain`; returns the metrics of every iteration.
+
+    Without ``scenes`` prompts and references are drawn from the tiny world's ``family``; without ``reward`` it is the tiny world's, of people.
+    """
     if resume:
         _check_resume(out, asdict(config))
-    world = WorldConfig(numbers=(num_references,), shared_attributes=4)
+    world = WorldConfig(family=family, numbers=(num_references,), shared_attributes=4)
     scenes = scenes or encode_scenes(pipe, world, 512, seed=config.seed + 10_000, cache=config.execution.cache)
     stage = Align(pipe, adapters, config, scenes, reward or tiny_reward(config.reward))
     history = loop.run(
