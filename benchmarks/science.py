@@ -334,25 +334,23 @@ def carry_out(
     until: float | None = None,
     only: Sequence[str] | None = None,
 ) -> bool:
-    """All experiments of a study, seed by seed, and its page now and then; False if the time ran out."""
+    """All experiments of a study that no other process is at, seed by seed, and its page now and then; False if the time ran out."""
     arms = study.arms(budget)
     seeds = sorted({seed for by in arms.values() for seed in by})
     todo = [(s, label, by[s]) for s in seeds for label, by in arms.items() if s in by and (not only or label in only)]
-    waiting, published = False, time.monotonic()
-    for wait in (False, True):  # what another process is at comes last
-        for seed, label, experiment in todo:
-            if laboratory.known(experiment) is not None:
-                continue
-            if until is not None and time.monotonic() > until:
-                laboratory.publish(study, budget)
-                return False
-            print(f"==> {study.name}: {label}, seed {seed}", flush=True)
-            waiting |= laboratory.record(experiment, wait=wait) is None
-            if time.monotonic() > published + 60:
-                laboratory.publish(study, budget)
-                published = time.monotonic()
-        if not waiting:
-            break
+    published = time.monotonic()
+    for seed, label, experiment in todo:
+        if laboratory.known(experiment) is not None:
+            continue
+        if until is not None and time.monotonic() > until:
+            laboratory.publish(study, budget)
+            return False
+        print(f"==> {study.name}: {label}, seed {seed}", flush=True)
+        if laboratory.record(experiment, wait=False) is None:
+            print("    another process is at it", flush=True)
+        if time.monotonic() > published + 60:
+            laboratory.publish(study, budget)
+            published = time.monotonic()
     laboratory.publish(study, budget)
     return True
 

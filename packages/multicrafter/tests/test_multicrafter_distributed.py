@@ -195,6 +195,21 @@ def test_a_full_disk_of_one_rank_is_an_error_of_all(tmp_path):
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["step_000001"]
 
 
+def own_random_numbers(out):
+    """Ranks draw different numbers, and each goes on with its own."""
+    torch.manual_seed(distributed.rank())
+    checkpoint.save_checkpoint(Path(out), 1, checkpoint.rng_tensors())
+    want = torch.rand(3)
+    assert len({tuple(x) for x in distributed.gather_objects(want.tolist())}) == distributed.world_size()
+    torch.manual_seed(99)
+    checkpoint.restore_rng(find_checkpoint(Path(out)).tensors())
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_every_rank_has_its_own_generator(tmp_path):
+    workers.run(own_random_numbers, str(tmp_path / "c"), world=2, tmp=tmp_path)
+
+
 def nan_on_one(out):
     made = workers.make_stage(1)
     made.step(0)
