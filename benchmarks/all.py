@@ -1,16 +1,18 @@
-"""Every study, one after the other: ``python -m benchmarks.all [--smoke] [--minutes 120] [--seeds 0] [--page]``.
+"""Every study: ``python -m benchmarks.all [--smoke] [--minutes 120] [--seeds 0] [--workers 2] [--page]``.
 
-Seed by seed, so that every study has something to show early. What is recorded is not done again: a piece of at most two hours is ``--minutes 100``.
+Seed by seed, so that every study has something to show early. What is recorded is not done again: a piece of at most two hours is ``--minutes 100``. Workers are
+processes of one thread each; none begins what another is at, and what is left over at the end is waited for.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from multicrafter.settings import write_text
@@ -18,6 +20,7 @@ from multicrafter.settings import write_text
 from benchmarks import (
     ablation,
     ablation_objects,
+    claims,
     copy_paste,
     experts,
     inference_overhead,
@@ -35,7 +38,18 @@ from benchmarks.science import Laboratory, carry_out
 
 STUDIES = tuple(
     module.STUDY
-    for module in (ablation, experts, copy_paste, subjects, reward_hacking, ratios, regime, scaling, ablation_objects)
+    for module in (
+        ablation,
+        claims,
+        experts,
+        copy_paste,
+        subjects,
+        reward_hacking,
+        ratios,
+        regime,
+        scaling,
+        ablation_objects,
+    )
 )
 
 
@@ -46,19 +60,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="start nothing new after this time")
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--page", action="store_true", help="only the pages, from what is recorded")
+    parser.add_argument("--workers", type=int, default=2, help="processes that share the work")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # one of those: only experiments
     options = parser.parse_args(arguments)
+    if options.workers < 1:
+        parser.error(f"--workers must be at least 1, got {options.workers}")
     budget = SMOKE if options.smoke else FULL
     laboratory = Laboratory.within(ROOT / "runs" / "science-smoke") if options.smoke else Laboratory.full()
     until = time.monotonic() + 60 * options.minutes if options.minutes else None
     if not options.page:
         flags = ["--smoke"] if options.smoke else []
-        if options.smoke or not (laboratory.results / f"{inference_overhead.NAME}.json").is_file():
+        done = (laboratory.results / f"{inference_overhead.NAME}.json").is_file()
+        if not options.worker and (options.smoke or not done):
             inference_overhead.main(flags)
-        for seed in options.seeds or budget.seeds:
-            for study in STUDIES:
-                if not carry_out(study, laboratory, replace(budget, seeds=(seed,)), until=until):
-                    print("time is up; the same command goes on")
-                    return 0
+        shared = options.workers > 1 and not options.worker
+        if shared and (code := share(list(sys.argv[1:] if arguments is None else arguments), options.workers)):
+            return code
+        if not work(laboratory, budget, options.seeds, until):
+            print("time is up; the same command goes on")
+            return 0
+        if options.worker:
+            return 0
     for study in STUDIES:
         print(f"{study.name}: {laboratory.publish(study, budget) or 'nothing is recorded yet'}")
     write_text(laboratory.pages / "science.md", overview(laboratory.results))
@@ -67,6 +89,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = ROOT / "README.md"
         write_text(path, with_table(path.read_text(), readme_table(laboratory.results)))
     return 0
+
+
+def work(laboratory: Laboratory, budget: Budget, seeds: Sequence[int] | None, until: float | None) -> bool:
+    """What is missing, first what no other process is at, then the rest; False if the time ran out."""
+    for laboratory.patience in (0, -1):
+        for seed in seeds or budget.seeds:
+            for study in STUDIES:
+                asked = seeds or seed in study.planned(budget).seeds
+                if asked and not carry_out(study, laboratory, budget, seeds=(seed,), until=until):
+                    return False
+    return True
+
+
+def share(arguments: Sequence[str], workers: int) -> int:
+    """The same command in several processes, one thread each; the first exit status that is not 0, or 0."""
+    command = [sys.executable, "-m", "benchmarks.all", *arguments, "--worker"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    started = [subprocess.Popen(command, cwd=ROOT, env=environment) for _ in range(workers)]
+    return next((code for code in [process.wait() for process in started] if code), 0)
 
 
 def overview(results: Path) -> str:

@@ -131,7 +131,9 @@ The centre against plain LoRA, both trained and tested under the circumstances n
 """
 
 
-STUDY = Study(name="regime", title="When does attention supervision help?", arms=arms, summarise=summarise, page=page)
+STUDY = Study(
+    name="regime", title="When does attention supervision help?", arms=arms, summarise=summarise, page=page, seeds=2
+)
 
 if __name__ == "__main__":
     sys.exit(main(STUDY))

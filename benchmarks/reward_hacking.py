@@ -77,7 +77,9 @@ both), the mean over all pairs. A hack is a reward that rises while the attribut
 {tables(content, NAMES, baseline=BEFORE)}"""
 
 
-STUDY = Study(name="reward_hacking", title="Which identity reward is gamed?", arms=arms, summarise=summarise, page=page)
+STUDY = Study(
+    name="reward_hacking", title="Which identity reward is gamed?", arms=arms, summarise=summarise, page=page, seeds=3
+)
 
 if __name__ == "__main__":
     sys.exit(main(STUDY))

@@ -83,7 +83,7 @@ so a wider one saw fewer samples: what a fixed time buys.
 {text}"""
 
 
-STUDY = Study(name="scaling", title="Scaling", arms=arms, summarise=summarise, page=page)
+STUDY = Study(name="scaling", title="Scaling", arms=arms, summarise=summarise, page=page, seeds=2)
 
 if __name__ == "__main__":
     sys.exit(main(STUDY))

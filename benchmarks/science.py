@@ -50,6 +50,8 @@ from benchmarks.report import Record
 from benchmarks.run import ROOT, circumstances
 
 DIGITS = 4
+COPIES = 256
+"""Sets of more cases do not record poses: they would be most of the file."""
 JUDGES = {"reader": (9.0, "reader.json"), "people": (7.0, "people.json"), "clip": (3.0, "clip/training.json")}
 """Minutes each is trained, as the shipped ones were, and the file that says it is done."""
 
@@ -64,6 +66,7 @@ class Study:
         arms: Experiments by label, one per seed.
         summarise: Records by label (of the seeds that are done) to what the page shows, as JSON.
         page: The summary as Markdown; plots go into the folder it is given.
+        seeds: Of training, that it takes when nobody says which.
     """
 
     name: str
@@ -71,11 +74,20 @@ class Study:
     arms: Callable[[Budget], dict[str, dict[int, Experiment]]]
     summarise: Callable[[dict[str, dict[int, Record]]], dict[str, Any]]
     page: Callable[[dict[str, Any], Path], str]
+    seeds: int = 5
+
+    def planned(self, budget: Budget) -> Budget:
+        """A budget with the seeds that this study takes."""
+        return replace(budget, seeds=budget.seeds[: self.seeds])
 
 
 @dataclass
 class Laboratory:
-    """Where runs, records and results lie; keeps what several experiments need in memory."""
+    """Where runs, records and results lie; keeps what several experiments need in memory.
+
+    Attributes:
+        patience: Seconds to wait for what another process is making; -1 is as long as it takes.
+    """
 
     runs: Path
     records: Path
@@ -83,6 +95,7 @@ class Laboratory:
     pages: Path
     pose_steps: int = poses.STEPS
     judge_share: float = 1.0
+    patience: float = -1
     _scenes: dict[str, EncodedScenes] = field(default_factory=dict)
     _prints: dict[Base, str] = field(default_factory=dict)
     _judges: dict[str, Judges] = field(default_factory=dict)
@@ -98,6 +111,10 @@ class Laboratory:
         """Everything in one folder."""
         return cls(folder / "runs", folder / "records", folder, folder / "pages", pose_steps=2, judge_share=0.001)
 
+    def alone(self, path: Path) -> filelock.BaseFileLock:
+        """Keeps other processes from making ``path``; raises `filelock.Timeout` if one of them is at it after ``patience``."""
+        return filelock.FileLock(path.with_suffix(".lock"), timeout=self.patience)
+
     # what an experiment is made of
 
     def judges_folder(self, family: str) -> Path:
@@ -106,7 +123,7 @@ class Laboratory:
             return shipped_judges.shipped()
         folder = self.runs / "judges" / family
         folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder.with_suffix(".lock")):
+        with self.alone(folder):
             for seed, (name, (minutes, done)) in enumerate(JUDGES.items()):
                 if not (folder / done).is_file():
                     RECIPES[name](folder, minutes=minutes * self.judge_share, seed=seed, family=FAMILIES[family])
@@ -118,22 +135,28 @@ class Laboratory:
             self._judges[family] = Judges.load(self.judges_folder(family))
         return self._judges[family]
 
+    def base_folder(self, base: Base) -> Path:
+        """Where a base that does not ship lies."""
+        return self.runs / "bases" / key_of(to_dict(base))
+
     def base(self, base: Base) -> Path | None:
         """Folder of a base, trained first if need be; None is the one that ships."""
         if base.minutes is None:
             return None
-        folder = self.runs / "bases" / key_of(to_dict(base))
-        if not (folder / "training.json").is_file():
-            config = BaseConfig(
-                family=base.family,
-                minutes=base.minutes,
-                num_heads=base.num_heads,
-                batch=32,
-                lr_matrix=2e-3,
-                reference_share=0.9,
-                compile_blocks=base.minutes > 5,
-            )
-            train(shipped_vae(), folder, config)
+        folder = self.base_folder(base)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with self.alone(folder):
+            if not (folder / "training.json").is_file():
+                config = BaseConfig(
+                    family=base.family,
+                    minutes=base.minutes,
+                    num_heads=base.num_heads,
+                    batch=32,
+                    lr_matrix=2e-3,
+                    reference_share=0.9,
+                    compile_blocks=base.minutes > 5,
+                )
+                train(shipped_vae(), folder, config)
         return folder
 
     def fingerprint(self, base: Base) -> str:
@@ -159,14 +182,17 @@ class Laboratory:
 
     # doing it
 
+    def stage1_folder(self, experiment: Experiment) -> Path:
+        """Where an experiment's first stage lies."""
+        decides = [to_dict(experiment.base), deciding(to_dict(experiment.pretrain))]
+        return self.runs / key_of([self.fingerprint(experiment.base), *decides])
+
     def stage1(self, experiment: Experiment) -> Path:
         """Adapter of an experiment's first stage, trained if it is not there; stage 2 of several experiments may start from one."""
         config = experiment.pretrain
         assert config is not None
-        folder = self.runs / key_of(
-            [self.fingerprint(experiment.base), to_dict(experiment.base), deciding(to_dict(config))]
-        )
-        with filelock.FileLock(folder.with_suffix(".lock")):
+        folder = self.stage1_folder(experiment)
+        with self.alone(folder):
             if not (folder / "adapter" / "adapter.json").is_file():
                 pipe = load_flux(self.base(experiment.base))
                 scenes = self.scenes(pipe, experiment.base, config.world, config.num_scenes, config.data_seed)
@@ -227,20 +253,20 @@ class Laboratory:
                     pipe, scenes, direction="image_to_reference", blocks=blocks, seed=test.seed + 2
                 ).numpy()
         found: dict[str, Any] = {"metrics": {k: np.round(v.astype(float), DIGITS).tolist() for k, v in metrics.items()}}
-        if test.family == "people" and test.split == "test":
+        if test.family == "people" and test.split == "test" and test.num_cases <= COPIES:
             reader = poses.reader_at(self.runs / "poses.safetensors", family, steps=self.pose_steps)
             found["copies"] = poses.copy_scores(pictures, judged, family, reader)._asdict()
         if loaded.adapters is not None and loaded.adapters.experts is not None:
             found["routing"] = probes.routing(loaded, scenes, seed=test.seed + 3)
         return found
 
-    def record(self, experiment: Experiment, *, wait: bool = True) -> Record | None:
-        """The record of an experiment, made if need be; None if another process is at it and this one need not wait."""
+    def record(self, experiment: Experiment) -> Record | None:
+        """The record of an experiment, made if need be; None if another process is at it, or at what it starts from, for longer than ``patience``."""
         path = self.records / f"{self.key(experiment)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         self.runs.mkdir(parents=True, exist_ok=True)
         try:
-            with filelock.FileLock(self.runs / f"{path.stem}.record.lock", timeout=-1 if wait else 0):
+            with self.alone(self.runs / path.stem):
                 if not path.is_file():
                     write_json(path, self.perform(experiment))
         except filelock.Timeout:
@@ -259,6 +285,7 @@ class Laboratory:
             label: {seed: r for seed, e in seeds.items() if (r := self.known(e)) is not None}
             for label, seeds in arms.items()
         }
+        takes = set(study.planned(budget).seeds)
         records = {label: by for label, by in records.items() if by}
         if not records:
             return None
@@ -266,7 +293,7 @@ class Laboratory:
         summary = {
             "study": study.name,
             "done": {label: sorted(by) for label, by in records.items()},
-            "planned": {label: sorted(seeds) for label, seeds in arms.items()},
+            "planned": {k: sorted(takes & set(seeds) | set(records.get(k, ()))) for k, seeds in arms.items()},
             "commits": sorted({r["commit"][:10] for r in everything}),
             "versions": everything[-1]["versions"],
             "devices": sorted({r["device"] for r in everything}),
@@ -331,12 +358,15 @@ def carry_out(
     laboratory: Laboratory,
     budget: Budget,
     *,
+    seeds: Sequence[int] | None = None,
     until: float | None = None,
     only: Sequence[str] | None = None,
 ) -> bool:
-    """All experiments of a study that no other process is at, seed by seed, and its page now and then; False if the time ran out."""
-    arms = study.arms(budget)
-    seeds = sorted({seed for by in arms.values() for seed in by})
+    """What is missing of a study (of these seeds, else of those it takes), seed by seed, but for what another process is at for longer than the laboratory's
+    patience; its page now and then. False if the time ran out.
+    """
+    seeds = study.planned(budget).seeds if seeds is None else seeds
+    arms = study.arms(replace(budget, seeds=tuple(seeds)))
     todo = [(s, label, by[s]) for s in seeds for label, by in arms.items() if s in by and (not only or label in only)]
     published = time.monotonic()
     for seed, label, experiment in todo:
@@ -346,7 +376,7 @@ def carry_out(
             laboratory.publish(study, budget)
             return False
         print(f"==> {study.name}: {label}, seed {seed}", flush=True)
-        if laboratory.record(experiment, wait=False) is None:
+        if laboratory.record(experiment) is None:
             print("    another process is at it", flush=True)
         if time.monotonic() > published + 60:
             laboratory.publish(study, budget)
@@ -366,11 +396,14 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     budget = SMOKE if options.smoke else FULL
     laboratory = Laboratory.within(ROOT / "runs" / "science-smoke") if options.smoke else Laboratory.full()
-    some = replace(budget, seeds=tuple(options.seeds)) if options.seeds else budget
-    if unknown := set(options.arms or ()) - set(study.arms(some)):
-        parser.error(f"--arms must name arms of {study.name} ({', '.join(study.arms(some))}), got {', '.join(unknown)}")
+    laboratory.patience = 0
+    arms = study.arms(budget)
+    if unknown := set(options.arms or ()) - set(arms):
+        parser.error(f"--arms must name arms of {study.name} ({', '.join(arms)}), got {', '.join(unknown)}")
     until = time.monotonic() + 60 * options.minutes if options.minutes else None
-    if not options.page and not carry_out(study, laboratory, some, until=until, only=options.arms):
+    if not options.page and not carry_out(
+        study, laboratory, budget, seeds=options.seeds, until=until, only=options.arms
+    ):
         print(f"time is up; the same command goes on with {study.name}")
     path = laboratory.publish(study, budget)
     print(f"page: {path}" if path else f"nothing is recorded for {study.name} yet")

@@ -81,7 +81,7 @@ def page(content: dict[str, Any], folder: Path) -> str:
 {markdown_table(["", "subjects", *NAMES], rows)}"""
 
 
-STUDY = Study(name="subjects", title="One to four subjects", arms=arms, summarise=summarise, page=page)
+STUDY = Study(name="subjects", title="One to four subjects", arms=arms, summarise=summarise, page=page, seeds=3)
 
 if __name__ == "__main__":
     sys.exit(main(STUDY))

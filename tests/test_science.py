@@ -13,7 +13,7 @@ from multicrafter.adapters import AdapterConfig, Adapters
 from multicrafter.loading import load_flux
 from multicrafter.stages.runs import with_execution
 
-from benchmarks import ablation, probes, report
+from benchmarks import ablation, claims, probes, report
 from benchmarks import all as everything
 from benchmarks.experiment import SMOKE, Base, Experiment
 from benchmarks.science import Laboratory, Study, carry_out, main
@@ -54,11 +54,21 @@ def test_what_is_recorded_is_not_done_again(laboratory, monkeypatch):
     assert first["commit"] and first["versions"]["torch"] and first["experiment"]["pretrain"]["seed"] == 0
 
 
-def test_another_process_is_at_it(laboratory):
-    other = experiment(seed=7)
+@pytest.mark.parametrize("what", ["record", "stage 1", "base"])
+def test_another_process_is_at_it(laboratory, monkeypatch, what):
+    """An impatient laboratory leaves what another process makes, be it what the experiment only starts from."""
+    base = Base(minutes=0.02) if what == "base" else Base()
+    other = replace(experiment(seed=7), base=base)
+    monkeypatch.setattr(laboratory, "patience", 0)
     laboratory.runs.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(laboratory.runs / f"{laboratory.key(other)}.record.lock"):
-        assert laboratory.record(other, wait=False) is None
+    paths = {
+        "record": laboratory.runs / laboratory.key(other),
+        "stage 1": laboratory.stage1_folder(other),
+        "base": laboratory.base_folder(base),
+    }
+    paths[what].parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(paths[what].with_suffix(".lock")):
+        assert laboratory.record(other) is None
     assert laboratory.known(other) is None
 
 
@@ -86,6 +96,44 @@ def test_time_that_is_up_leaves_the_rest(laboratory, capsys):
     )
     assert carry_out(study, laboratory, SMOKE, until=0.0) is False
     assert laboratory.known(experiment(seed=11)) is None
+
+
+def test_a_study_takes_its_own_number_of_seeds_and_shows_more_if_there_are_more(laboratory):
+    study = Study(
+        name="few",
+        title="Few",
+        arms=lambda b: {"one": {s: experiment(seed=20 + s) for s in b.seeds}},
+        summarise=lambda r: {},
+        page=lambda c, f: "",
+        seeds=1,
+    )
+    budget = replace(SMOKE, seeds=(0, 1, 2))
+    assert carry_out(study, laboratory, budget)
+    assert laboratory.known(experiment(seed=20)) and not laboratory.known(experiment(seed=21))
+    assert carry_out(study, laboratory, budget, seeds=[2]), "asked for by name"
+    content = json.loads((laboratory.results / "few.json").read_text())
+    assert content["done"] == {"one": [0, 2]} == content["planned"]
+
+
+def test_workers_report_what_went_wrong(capfd):
+    assert everything.share(["--seeds", "none"], 2) == 2
+    assert capfd.readouterr().err.count("invalid int value") == 2
+    with pytest.raises(SystemExit) as stop:
+        everything.main(["--workers", "0"])
+    assert stop.value.code == 2
+
+
+def test_a_claim_holds_only_where_the_interval_says_so():
+    gain, level, loss = [0.1, 0.01, 0.2], [0.0, -0.1, 0.1], [-0.1, -0.2, -0.01]
+    idar, ippo = claims.CLAIMS
+    for attributes in (gain, level, loss):
+        for leakage in (gain, level, loss):
+            found = claims.verdict(idar, {"attributes": attributes, "leakage": leakage})
+            assert found == {"attributes rise": attributes is gain, "leakage falls": leakage is loss}
+    for reward in (gain, level, loss):
+        for identity in (gain, level, loss):
+            found = claims.verdict(ippo, {"reward": reward, "identity": identity})
+            assert found == {"the reward rises": reward is gain, "identity does not fall": identity is not loss}
 
 
 def record(values: list[float]) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -73,7 +74,7 @@ def test_a_saved_recipe_is_itself_again(name, tmp_path):
     assert resolve(config=path) == run
     assert [p.name for p in path.parent.iterdir()] == ["recipe.yaml"]
     lines = [line for line in path.read_text().splitlines() if not line.endswith(":")]
-    assert all(line.endswith(("# paper", "# ours")) for line in lines)
+    assert all("  # paper" in line or "  # ours" in line for line in lines)
 
 
 def test_the_papers_numbers():
@@ -93,6 +94,18 @@ def test_the_papers_numbers():
     }  # fmt: skip
     changed = settings.override(one, ["pretrain.adapters.rank=64"])
     assert marks(changed)["pretrain.adapters.rank"] == "ours"
+
+
+def test_values_that_come_from_a_study_name_it():
+    """Every study that is named has a page; a value that was changed does not come from it any more."""
+    runs = [get_recipe(name) for name in RECIPES]
+    named = {(k, v.removeprefix("ours, see ")) for run in runs for k, v in marks(run).items() if "see" in v}
+    assert {k for k, _ in named} == set(recipes.STUDIED), "all of them are values of recipes, as they are chosen"
+    pages = Path(__file__).parents[3] / "docs" / "results"
+    assert all((pages / f"{study}.md").is_file() for _, study in named)
+    changed = settings.override(recipes.tiny_stage1(), ["pretrain.idar.coef=0.3"])
+    assert marks(changed)["pretrain.idar.coef"] == "ours"
+    assert marks(changed)["pretrain.idar.sigma_max"] == "ours, see regime"
 
 
 def test_overrides():

@@ -1,7 +1,7 @@
 """Named configurations: the ablation at the scale of the tiny world (`tiny`, `ablation`), and runs on real models.
 
-A run (`Stage1`, `Stage2`) is everything that a command needs. Values are marked "paper" (arXiv 2509.21953, section 4.1) or "ours";
-`save` writes them as YAML, which ``--config`` runs again as it is.
+A run (`Stage1`, `Stage2`) is everything that a command needs. Values are marked "paper" (arXiv 2509.21953, section 4.1), "ours, see" the study in docs/results that they
+come from, or "ours"; `save` writes them as YAML, which ``--config`` runs again as it is.
 """
 
 from __future__ import annotations
@@ -210,15 +210,31 @@ PAPER: dict[str, Any] = {
 }
 """What the paper publishes, by dotted name; a value that differs, and every other value, is ours."""
 
+STUDIED: dict[str, tuple[str, Any]] = {
+    **{f"pretrain.idar.{k}": ("regime", v) for k, v in settings.to_dict(IDARConfig()).items()},
+    "align.policy.ratio": ("ratios", "sequence"),
+    "align.routing_replay": ("ratios", False),
+    "align.policy.clip_range": ("gspo", "auto"),
+    **{f"align.reward.{k}": ("reward_hacking", v) for k, v in (("convention", "multicrafter"), ("extra_penalty", 0.5))},
+}
+"""The page of docs/results that a value comes from, and that value, by dotted name."""
+
 
 def marks(run: Run) -> dict[str, str]:
-    """For every value of a run, whether it is "paper" or "ours".
+    """For every value of a run: "paper", "ours", or "ours, see" and the study that it comes from.
 
-    >>> marks(flux1_dev_stage1())["pretrain.adapters.rank"], marks(flux2_klein_stage1())["pretrain.adapters.rank"]
-    ('paper', 'ours')
+    >>> found = marks(flux1_dev_stage1())
+    >>> found["pretrain.adapters.rank"], found["pretrain.idar.coef"], found["pretrain.lr"]
+    ('paper', 'ours, see regime', 'ours')
     """
-    values = settings.leaves(settings.to_dict(run))
-    return {k: "paper" if k in PAPER and PAPER[k] == v else "ours" for k, v in values.items()}
+
+    def mark(name: str, value: Any) -> str:
+        if name in PAPER and PAPER[name] == value:
+            return "paper"
+        study, chosen = STUDIED.get(name, ("", None))
+        return f"ours, see {study}" if study and chosen == value else "ours"
+
+    return {k: mark(k, v) for k, v in settings.leaves(settings.to_dict(run)).items()}
 
 
 def get_recipe(name: str, *, seed: int = 0) -> Run:
