@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import numpy as np
 from multicrafter.evaluate import bootstrap
 
 from benchmarks.experiment import Budget, Experiment
-from benchmarks.report import Record, cell, markdown_table, save_plot
+from benchmarks.report import Record, cell, difference, markdown_table, save_plot
 from benchmarks.science import Study, main
 
 RATIOS = {"sequence": "GSPO", "step": "GRPO", "guarded": "guarded GRPO"}
+BEFORE = "before stage 2"
 WINDOW = 4  # iterations at either end that are compared
 
 
@@ -24,8 +26,12 @@ def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
     rows = budget.rows(0)
     align = rows["ippo"][1]
     assert align is not None
+    starts = {"experts": rows["moe"][0], "plain LoRA": rows["idar"][0]}
+    for model, pretrain in starts.items():
+        before = Experiment(pretrain=pretrain, tests=(budget.test(),))
+        found[f"{BEFORE}, {model}"] = dict.fromkeys(budget.seeds, before)
     for name, title in RATIOS.items():
-        for model, pretrain in (("experts", rows["moe"][0]), ("plain LoRA", rows["idar"][0])):
+        for model, pretrain in starts.items():
             for replay in (False, True) if model == "experts" else (False,):
                 label = f"{title}, {model}" + (", routing replayed" if replay else "")
                 for seed in budget.seeds:
@@ -43,9 +49,13 @@ def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
 
 
 def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
-    """By arm: reward gained over the run, collapses, ratio spread, clipping, routing jitter; curves of every seed."""
+    """By arm: reward gained over the run and on unseen prompts, collapses, ratio spread, clipping, routing jitter; curves of every seed."""
     rows, curves = {}, {}
     for label, by in records.items():
+        if label.startswith(BEFORE):
+            continue
+        before = records.get(f"{BEFORE}, {label.split(', ')[1]}", {})
+        unseen = difference(by, before, "reward") if by.keys() & before.keys() else None
         history = {seed: r["curves"]["stage 2"] for seed, r in by.items()}
         reward = {s: [h["reward"] for h in run] for s, run in history.items()}
         gains = [np.mean(r[-WINDOW:]) - np.mean(r[:WINDOW]) for r in reward.values()]
@@ -56,10 +66,11 @@ def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
         )
         rows[label] = {
             "gain": bootstrap(gains),
+            "unseen": unseen,
             "collapsed": int(sum(g < -2 * noise for g in gains)),
             "runs": len(gains),
             **{
-                name: float(np.nanmean([h.get(key, np.nan) for run in history.values() for h in run[1:] or run]))
+                name: _mean(h[key] for run in history.values() for h in run[1:] or run if key in h)
                 for name, key in METRICS.items()
             },
             "tests": {
@@ -69,6 +80,12 @@ def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
         }
         curves[label] = {str(s): r for s, r in reward.items()}
     return {"rows": rows, "reward": curves}
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    """None of nothing; NaN (nothing to clip, no experts) is left out."""
+    there = [v for v in values if not np.isnan(v)]
+    return float(np.mean(there)) if there else None
 
 
 METRICS = {
@@ -102,16 +119,20 @@ def page(content: dict[str, Any], folder: Path) -> str:
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.2e}"
 
+    def gain(row: dict[str, Any]) -> str:
+        return cell(row["gain"], "+.3f") if row["runs"] > 1 else f"{row['gain']['mean']:+.3f}"
+
     table = [
-        [label, cell(r["gain"], "+.3f"), f"{r['collapsed']} of {r['runs']}", *(number(r[n]) for n in METRICS), *(cell(r["tests"][n]) for n in ("attributes", "identity"))]
+        [label, cell(r["unseen"], "+.3f"), gain(r), f"{r['collapsed']} of {r['runs']}", *(number(r[n]) for n in METRICS), *(cell(r["tests"][n]) for n in ("attributes", "identity"))]
         for label, r in content["rows"].items()
     ]  # fmt: skip
-    return f"""All runs of a kind start from one first stage; seeds are stage 2's. Gain: reward of the last {WINDOW} iterations minus that of the first {WINDOW}, interval over seeds. A run collapsed if it lost more than twice its
+    return f"""All runs of a kind start from one first stage; seeds are stage 2's. Unseen: what the reward of unseen prompts and people gained, interval over cases. Gain: reward of the
+rollouts of the last {WINDOW} iterations minus that of the first {WINDOW}, on other prompts, interval over seeds. A run collapsed if it lost more than twice its
 own iteration-to-iteration noise. Routing jitter: share of the tokens (in the window's first step, all layers) that the updated policy would send to another expert.
 
 ![reward by iteration: thin lines are seeds, thick ones their mean](ratios.png)
 
-{markdown_table(["", "gain", "collapsed", *METRICS, "attributes", "identity"], table)}"""
+{markdown_table(["", "unseen", "gain", "collapsed", *METRICS, "attributes", "identity"], table)}"""
 
 
 STUDY = Study(

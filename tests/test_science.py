@@ -186,6 +186,7 @@ def test_every_study_runs(study, laboratory):
         chosen = {  # those that need everything: base, judges and reward of objects; experts
             "ablation_objects": [ablation.LABELS["ippo"]],
             "copy_paste": [ablation.LABELS["moe"], ablation.LABELS["ippo"]],
+            "ratios": ["before stage 2, experts", "GSPO, experts"],
         }
         wanted = chosen.get(study.name, list(arms)[:2])
         return {k: arms[k] for k in wanted}

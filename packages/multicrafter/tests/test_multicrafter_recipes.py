@@ -98,7 +98,7 @@ def test_the_papers_numbers():
 
 def test_values_that_come_from_a_study_name_it():
     """Every study that is named has a page; a value that was changed does not come from it any more."""
-    runs = [get_recipe(name) for name in RECIPES]
+    runs = [get_recipe(name) for name in recipes.RECIPES]
     named = {(k, v.removeprefix("ours, see ")) for run in runs for k, v in marks(run).items() if "see" in v}
     assert {k for k, _ in named} == set(recipes.STUDIED), "all of them are values of recipes, as they are chosen"
     pages = Path(__file__).parents[3] / "docs" / "results"
