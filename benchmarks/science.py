@@ -123,7 +123,7 @@ class Laboratory:
             return shipped_judges.shipped()
         folder = self.runs / "judges" / family
         folder.mkdir(parents=True, exist_ok=True)
-        with self.alone(folder):
+        with self.alone(folder), torch.enable_grad():  # who measures may be the first to ask
             for seed, (name, (minutes, done)) in enumerate(JUDGES.items()):
                 if not (folder / done).is_file():
                     RECIPES[name](folder, minutes=minutes * self.judge_share, seed=seed, family=FAMILIES[family])

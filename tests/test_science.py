@@ -184,7 +184,7 @@ def test_every_study_runs(study, laboratory):
     def few(budget):
         arms = study.arms(budget)
         chosen = {  # those that need everything: base, judges and reward of objects; experts
-            "ablation_objects": [ablation.LABELS["ippo"]],
+            "ablation_objects": ["baseline", ablation.LABELS["ippo"]],
             "copy_paste": [ablation.LABELS["moe"], ablation.LABELS["ippo"]],
             "ratios": ["before stage 2, experts", "GSPO, experts"],
         }
