@@ -50,12 +50,13 @@ def page(content: dict[str, Any], folder: Path) -> str:
     """Curves and tables."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    axes = figure.subplots(2, len(NAMES))
+    titles = {"steps": "steps of stage 1", "widths": "width of the transformer"}
+    shown = [kind for kind in titles if content[kind]]
+    figure = Figure(figsize=(11, 2.5 * len(shown)), layout="constrained")
+    axes = figure.subplots(len(shown), len(NAMES), squeeze=False)
     tables = []
-    for row, (kind, title) in zip(
-        axes, (("steps", "steps of stage 1"), ("widths", "width of the transformer")), strict=True
-    ):
+    for row, kind in zip(axes, shown, strict=True):
+        title = titles[kind]
         found = sorted(content[kind].items(), key=lambda item: _amount(item[0]))
         for axis, name in zip(row, NAMES, strict=True):
             points = [(_amount(k), m[name]) for k, m in found if m[name]["mean"] is not None]
@@ -71,8 +72,7 @@ def page(content: dict[str, Any], folder: Path) -> str:
                 axis.set_xscale("log", base=2)
                 axis.set_xticks(x, [str(v) for v in x])
             axis.set_title(f"{name} by {title}" if name == NAMES[0] else name, fontsize=9)
-        if found:
-            tables.append(markdown_table([title, *NAMES], [[k, *(cell(m[n]) for n in NAMES)] for k, m in found]))
+        tables.append(markdown_table([title, *NAMES], [[k, *(cell(m[n]) for n in NAMES)] for k, m in found]))
     save_plot(figure, folder / "scaling.png")
     text = "\n\n".join(tables)
     return f"""Stage 1 whole (attention supervision, experts). Steps: from the base that ships, the learning rate decays over the steps of each run. Widths: bases of their own, each trained {content["budget"]["base_minutes"]:.0f} minutes on one machine,
