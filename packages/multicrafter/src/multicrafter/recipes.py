@@ -1,7 +1,7 @@
 """Named configurations: the ablation at the scale of the tiny world (`tiny`, `ablation`), and runs on real models.
 
-A run (`Stage1`, `Stage2`) is everything that a command needs. Values are marked "paper" (arXiv 2509.21953, section 4.1), "ours, see" the study in docs/results that they
-come from, or "ours"; `save` writes them as YAML, which ``--config`` runs again as it is.
+A run (`Stage1`, `Stage2`) is everything that a command needs. Values are marked "paper" (arXiv 2509.21953, section 4.1), "ours, see" the
+study in docs/results that they come from, or "ours"; `save` writes them as YAML, which ``--config`` runs again as it is.
 """
 
 from __future__ import annotations
