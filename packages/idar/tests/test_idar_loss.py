@@ -28,6 +28,20 @@ def test_other_kinds_by_hand() -> None:
     torch.testing.assert_close(
         idar_loss(MAPS, MASKS, kind="share_cross_entropy", eps=1e-9).per_subject[0, 0], torch.tensor(want)
     )
+    torch.testing.assert_close(
+        idar_loss(MAPS, MASKS, kind="token_cross_entropy", eps=1e-9).per_subject[0, 0],
+        torch.tensor(-(math.log(0.6) + math.log(0.2)) / 2),
+    )
+    torch.testing.assert_close(
+        idar_loss(MAPS, MASKS, kind="balanced").per_subject, torch.full((1, 2), 0.2 / 2 - 0.8 / 2)
+    )
+
+
+def test_a_token_is_asked_how_much_it_listens_or_only_to_whom() -> None:
+    """Shares stay as they are where all references get less; the loss of tokens grows by -log of the factor."""
+    for kind, grows in (("share_cross_entropy", 0.0), ("token_cross_entropy", 2 * math.log(4))):
+        quiet, loud = (idar_loss(m, MASKS, kind=kind, eps=1e-9).loss for m in (MAPS / 4, MAPS))  # type: ignore[arg-type]
+        torch.testing.assert_close(quiet - loud, torch.tensor(grows))
 
 
 def test_absent_subjects_are_left_out() -> None:
@@ -74,7 +88,7 @@ def test_bad_maps(bad: torch.Tensor) -> None:
         idar_loss(bad, MASKS)
 
 
-KINDS = ("dice", "soft_iou", "cross_entropy", "share_cross_entropy")
+KINDS = ("dice", "soft_iou", "cross_entropy", "share_cross_entropy", "token_cross_entropy", "balanced")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from idar.masks import Normalization, normalize_maps
 
-LossKind = Literal["dice", "soft_iou", "cross_entropy", "share_cross_entropy"]
+LossKind = Literal["dice", "soft_iou", "cross_entropy", "share_cross_entropy", "token_cross_entropy", "balanced"]
 
 
 class IDARLoss(NamedTuple):
@@ -61,11 +61,32 @@ def share_cross_entropy(
     return -(masks * (share + eps).log()).sum(-1) / masks.sum(-1).clamp_min(eps)
 
 
+def token_cross_entropy(
+    maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s n"], eps: float
+) -> Float[Tensor, "b s"]:
+    """``-mean over tokens of the subject of log(m_i)``: inside its mask a token should listen to its own reference, and to nothing else.
+
+    Made for maps of "image_to_reference", where text and picture compete with the references; stronger than `share_cross_entropy`,
+    which says nothing about how much a token listens to references at all.
+    """
+    return -(masks * (maps + eps).log()).sum(-1) / masks.sum(-1).clamp_min(eps)
+
+
+def balanced(maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s n"], eps: float) -> Float[Tensor, "b s"]:
+    """``mean of m outside the mask - mean of m inside`` (localization loss of FastComposer, arXiv 2305.10431), in [-max m, max m]."""
+    outside = 1 - masks
+    return (maps * outside).sum(-1) / outside.sum(-1).clamp_min(eps) - (maps * masks).sum(-1) / masks.sum(-1).clamp_min(
+        eps
+    )
+
+
 _LOSSES = {
     "dice": dice,
     "soft_iou": soft_iou,
     "cross_entropy": cross_entropy,
     "share_cross_entropy": share_cross_entropy,
+    "token_cross_entropy": token_cross_entropy,
+    "balanced": balanced,
 }
 
 
@@ -85,7 +106,8 @@ def idar_loss(
     Args:
         maps: From `subject_attention`, averaged over blocks.
         masks: From `token_masks`, in [0, 1].
-        kind: "dice" (the paper), "soft_iou", "cross_entropy" of the map, or "share_cross_entropy" (image_to_reference).
+        kind: "dice" (the paper), "soft_iou", "cross_entropy" of the map, "balanced" (FastComposer); of image_to_reference
+            "share_cross_entropy" or "token_cross_entropy" as well.
         normalization: Applied to the maps before the loss (`normalize_maps`).
         weight: One factor of at least 0 per sample, such as `sigma_weight`.
         eps: Smoothing.
