@@ -55,7 +55,8 @@ def circumstances(budget: Budget) -> dict[str, tuple[Base, dict[str, Any], dict[
     }  # fmt: skip
 
 
-def _stage1(budget: Budget, seed: int, idar: IDARConfig, changes: dict[str, Any]) -> PretrainConfig:
+def stage1(budget: Budget, seed: int, idar: IDARConfig, changes: dict[str, Any]) -> PretrainConfig:
+    """Plain LoRA with one setting of the loss, and changes of stage 1 or its world."""
     config = replace(budget.rows(seed)["baseline"][0], adapters=AdapterConfig(num_experts=0), idar=idar)
     sizes = {k: v for k, v in changes.items() if k in ("size", "reference_size")}
     rest = {k: v for k, v in changes.items() if k not in sizes}
@@ -65,13 +66,13 @@ def _stage1(budget: Budget, seed: int, idar: IDARConfig, changes: dict[str, Any]
 def _all(budget: Budget, seed: int) -> Iterator[tuple[str, Experiment]]:
     likeness = [budget.test(split="validation", seed=2000, shared_attributes=n) for n in (4, 0, 7)]
     for label, idar in {"plain": PLAIN, **forms()}.items():
-        yield label, Experiment(pretrain=_stage1(budget, seed, idar, {}), tests=tuple(likeness))
+        yield label, Experiment(pretrain=stage1(budget, seed, idar, {}), tests=tuple(likeness))
     for where, (base, changes, test) in circumstances(budget).items():
         if not changes and base == Base():
             continue
         tests = (budget.test(split="validation", seed=2000, **test),)
         for label, idar in (("plain", PLAIN), ("centre", HERE)):
-            yield f"{where}: {label}", Experiment(base=base, pretrain=_stage1(budget, seed, idar, changes), tests=tests)
+            yield f"{where}: {label}", Experiment(base=base, pretrain=stage1(budget, seed, idar, changes), tests=tests)
 
 
 def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:

@@ -94,6 +94,7 @@ def forest(
             axis.plot(seeds, [y + 0.22] * len(seeds), ".", color="tab:orange", markersize=4)
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=8)
+        axis.locator_params(axis="x", nbins=4)
     axes[0].set_yticks(range(len(labels)), labels)
     axes[0].invert_yaxis()
     save_plot(figure, path)

@@ -125,7 +125,7 @@ def test_workers_report_what_went_wrong(capfd):
 
 def test_a_claim_holds_only_where_the_interval_says_so():
     gain, level, loss = [0.1, 0.01, 0.2], [0.0, -0.1, 0.1], [-0.1, -0.2, -0.01]
-    idar, ippo = claims.CLAIMS
+    idar, _, ippo = claims.CLAIMS
     for attributes in (gain, level, loss):
         for leakage in (gain, level, loss):
             found = claims.verdict(idar, {"attributes": attributes, "leakage": leakage})
