@@ -24,7 +24,7 @@ IDAR, MOE, IPPO = (ablation.LABELS[n] for n in ("idar", "moe", "ippo"))
 LONG_PLAIN, LONG_IDAR = "baseline, four times the steps", "+ IDAR in the first half, four times the steps"
 CLAIMS = {
     f"{IDAR} - baseline": (IDAR, "baseline"),
-    f"{LONG_IDAR} - baseline": (LONG_IDAR, LONG_PLAIN),
+    f"{LONG_IDAR} - the same without": (LONG_IDAR, LONG_PLAIN),
     f"{IPPO} - {MOE}": (IPPO, MOE),
 }
 

@@ -35,6 +35,8 @@ def forms() -> dict[str, IDARConfig]:
         "sigma < .5": replace(HERE, sigma_max=0.5),
         "Dice of shares": replace(HERE, kind="dice", normalization="share"),
         "soft IoU of shares": replace(HERE, kind="soft_iou", normalization="share"),
+        "cross-entropy of tokens, lambda .03": replace(HERE, kind="token_cross_entropy", coef=0.03),
+        "balanced (FastComposer), lambda .3": replace(HERE, kind="balanced", coef=0.3),
         "reference -> image, cross-entropy": replace(HERE, direction="reference_to_image", kind="cross_entropy", normalization="sum"),
         "the paper's letter, lambda .1": IDARConfig.paper(0.1),
         "the paper's letter, lambda .3": IDARConfig.paper(0.3),
