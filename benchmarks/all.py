@@ -149,7 +149,23 @@ def readme_table(results: Path) -> str:
     rows = [[k, *(cell(m.get(n)) for n in SHOWN)] for k, m in content["means"].items()]
     return f"""{markdown_table(["", *SHOWN], rows)}
 
-{content["budget"]["cases"]} pairs of look-alikes nobody has seen, {seeds} seed{"s" if seeds > 1 else ""}, 95 % intervals; attributes: right ones, swaps: the other person's ([all of it](docs/results/ablation.md), [all studies](docs/results/science.md))."""
+{content["budget"]["cases"]} pairs of look-alikes nobody has seen, {seeds} seed{"s" if seeds > 1 else ""}, 95 % intervals; attributes: right ones, swaps: the other person's ([all of it](docs/results/ablation.md), [all studies](docs/results/science.md)).{verdicts(results)}"""
+
+
+def verdicts(results: Path) -> str:
+    """What was claimed beforehand and tried on many more pairs, in a sentence per claim."""
+    path = results / "claims.json"
+    if not path.is_file():
+        return ""
+    lines = []
+    for claim, parts in json.loads(path.read_text())["verdicts"].items():
+        shown = [part for part, holds in parts.items() if holds]
+        missing = [part for part, holds in parts.items() if not holds]
+        lines.append(
+            f"{claim}: {', '.join(shown) or 'nothing shown'}{'; not shown: ' * bool(missing)}{', '.join(missing)}."
+        )
+    listed = "".join(f"\n- {line}" for line in lines)
+    return f"\n\nClaims that were fixed beforehand and tried on [many more pairs](docs/results/claims.md):\n{listed}"
 
 
 def with_table(readme: str, table: str) -> str:
