@@ -162,7 +162,7 @@ def verdicts(results: Path) -> str:
         shown = [part for part, holds in parts.items() if holds]
         missing = [part for part, holds in parts.items() if not holds]
         lines.append(
-            f"{claim}: {', '.join(shown) or 'nothing shown'}{'; not shown: ' * bool(missing)}{', '.join(missing)}."
+            f"**{claim}**: {', '.join(shown) or 'nothing shown'}{'; not shown: ' * bool(missing)}{', '.join(missing)}."
         )
     listed = "".join(f"\n- {line}" for line in lines)
     return f"\n\nClaims that were fixed beforehand and tried on [many more pairs](docs/results/claims.md):\n{listed}"
