@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from multicrafter.adapters import AdapterConfig
 from multicrafter.stages.pretrain import IDARConfig, PretrainConfig
 
 from benchmarks.experiment import Base, Budget, Experiment
@@ -59,7 +58,7 @@ def circumstances(budget: Budget) -> dict[str, tuple[Base, dict[str, Any], dict[
 
 def stage1(budget: Budget, seed: int, idar: IDARConfig, changes: dict[str, Any]) -> PretrainConfig:
     """Plain LoRA with one setting of the loss, and changes of stage 1 or its world."""
-    config = replace(budget.rows(seed)["baseline"][0], adapters=AdapterConfig(num_experts=0), idar=idar)
+    config = replace(budget.rows(seed)["baseline"][0], idar=idar)
     sizes = {k: v for k, v in changes.items() if k in ("size", "reference_size")}
     rest = {k: v for k, v in changes.items() if k not in sizes}
     return replace(config, world=replace(config.world, **sizes), **rest)

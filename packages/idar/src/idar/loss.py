@@ -74,10 +74,11 @@ def token_cross_entropy(
 
 def balanced(maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s n"], eps: float) -> Float[Tensor, "b s"]:
     """``mean of m outside the mask - mean of m inside`` (localization loss of FastComposer, arXiv 2305.10431), in [-max m, max m]."""
-    outside = 1 - masks
-    return (maps * outside).sum(-1) / outside.sum(-1).clamp_min(eps) - (maps * masks).sum(-1) / masks.sum(-1).clamp_min(
-        eps
-    )
+
+    def mean(weight: Tensor) -> Tensor:
+        return (maps * weight).sum(-1) / weight.sum(-1).clamp_min(eps)
+
+    return mean(1 - masks) - mean(masks)
 
 
 _LOSSES = {
