@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -124,16 +125,13 @@ def test_workers_report_what_went_wrong(capfd):
 
 
 def test_a_claim_holds_only_where_the_interval_says_so():
-    gain, level, loss = [0.1, 0.01, 0.2], [0.0, -0.1, 0.1], [-0.1, -0.2, -0.01]
+    gain, up, down, loss = [0.1, 0.01, 0.2], [0.1, -0.1, 0.3], [-0.1, -0.3, 0.1], [-0.1, -0.2, -0.01]
     idar, _, ippo = claims.CLAIMS
-    for attributes in (gain, level, loss):
-        for leakage in (gain, level, loss):
-            found = claims.verdict(idar, {"attributes": attributes, "leakage": leakage})
-            assert found == {"attributes rise": attributes is gain, "leakage falls": leakage is loss}
-    for reward in (gain, level, loss):
-        for identity in (gain, level, loss):
-            found = claims.verdict(ippo, {"reward": reward, "identity": identity})
-            assert found == {"the reward rises": reward is gain, "identity does not fall": identity is not loss}
+    for first, second in itertools.product((gain, up, down, loss), repeat=2):
+        found = claims.verdict(idar, {"attributes": first, "leakage": second})
+        assert found == {"attributes rise": first is gain, "leakage falls": second is loss}
+        found = claims.verdict(ippo, {"reward": first, "identity": second})
+        assert found == {"the reward rises": first is gain, "identity does not fall": second is not loss}
 
 
 def record(values: list[float]) -> dict:
