@@ -126,10 +126,12 @@ def test_workers_report_what_went_wrong(capfd):
 
 def test_a_claim_holds_only_where_the_interval_says_so():
     gain, up, down, loss = [0.1, 0.01, 0.2], [0.1, -0.1, 0.3], [-0.1, -0.3, 0.1], [-0.1, -0.2, -0.01]
-    idar, _, ippo = claims.CLAIMS
+    idar, _, large, ippo = claims.CLAIMS
     for first, second in itertools.product((gain, up, down, loss), repeat=2):
         found = claims.verdict(idar, {"attributes": first, "leakage": second})
         assert found == {"attributes rise": first is gain, "leakage falls": second is loss}
+        found = claims.verdict(large, {"attributes": first, "leakage": gain, "leakage_single": second})
+        assert found == {"attributes rise": first is gain, "leakage of the single blocks falls": second is loss}
         found = claims.verdict(ippo, {"reward": first, "identity": second})
         assert found == {"the reward rises": first is gain, "identity does not fall": second is not loss}
 
