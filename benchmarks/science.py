@@ -156,7 +156,9 @@ class Laboratory:
                     reference_share=0.9,
                     compile_blocks=base.minutes > 5,
                 )
-                train(shipped_vae(), folder, config)
+                unfinished = folder.with_name(f"{folder.name}.unfinished")  # what is saved on the way is not the base
+                train(shipped_vae(), unfinished, config)
+                unfinished.replace(folder)
         return folder
 
     def fingerprint(self, base: Base) -> str:
@@ -230,6 +232,8 @@ class Laboratory:
         return {
             "experiment": to_dict(experiment),
             "base": self.fingerprint(experiment.base),
+            "base_training": base and json.loads((base / "training.json").read_text()),
+            "judges": shipped_judges.accuracy(self.judges_folder(experiment.base.family)),
             "seconds": seconds,
             "curves": curves,
             "tests": tests,
@@ -298,6 +302,7 @@ class Laboratory:
             "versions": everything[-1]["versions"],
             "devices": sorted({r["device"] for r in everything}),
             "minutes": sum(sum(r["seconds"].values()) for r in everything) / 60,
+            "judges": next((r["judges"] for r in everything if "judges" in r), shipped_judges.accuracy()),
             "budget": to_dict(budget),
             **study.summarise(records),
         }
@@ -350,7 +355,21 @@ of training and measuring on {", ".join(content["devices"])}; commits {", ".join
 
 Unless a row says otherwise: {budget["steps"]} steps of stage 1 on {budget["scenes"]} scenes, {budget["iterations"]} iterations of stage 2, {budget["cases"]} cases of unseen identities. Brackets: 95 % bootstrap
 intervals over cases, each case averaged over the seeds first; a difference is taken case by case, and is bold where its interval excludes 0.
+{_trust(content["judges"])}
 """
+
+
+def _trust(judges: dict[str, dict[str, float | None]]) -> str:
+    """How far the judges can be believed; what the miniature's judges never see has no share."""
+    named = {
+        "attributes read right": judges["reader"]["attributes"],
+        "the same where three or four subjects are": judges["reader"]["attributes_crowd"],
+        "subjects counted right": judges["reader"]["count"],
+        "the same subject told from another (AUC)": judges["people"]["auc"],
+        "a picture's setting told from others (CLIP)": judges["clip"]["setting"],
+    }
+    shares = ", ".join(f"{what} {'-' if share is None else f'{share:.3f}'}" for what, share in named.items())
+    return f"The judges, on pictures of the world with unseen identities: {shares}."
 
 
 def carry_out(

@@ -73,6 +73,25 @@ def test_another_process_is_at_it(laboratory, monkeypatch, what):
     assert laboratory.known(other) is None
 
 
+def test_a_base_whose_training_was_cut_short_is_trained_again(laboratory, monkeypatch):
+    """Training saves on the way; what it left when it was killed must not be taken for a base."""
+    calls = []
+
+    def train(_, out, config):
+        calls.append(config.minutes)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "training.json").write_text("{}")
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("benchmarks.science.train", train)
+    base = Base(minutes=0.03)
+    with pytest.raises(KeyboardInterrupt):
+        laboratory.base(base)
+    assert (laboratory.base(base) / "training.json").is_file()
+    assert laboratory.base(base) and calls == [0.03, 0.03]
+
+
 def test_stage_2_of_several_experiments_starts_from_one_first_stage(laboratory, monkeypatch):
     from benchmarks import science
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,18 @@ def picture_grid(path: Path, scenes: EncodedScenes, pictures: Mapping[str, Tenso
 
 @torch.no_grad()
 def subject_maps(
-    pipe: Any, scenes: EncodedScenes, cases: Sequence[int], *, sigma: float = 0.6, seed: int = 0
+    pipe: Any,
+    scenes: EncodedScenes,
+    cases: Sequence[int],
+    *,
+    blocks: Callable[[str], bool] | Sequence[str] | None = None,
+    sigma: float = 0.6,
+    seed: int = 0,
 ) -> Tensor:
-    """Where each image token looks: its attention mass on each reference as a share of all references', (case, subject, rows, columns)."""
+    """Where each image token looks: its attention mass on each reference as a share of all references', (case, subject, rows, columns).
+
+    The mean over ``blocks``, chosen as in `idar.integrations.diffusers.attention_blocks`.
+    """
     rows = torch.tensor(list(cases))
     latents = scenes.tokens[rows]
     level = torch.full((len(rows),), sigma)
@@ -59,7 +68,10 @@ def subject_maps(
     text = backbone.encode_prompts(pipe, [scenes.captions[i] for i in cases])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
     with capture_subject_attention(
-        pipe.transformer, layout_of(backbone, scenes, text.embeds.shape[1]), direction="image_to_reference"
+        pipe.transformer,
+        layout_of(backbone, scenes, text.embeds.shape[1]),
+        direction="image_to_reference",
+        blocks=blocks,
     ) as captured:
         backbone.velocity(pipe.transformer, add_noise(latents, noise, level), level, text, **scenes.context(rows))
     maps = captured.maps
