@@ -125,5 +125,9 @@ def test_every_backbone_can_be_evaluated_and_looked_at(name):
     exchanged = generate_cases(pipe, replace(scenes, references=scenes.references.flip(1)), config)
     assert not torch.equal(exchanged, pictures)
     assert torch.equal(generate_cases(pipe, scenes, config, batch=1).gt(0.5), pictures.gt(0.5))
-    maps = subject_maps(pipe, scenes, [1])
-    assert torch.allclose(maps.sum(1), torch.ones(1, *scenes.grid))
+    double, single, every = (
+        subject_maps(pipe, scenes, [1], blocks=blocks)
+        for blocks in (None, lambda name: name.startswith("single"), lambda _: True)
+    )
+    assert torch.allclose(every.sum(1), torch.ones(1, *scenes.grid))
+    assert not torch.allclose(double, single) and not torch.allclose(every, double)

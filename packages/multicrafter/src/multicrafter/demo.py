@@ -111,7 +111,7 @@ def run(out: Path, config: DemoConfig, *, model: str | None = None, resume: bool
     def score(pipe: Any) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
         metrics, pictures = evaluate(pipe, unseen, everyone, evaluation)
         metrics["reward"] = reward(list(pictures), unseen.captions, [list(x) for x in unseen.reference_images]).totals
-        return metrics, pictures, figures.subject_maps(pipe, unseen, shown)
+        return metrics, pictures, figures.subject_maps(pipe, unseen, shown, blocks=lambda _: True)
 
     with clock.measure("draw scenes"):
         pipe = load_flux(model)

@@ -38,7 +38,7 @@ METRICS = {
     "setting": "pictures with the setting and the time of day of the caption",
     "text": "CLIP alignment with the caption, (1 + cos) / 2",
     "aesthetics": "colourfulness and sharpness",
-    "leakage": "attention of a subject that lies on the other subject, as a share (.5: blind)",
+    "leakage": "attention of a subject that lies on the other subject, as a share (.5: blind); double-stream blocks",
 }
 
 

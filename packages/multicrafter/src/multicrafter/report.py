@@ -66,7 +66,8 @@ def write_report(run: Path) -> Path:
         "pictures.png": ("Pictures", "Unseen identities, the same noise for every model. The references on top."),
         "attention.png": (
             "Attention",
-            "Where image tokens look for reference A rather than the other: red A, blue the other, white undecided. Noise level 0.6.",
+            "Where image tokens look for reference A rather than the other: red A, blue the other, white undecided. "
+            "Mean over all blocks, noise level 0.6.",
         ),
         "training.png": ("Stage 1", "Losses on the training scenes."),
         "reward.png": ("Stage 2", "Reward of the rollouts, which are noisier than pictures drawn for you."),
