@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from multicrafter.rewards import RewardConfig
 
 from benchmarks.experiment import Budget, Experiment
-from benchmarks.report import Record, compare, forest, save_plot, tables
+from benchmarks.report import Record, cell, compare, forest, markdown_table, save_plot, tables
 from benchmarks.science import Study, main
 
 NAMES = ("attributes", "identity", "swaps", "count", "text", "aesthetics")
@@ -22,6 +23,7 @@ REWARDS = {
     "mean": RewardConfig(text=0.0, aesthetics=0.0, multi_id=1.0, extra_penalty=0.0, convention="mean"),
 }
 BEFORE = "before stage 2"
+OURS = "Hungarian"
 
 
 def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
@@ -41,13 +43,15 @@ def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
 
 
 def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
-    """Differences to the model before stage 2, and the reward that each policy maximised."""
+    """Differences to the model before stage 2 and to the Hungarian policy, and the reward that each policy maximised."""
     curves = {
         label: {str(s): [h["reward"] for h in r["curves"]["stage 2"]] for s, r in by.items()}
         for label, by in records.items()
         if label != BEFORE
     }
-    return {**compare(records, NAMES, baseline=BEFORE), "reward": curves}
+    policies = {k: by for k, by in records.items() if k != BEFORE}
+    against = compare(policies, NAMES, baseline=OURS).get("minus_baseline", {})
+    return {**compare(records, NAMES, baseline=BEFORE), "reward": curves, "against": against}
 
 
 def page(content: dict[str, Any], folder: Path) -> str:
@@ -58,8 +62,11 @@ def page(content: dict[str, Any], folder: Path) -> str:
     for axis, (label, runs) in zip(
         figure.subplots(1, max(1, len(content["reward"])), squeeze=False)[0], content["reward"].items(), strict=False
     ):
-        for run in runs.values():
-            axis.plot(run, color="tab:blue", alpha=0.6, linewidth=1)
+        array = np.array(list(runs.values()))
+        axis.plot(array.T, color="tab:blue", alpha=0.25, linewidth=0.8)
+        if (width := min(6, array.shape[1] // 2)) > 1:
+            smooth = np.convolve(array.mean(0), np.ones(width) / width, mode="valid")
+            axis.plot(np.arange(len(smooth)) + (width - 1) / 2, smooth, color="tab:blue", linewidth=2)
         axis.set_title(label, fontsize=9)
         axis.set_xlabel("iteration", fontsize=8)
     save_plot(figure, folder / "reward_hacking_curves.png")
@@ -67,14 +74,19 @@ def page(content: dict[str, Any], folder: Path) -> str:
     if content.get("minus_baseline"):
         forest(content["minus_baseline"], NAMES[:4], folder / "reward_hacking.png", content["by_seed"])
         picture = "![what each policy changed in the pictures](reward_hacking.png)\n\nBars: 95 % intervals over cases; dots: single seeds."
+    rows = [[k, *(cell(m.get(n), "+.3f") for n in NAMES)] for k, m in content["against"].items()]
     return f"""Every policy maximises its own reward, and identity alone: Hungarian (one face a reference, with or without a penalty for faces nobody asked for), UMO's confidence, the best face of each reference (one face may serve
 both), the mean over all pairs. A hack is a reward that rises while the attributes of the people, which no reward sees, or the number of people get worse.
 
-![reward by iteration, each line a seed](reward_hacking_curves.png)
+![reward by iteration: thin lines are seeds, thick ones their mean over six iterations](reward_hacking_curves.png)
 
 {picture}
 
-{tables(content, NAMES, baseline=BEFORE)}"""
+{tables(content, NAMES, baseline=BEFORE)}
+
+Against the {OURS} policy, which differs in nothing but the reward, case by case:
+
+{markdown_table([f"- {OURS}", *NAMES], rows)}"""
 
 
 STUDY = Study(
