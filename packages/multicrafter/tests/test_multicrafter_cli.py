@@ -11,6 +11,7 @@ import pytest
 import yaml
 from multicrafter.adapters import AdapterConfig, Adapters
 from multicrafter.cli import main
+from multicrafter.figures import reward_curve
 from PIL import Image
 
 
@@ -274,6 +275,13 @@ def test_demo_writes_everything(model, tmp_path, capsys):
     assert f"{results['summary']['stage 1']['text']['mean']:.3f}" in page
     assert main(["report", str(out)]) == 0
     fails(capsys_reset(capsys), "results.json", argv=["report", str(tmp_path)])
+
+
+def test_reward_curve_has_a_panel_for_failures_only_where_something_failed(tmp_path):
+    history = [{"step": i, "reward": 0.1 * i, "reward_text": 0.2, "reward_failures": 0.0} for i in range(3)]
+    failed = [history[0], {**history[1], "reward_failures": 1.0}, history[2]]
+    widths = [Image.open(reward_curve(tmp_path / f"{i}.png", h)).width for i, h in enumerate((history, failed))]
+    assert widths[0] * 3 == widths[1] * 2
 
 
 def test_as_a_module():

@@ -99,10 +99,12 @@ def attention_figure(path: Path, scenes: EncodedScenes, maps: Mapping[str, Tenso
 
 
 def reward_curve(path: Path, history: Sequence[Mapping[str, float]]) -> Path:
-    """Reward and its parts over the iterations of stage 2; the thin line is one iteration, the thick one a mean of five."""
+    """Reward, its parts and any failures over the iterations of stage 2; the thin line is one iteration, the thick one a mean of five."""
     from matplotlib.figure import Figure
 
     names = ["reward", *sorted(k for k in history[0] if k.startswith("reward_") and k != "reward_spread")]
+    if not any(h.get("reward_failures") for h in history):
+        names = [name for name in names if name != "reward_failures"]
     figure = Figure(figsize=(2.6 * len(names), 2.2), layout="constrained")
     steps = [h["step"] for h in history]
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
