@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from multicrafter.evaluate import bootstrap
+
 from benchmarks.experiment import Base, Budget, Experiment
-from benchmarks.report import Record, cell, markdown_table, mean_over_seeds, save_plot
+from benchmarks.report import Record, cell, markdown_table, mean_over_seeds, save_plot, values
 from benchmarks.science import Study, main
 
 NAMES = ("attributes", "identity", "swaps", "leakage", "count")
@@ -34,16 +38,51 @@ def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
     return found
 
 
-def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
-    """Means by steps and by width."""
-    means = {label: {n: mean_over_seeds(by, n) for n in NAMES} for label, by in records.items()}
-    return {
-        kind: {k: m for k, m in means.items() if word in k} for kind, word in (("steps", "steps"), ("widths", "width"))
-    }
-
-
 def _amount(label: str) -> int:
     return int("".join(c for c in label if c.isdigit()))
+
+
+def line(amounts: Sequence[float], measured: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Least squares of each case over the doublings: ``measured`` is about ``start + slope * log2(amount / first)``.
+
+    Args:
+        amounts: ``(n,)``, at least two different ones.
+        measured: ``(n, cases)``; a case with a NaN gets NaN.
+
+    Returns:
+        Slope a doubling and start, both ``(cases,)``.
+    """
+    doublings = np.log2(np.asarray(amounts, np.float64) / amounts[0])
+    weights = (doublings - doublings.mean()) / np.square(doublings - doublings.mean()).sum()
+    slope = weights @ measured
+    return slope, measured.mean(0) - slope * doublings.mean()
+
+
+def trend(amounts: Sequence[float], measured: np.ndarray) -> dict[str, Any]:
+    """What a doubling brings, and how far the line through all but the largest amount misses the largest: measured minus foretold."""
+    slope, _ = line(amounts, measured)
+    found = {"a doubling": bootstrap(slope)}
+    if len(amounts) > 2:
+        before, start = line(amounts[:-1], measured[:-1])
+        foretold = start + before * np.log2(amounts[-1] / amounts[0])
+        found["measured - foretold"] = bootstrap(measured[-1] - foretold)
+    return found
+
+
+def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
+    """Means and trends by steps and by width."""
+    found: dict[str, Any] = {"trends": {}}
+    for kind, word in (("steps", "steps"), ("widths", "width")):
+        these = dict(sorted((_amount(k), by) for k, by in records.items() if word in k))
+        found[kind] = {f"{a}": {n: mean_over_seeds(by, n) for n in NAMES} for a, by in these.items()}
+        if len(these) > 1:
+            found["trends"][kind] = {
+                n: trend(
+                    list(these), np.stack([np.mean([values(r, n) for r in by.values()], 0) for by in these.values()])
+                )
+                for n in NAMES
+            }
+    return found
 
 
 def page(content: dict[str, Any], folder: Path) -> str:
@@ -56,10 +95,9 @@ def page(content: dict[str, Any], folder: Path) -> str:
     axes = figure.subplots(len(shown), len(NAMES), squeeze=False)
     tables = []
     for row, kind in zip(axes, shown, strict=True):
-        title = titles[kind]
-        found = sorted(content[kind].items(), key=lambda item: _amount(item[0]))
+        title, found = titles[kind], content[kind]
         for axis, name in zip(row, NAMES, strict=True):
-            points = [(_amount(k), m[name]) for k, m in found if m[name]["mean"] is not None]
+            points = [(int(k), m[name]) for k, m in found.items() if m[name]["mean"] is not None]
             if points:
                 x, m = zip(*points, strict=True)
                 axis.errorbar(
@@ -72,11 +110,18 @@ def page(content: dict[str, Any], folder: Path) -> str:
                 axis.set_xscale("log", base=2)
                 axis.set_xticks(x, [str(v) for v in x])
             axis.set_title(f"{name} by {title}" if name == NAMES[0] else name, fontsize=9)
-        tables.append(markdown_table([title, *NAMES], [[k, *(cell(m[n]) for n in NAMES)] for k, m in found]))
+        trends = content["trends"].get(kind, {n: {} for n in NAMES})
+        rows = [[k, *(cell(m[n]) for n in NAMES)] for k, m in found.items()]
+        for label in ("a doubling", "measured - foretold"):
+            rows.append([label, *(cell(trends[n].get(label), "+.3f") for n in NAMES)])
+        tables.append(markdown_table([title, *NAMES], rows))
     save_plot(figure, folder / "scaling.png")
     text = "\n\n".join(tables)
     return f"""Stage 1 whole (attention supervision, experts). Steps: from the base that ships, the learning rate decays over the steps of each run. Widths: bases of their own, each trained {content["budget"]["base_minutes"]:.0f} minutes on one machine,
 so a wider one saw fewer samples: what a fixed time buys.
+
+To extrapolate: "a doubling" is the slope of a straight line over the doublings, fitted case by case; "measured - foretold" is how far such a line through all but the last row misses the last.
+An interval there that excludes 0 says that the line does not go on: gains shrink (or grow).
 
 ![metrics over steps and over width](scaling.png)
 

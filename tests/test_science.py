@@ -14,7 +14,7 @@ from multicrafter.adapters import AdapterConfig, Adapters
 from multicrafter.loading import load_flux
 from multicrafter.stages.runs import with_execution
 
-from benchmarks import ablation, claims, probes, report
+from benchmarks import ablation, claims, probes, report, scaling
 from benchmarks import all as everything
 from benchmarks.experiment import SMOKE, Base, Experiment
 from benchmarks.science import Laboratory, Study, carry_out, main
@@ -244,3 +244,15 @@ def test_thin_keeps_the_mean():
     history = [{"loss": float(i)} for i in range(1000)]
     thin = _thin(history, 10)
     assert len(thin) == 10 and np.mean([h["loss"] for h in thin]) == pytest.approx(499.5)
+
+
+def test_trend_of_a_straight_line_and_of_gains_that_shrink():
+    amounts, cases = [80, 160, 320, 1280], np.array([[0.1, 0.3]])
+    doublings = np.array([0.0, 1.0, 2.0, 4.0])[:, None]
+    straight = scaling.trend(amounts, cases + doublings * np.array([0.02, 0.04]))
+    assert straight["a doubling"].mean == pytest.approx(0.03) and straight["a doubling"].low == pytest.approx(0.02)
+    assert straight["measured - foretold"].mean == pytest.approx(0.0)
+    shrinking = scaling.trend(amounts, cases + np.sqrt(doublings))
+    assert shrinking["measured - foretold"].high < 0 < shrinking["a doubling"].low
+    assert scaling.trend(amounts, np.full((4, 1), np.nan))["a doubling"].n == 0
+    assert "measured - foretold" not in scaling.trend(amounts[:2], np.ones((2, 1)))
