@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from multicrafter.adapters import AdapterConfig, Adapters
+from multicrafter.evaluate import write_json
 from multicrafter.loading import load_flux
 from multicrafter.stages.runs import with_execution
 
-from benchmarks import ablation, claims, probes, report, scaling
+from benchmarks import ablation, claims, probes, report, scaling, subjects
 from benchmarks import all as everything
 from benchmarks.experiment import SMOKE, Base, Experiment
 from benchmarks.science import Laboratory, Study, carry_out, main
@@ -256,3 +257,37 @@ def test_trend_of_a_straight_line_and_of_gains_that_shrink():
     assert shrinking["measured - foretold"].high < 0 < shrinking["a doubling"].low
     assert scaling.trend(amounts, np.full((4, 1), np.nan))["a doubling"].n == 0
     assert "measured - foretold" not in scaling.trend(amounts[:2], np.ones((2, 1)))
+
+
+def test_where_numbers_of_subjects_break(tmp_path):
+    """Records of made-up metrics: everyone is there up to two subjects, and attributes bleed at two only."""
+
+    def record(counts, swaps):
+        cases = np.linspace(-0.05, 0.05, 8)
+        metrics = {"attributes": cases, "swaps_by_chance": cases + 0.1, "leakage": cases}
+        return {
+            "tests": [
+                {"metrics": {**metrics, "count": cases + c, "swaps": cases + s}}
+                for c, s in zip(counts, swaps, strict=True)
+            ]
+        }
+
+    few, many = subjects.TRAINED
+    summary = subjects.summarise(
+        {
+            few: {0: record((1, 0.9, 0.4, 0.2), (np.nan, 0.3, 0.1, 0.1))},
+            many: {0: record((1, 0.9, 0.8, 0.7), (np.nan, 0.1, 0.1, 0.1))},
+        }
+    )
+    write_json(tmp_path / "found.json", summary)
+    found = json.loads((tmp_path / "found.json").read_text())
+    first, second = (f"{label.capitalize()}: " for label in (few, many))
+    assert (
+        f"{first}fewer than half of the pictures show everyone from 3 subjects on; bleeding is shown at 2 subjects."
+        in subjects.breaks(found)
+    )
+    assert (
+        f"{second}fewer than half of the pictures show everyone at no number tried; bleeding is shown at no number of subjects."
+        in subjects.breaks(found)
+    )
+    assert [m["count"]["mean"] for m in found["more"]] == pytest.approx([0, 0, 0.4, 0.5])
