@@ -12,11 +12,12 @@ import numpy as np
 from multicrafter.evaluate import bootstrap
 
 from benchmarks.experiment import Budget, Experiment
-from benchmarks.report import Record, cell, difference, markdown_table, save_plot
+from benchmarks.report import Record, cell, difference, markdown_table, save_plot, spread
 from benchmarks.science import Study, main
 
 RATIOS = {"sequence": "GSPO", "step": "GRPO", "guarded": "guarded GRPO"}
 BEFORE = "before stage 2"
+TRUTH = ("reward", "attributes", "identity", "swaps")
 WINDOW = 4  # iterations at either end that are compared
 
 
@@ -79,7 +80,28 @@ def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
             },
         }
         curves[label] = {str(s): r for s, r in reward.items()}
-    return {"rows": rows, "reward": curves}
+    against = {}
+    for title, pairs in comparisons().items():
+        a, b = (
+            {(i, seed): r for i, pair in enumerate(pairs) for seed, r in records.get(pair[side], {}).items()}
+            for side in (0, 1)
+        )
+        if a.keys() & b.keys():
+            against[title] = {n: {"cases": difference(a, b, n), "runs": spread(a, b, n)} for n in TRUTH}
+    return {"rows": rows, "reward": curves, "against": against}
+
+
+def comparisons() -> dict[str, list[tuple[str, str]]]:
+    """Pairs of labels that differ in the ratio alone, and in the replay alone: together, and one by one."""
+    models = ("experts", "experts, routing replayed", "plain LoRA")
+    found: dict[str, list[tuple[str, str]]] = {}
+    for ours in (RATIOS["sequence"], RATIOS["guarded"]):
+        title = f"{ours} - {RATIOS['step']}"
+        ratio = {f"{title}, {m}": (f"{ours}, {m}", f"{RATIOS['step']}, {m}") for m in models}
+        found |= {title: list(ratio.values()), **{k: [pair] for k, pair in ratio.items()}}
+    title = "routing replayed - not"
+    replay = {f"{title}, {t}": (f"{t}, experts, routing replayed", f"{t}, experts") for t in RATIOS.values()}
+    return found | {title: list(replay.values()), **{k: [pair] for k, pair in replay.items()}}
 
 
 def _mean(values: Iterable[float]) -> float | None:
@@ -126,13 +148,22 @@ def page(content: dict[str, Any], folder: Path) -> str:
         [label, cell(r["unseen"], "+.3f"), gain(r), f"{r['collapsed']} of {r['runs']}", *(number(r[n]) for n in METRICS), *(cell(r["tests"][n]) for n in ("attributes", "identity"))]
         for label, r in content["rows"].items()
     ]  # fmt: skip
+    pairwise = [
+        [label, *(f"{cell(m[n]['cases'], '+.3f')}; {sum(x > 0 for x in m[n]['runs'])} of {len(m[n]['runs'])}" for n in TRUTH)]
+        for label, m in content["against"].items()
+    ]  # fmt: skip
     return f"""All runs of a kind start from one first stage; seeds are stage 2's. Unseen: what the reward of unseen prompts and people gained, interval over cases. Gain: reward of the
 rollouts of the last {WINDOW} iterations minus that of the first {WINDOW}, on other prompts, interval over seeds. A run collapsed if it lost more than twice its
 own iteration-to-iteration noise. Routing jitter: share of the tokens (in the window's first step, all layers) that the updated policy would send to another expert.
 
 ![reward by iteration: thin lines are seeds, thick ones their mean](ratios.png)
 
-{markdown_table(["", "unseen", "gain", "collapsed", *METRICS, "attributes", "identity"], table)}"""
+{markdown_table(["", "unseen", "gain", "collapsed", *METRICS, "attributes", "identity"], table)}
+
+Runs that differ in one thing, on unseen prompts and people: interval over cases, averaged over the pairs of runs; in how many pairs of runs the difference is above 0.
+The interval says how other people would have come out, the pairs how other seeds would: mind both.
+
+{markdown_table(["", *TRUTH], pairwise)}"""
 
 
 STUDY = Study(

@@ -22,13 +22,13 @@ def mean_over_seeds(records: Mapping[int, Record], name: str, test: int = 0) -> 
     return bootstrap(np.mean([values(r, name, test) for r in records.values()], 0))
 
 
-def difference(a: Mapping[int, Record], b: Mapping[int, Record], name: str, test: int = 0) -> Interval:
+def difference(a: Mapping[Any, Record], b: Mapping[Any, Record], name: str, test: int = 0) -> Interval:
     """``a - b`` case by case, averaged over the seeds both have, bootstrapped over cases."""
     seeds = sorted(a.keys() & b.keys())
     return bootstrap(np.mean([values(a[s], name, test) - values(b[s], name, test) for s in seeds], 0))
 
 
-def spread(a: Mapping[int, Record], b: Mapping[int, Record] | None, name: str, test: int = 0) -> list[float]:
+def spread(a: Mapping[Any, Record], b: Mapping[Any, Record] | None, name: str, test: int = 0) -> list[float]:
     """The same by seed: how far one training run is from another."""
     seeds = sorted(a.keys() & b.keys()) if b is not None else sorted(a)
     return [

@@ -15,7 +15,7 @@ from multicrafter.evaluate import write_json
 from multicrafter.loading import load_flux
 from multicrafter.stages.runs import with_execution
 
-from benchmarks import ablation, claims, probes, report, scaling, subjects
+from benchmarks import ablation, claims, probes, ratios, report, scaling, subjects
 from benchmarks import all as everything
 from benchmarks.experiment import SMOKE, Base, Experiment
 from benchmarks.science import Laboratory, Study, carry_out, main
@@ -291,3 +291,14 @@ def test_where_numbers_of_subjects_break(tmp_path):
         in subjects.breaks(found)
     )
     assert [m["count"]["mean"] for m in found["more"]] == pytest.approx([0, 0, 0.4, 0.5])
+
+
+def test_runs_that_are_compared_differ_in_the_ratio_or_in_the_replay_alone():
+    arms, seen = ratios.arms(SMOKE), set()
+    for title, pairs in ratios.comparisons().items():
+        for one, other in pairs:
+            a, b = arms[one][0], arms[other][0]
+            same = {"routing_replay": False} if "replayed -" in title else {"policy": a.align.policy}
+            assert a != b and replace(a, align=replace(a.align, **same)) == replace(b, align=replace(b.align, **same))
+            seen |= {one, other}
+    assert seen == {label for label in arms if not label.startswith(ratios.BEFORE)}
