@@ -11,7 +11,7 @@ from typing import Any
 from multicrafter.stages.pretrain import IDARConfig, PretrainConfig
 
 from benchmarks.experiment import Base, Budget, Experiment
-from benchmarks.report import Record, cell, compare, forest, markdown_table
+from benchmarks.report import Record, cell, compare, forest, markdown_table, save_plot
 from benchmarks.science import Study, main
 
 NAMES = ("attributes", "swaps", "identity", "leakage", "leakage_single", "count")
@@ -103,6 +103,31 @@ def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
     return {**found, "circumstances": where}
 
 
+def trade(found: dict[str, Any], path: Path, x: str = "leakage_single", y: str = "attributes") -> None:
+    """What less leakage buys: differences to plain LoRA, settings on the left, circumstances of the centre on the right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2 + 0.1 * max(map(len, found.values()))), layout="constrained")
+    axes = figure.subplots(1, len(found), squeeze=False)[0]
+    for axis, (title, rows) in zip(axes, found.items(), strict=True):
+        axis.axhline(0, color="0.7", linewidth=0.8)
+        axis.axvline(0, color="0.7", linewidth=0.8)
+        for number, (label, metrics) in enumerate(rows.items()):
+            a, b = metrics[x], metrics[y]
+            colour = f"C{number % 10}"
+            axis.plot([a["low"], a["high"]], [b["mean"]] * 2, color=colour, linewidth=1)
+            axis.plot([a["mean"]] * 2, [b["low"], b["high"]], color=colour, linewidth=1)
+            axis.plot(a["mean"], b["mean"], "o", color=colour, markersize=4, label=f"{number + 1} {label}")
+            axis.annotate(
+                str(number + 1), (a["mean"], b["mean"]), xytext=(3, 3), textcoords="offset points", fontsize=8
+            )
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(f"{x} - plain LoRA's", fontsize=9)
+        axis.set_ylabel(f"{y} - plain LoRA's", fontsize=9)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, frameon=False)
+    save_plot(figure, path)
+
+
 def page(content: dict[str, Any], folder: Path) -> str:
     """The map."""
     picture, rows, elsewhere = "", [], []
@@ -111,13 +136,16 @@ def page(content: dict[str, Any], folder: Path) -> str:
         picture = "![settings against plain LoRA](regime.png)\n\nBars: 95 % intervals over cases; dots: single seeds."
         rows = [[k, *(cell(m.get(n), "+.3f") for n in NAMES)] for k, m in content["minus_baseline"].items()]
     plain = content["means"].get("plain", {})
-    for name, found in content["circumstances"].items():
-        if not found.get("minus_baseline"):
-            continue
-        difference = found["minus_baseline"]["centre"]
-        elsewhere.append(
-            [name, cell(found["means"]["plain"].get("attributes")), *(cell(difference.get(n), "+.3f") for n in NAMES)]
+    around = {k: v["minus_baseline"]["centre"] for k, v in content["circumstances"].items() if v.get("minus_baseline")}
+    if rows:
+        maps = {"settings of the loss": content["minus_baseline"]} | (
+            {"the centre elsewhere": around} if around else {}
         )
+        trade(maps, folder / "regime_map.png")
+        picture += "\n\nThe map: how far a setting takes the leakage, and what that buys.\n\n![attributes against leakage](regime_map.png)"
+    for name, difference in around.items():
+        before = content["circumstances"][name]["means"]["plain"].get("attributes")
+        elsewhere.append([name, cell(before), *(cell(difference.get(n), "+.3f") for n in NAMES)])
     return f"""Plain LoRA on attention and FFNs, with one setting of the attention loss each; validation split, so that the test split stays unseen by these choices. The centre is image queries over reference keys, cross-entropy of shares, all blocks, lambda {HERE.coef}, sigma below {HERE.sigma_max}; every other row is one step from it; the paper's letter is
 Dice on maps of reference queries over image keys, divided by their maximum, in the double blocks. Plain LoRA: {", ".join(f"{n} {cell(plain.get(n))}" for n in NAMES)}.
 
