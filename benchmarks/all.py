@@ -31,7 +31,7 @@ from benchmarks import (
     scaling,
     subjects,
 )  # fmt: skip
-from benchmarks.experiment import FULL, SMOKE
+from benchmarks.experiment import FULL, SMOKE, Budget
 from benchmarks.report import cell, markdown_table
 from benchmarks.run import ROOT
 from benchmarks.science import Laboratory, carry_out
@@ -168,15 +168,17 @@ def verdicts(results: Path) -> str:
     path = results / "claims.json"
     if not path.is_file():
         return ""
-    lines = []
-    for claim, parts in json.loads(path.read_text())["verdicts"].items():
-        shown = [part for part, holds in parts.items() if holds]
-        missing = [part for part, holds in parts.items() if not holds]
-        lines.append(
-            f"**{claim}**: {', '.join(shown) or 'nothing shown'}{'; not shown: ' * bool(missing)}{', '.join(missing)}."
+    content = json.loads(path.read_text())
+    rows = []
+    for claim, parts in content["verdicts"].items():
+        found = content["differences"][claim]
+        told = (
+            f"{part}: {'yes' if holds else '**no**'}, {cell(found[claims.MEASURED[part]], '+.3f')}"
+            for part, holds in parts.items()
         )
-    listed = "".join(f"\n- {line}" for line in lines)
-    return f"\n\nClaims that were fixed beforehand and tried on [many more pairs](docs/results/claims.md):\n{listed}"
+        rows.append([claim, *told])
+    head = ["fixed beforehand, tried on [many more pairs](docs/results/claims.md)", "", ""]
+    return f"\n\n{markdown_table(head, rows)}"
 
 
 def with_table(readme: str, table: str) -> str:

@@ -73,21 +73,33 @@ def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
     }
 
 
+MEASURED = {
+    "attributes rise": "attributes",
+    "leakage falls": "leakage",
+    "leakage of the single blocks falls": "leakage_single",
+    "the reward rises": "reward",
+    "identity does not fall": "identity",
+}
+
+
 def verdict(claim: str, difference: Mapping[str, Sequence[float]]) -> dict[str, bool]:
     """What was claimed beforehand, part by part: an interval (mean, low, high) lies above 0, below it, or not below it.
 
     >>> verdict(f"{IDAR} - baseline", {"attributes": [0.0, -0.1, 0.1], "leakage": [-0.1, -0.2, -0.05]})
     {'attributes rise': False, 'leakage falls': True}
     """
+
+    def holds(part: str) -> bool:
+        _, low, high = difference[MEASURED[part]][:3]
+        return low > 0 if "rise" in part else high >= 0 if "not" in part else high < 0
+
     if claim.startswith(IPPO):
-        return {
-            "the reward rises": difference["reward"][1] > 0,
-            "identity does not fall": difference["identity"][2] >= 0,
-        }
-    name, text = "leakage", "leakage falls"
-    if claim.startswith(LARGE_IDAR):
-        name, text = "leakage_single", "leakage of the single blocks falls"
-    return {"attributes rise": difference["attributes"][1] > 0, text: difference[name][2] < 0}
+        parts = ("the reward rises", "identity does not fall")
+    elif claim.startswith(LARGE_IDAR):
+        parts = ("attributes rise", "leakage of the single blocks falls")
+    else:
+        parts = ("attributes rise", "leakage falls")
+    return {part: holds(part) for part in parts}
 
 
 def page(content: dict[str, Any], folder: Path) -> str:
