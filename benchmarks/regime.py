@@ -72,7 +72,10 @@ def _all(budget: Budget, seed: int) -> Iterator[tuple[str, Experiment]]:
         if not changes and base == Base():
             continue
         tests = (budget.test(split="validation", seed=2000, **test),)
-        for label, idar in (("plain", PLAIN), ("centre", HERE)):
+        letter = (
+            {"the paper's letter": IDARConfig.paper(HERE.coef)} if "size" in changes else {}
+        )  # where supervision matters most
+        for label, idar in {"plain": PLAIN, "centre": HERE, **letter}.items():
             yield f"{where}: {label}", Experiment(base=base, pretrain=stage1(budget, seed, idar, changes), tests=tests)
 
 
@@ -97,9 +100,9 @@ def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
             where[name] = compare(pair, NAMES, baseline="plain", test=test)
     for label in records:
         name, _, form = label.rpartition(": ")
-        if form == "centre" and f"{name}: plain" in records:
-            pair = {"plain": records[f"{name}: plain"], "centre": records[label]}
-            where[name] = compare(pair, NAMES, baseline="plain")
+        if name and form != "plain" and f"{name}: plain" in records:
+            pair = {"plain": records[f"{name}: plain"], form: records[label]}
+            where[name if form == centre else f"{name}, {form}"] = compare(pair, NAMES, baseline="plain")
     return {**found, "circumstances": where}
 
 
@@ -136,11 +139,9 @@ def page(content: dict[str, Any], folder: Path) -> str:
         picture = "![settings against plain LoRA](regime.png)\n\nBars: 95 % intervals over cases; dots: single seeds."
         rows = [[k, *(cell(m.get(n), "+.3f") for n in NAMES)] for k, m in content["minus_baseline"].items()]
     plain = content["means"].get("plain", {})
-    around = {k: v["minus_baseline"]["centre"] for k, v in content["circumstances"].items() if v.get("minus_baseline")}
+    around = {k: m for k, v in content["circumstances"].items() for m in v.get("minus_baseline", {}).values()}
     if rows:
-        maps = {"settings of the loss": content["minus_baseline"]} | (
-            {"the centre elsewhere": around} if around else {}
-        )
+        maps = {"settings of the loss": content["minus_baseline"]} | ({"elsewhere": around} if around else {})
         trade(maps, folder / "regime_map.png")
         picture += "\n\nThe map: how far a setting takes the leakage, and what that buys.\n\n![attributes against leakage](regime_map.png)"
     for name, difference in around.items():
@@ -155,7 +156,7 @@ Dice on maps of reference queries over image keys, divided by their maximum, in 
 
 ## Under other circumstances
 
-The centre against plain LoRA, both trained and tested under the circumstances named.
+The centre (where named, the paper's letter) against plain LoRA, both trained and tested under the circumstances named.
 
 {markdown_table(["", "attributes of plain LoRA", *(f"{n}" for n in NAMES)], elsewhere) if elsewhere else "Not run yet."}
 """
