@@ -71,10 +71,13 @@ def trend(amounts: Sequence[float], measured: np.ndarray) -> dict[str, Any]:
 
 def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
     """Means and trends by steps and by width."""
-    found: dict[str, Any] = {"trends": {}}
+    found: dict[str, Any] = {"trends": {}, "base_samples": {}}
     for kind, word in (("steps", "steps"), ("widths", "width")):
         these = dict(sorted((_amount(k), by) for k, by in records.items() if word in k))
         found[kind] = {f"{a}": {n: mean_over_seeds(by, n) for n in NAMES} for a, by in these.items()}
+        if kind == "widths":
+            trained = {a: r.get("base_training") for a, by in these.items() for r in by.values()}
+            found["base_samples"] = {f"{a}": t["samples"] for a, t in trained.items() if t}
         if len(these) > 1:
             found["trends"][kind] = {
                 n: trend(
@@ -89,7 +92,7 @@ def page(content: dict[str, Any], folder: Path) -> str:
     """Curves and tables."""
     from matplotlib.figure import Figure
 
-    titles = {"steps": "steps of stage 1", "widths": "width of the transformer"}
+    titles = {"steps": "steps of stage 1", "widths": "width of the transformer (scenes its base saw)"}
     shown = [kind for kind in titles if content[kind]]
     figure = Figure(figsize=(11, 2.5 * len(shown)), layout="constrained")
     axes = figure.subplots(len(shown), len(NAMES), squeeze=False)
@@ -109,9 +112,10 @@ def page(content: dict[str, Any], folder: Path) -> str:
                 )
                 axis.set_xscale("log", base=2)
                 axis.set_xticks(x, [str(v) for v in x])
-            axis.set_title(f"{name} by {title}" if name == NAMES[0] else name, fontsize=9)
+            axis.set_title(f"{name} by {title.split(' (')[0]}" if name == NAMES[0] else name, fontsize=9)
         trends = content["trends"].get(kind, {n: {} for n in NAMES})
-        rows = [[k, *(cell(m[n]) for n in NAMES)] for k, m in found.items()]
+        seen = content["base_samples"] if kind == "widths" else {}
+        rows = [[k + (f" ({seen[k]:,})" if k in seen else ""), *(cell(m[n]) for n in NAMES)] for k, m in found.items()]
         for label in ("a doubling", "measured - foretold"):
             rows.append([label, *(cell(trends[n].get(label), "+.3f") for n in NAMES)])
         tables.append(markdown_table([title, *NAMES], rows))

@@ -259,6 +259,19 @@ def test_trend_of_a_straight_line_and_of_gains_that_shrink():
     assert "measured - foretold" not in scaling.trend(amounts[:2], np.ones((2, 1)))
 
 
+def test_scaling_orders_by_amount_and_tells_what_each_base_saw():
+    def record(value, samples=None):
+        metrics = {n: [value, value] for n in scaling.NAMES}
+        return {0: {"tests": [{"metrics": metrics}], "base_training": samples and {"samples": samples}}}
+
+    arms = {"1280 steps": record(0.3), "80 steps": record(0.1), "width 128": record(0.5, 7), "width 64": record(0.4, 9)}
+    found = scaling.summarise(arms)
+    assert list(found["steps"]) == ["80", "1280"] and list(found["widths"]) == ["64", "128"]
+    assert found["base_samples"] == {"64": 9, "128": 7}
+    assert found["trends"]["steps"]["swaps"]["a doubling"].mean == pytest.approx(0.2 / 4)
+    assert found["trends"]["widths"]["swaps"]["a doubling"].mean == pytest.approx(0.1)
+
+
 def test_where_numbers_of_subjects_break(tmp_path):
     """Records of made-up metrics: everyone is there up to two subjects, and attributes bleed at two only."""
 
