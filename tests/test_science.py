@@ -15,7 +15,7 @@ from multicrafter.evaluate import write_json
 from multicrafter.loading import load_flux
 from multicrafter.stages.runs import with_execution
 
-from benchmarks import ablation, claims, probes, ratios, report, scaling, subjects
+from benchmarks import ablation, claims, probes, ratios, regime, report, scaling, subjects
 from benchmarks import all as everything
 from benchmarks.experiment import SMOKE, Base, Experiment
 from benchmarks.science import Laboratory, Study, carry_out, main
@@ -315,3 +315,13 @@ def test_runs_that_are_compared_differ_in_the_ratio_or_in_the_replay_alone():
             assert a != b and replace(a, align=replace(a.align, **same)) == replace(b, align=replace(b.align, **same))
             seen |= {one, other}
     assert seen == {label for label in arms if not label.startswith(ratios.BEFORE)}
+
+
+def test_the_map_of_the_regime_has_every_form_beside_the_plain_lora_of_its_own_circumstances():
+    def record(value):
+        return {0: {"tests": [{"metrics": {n: [value, value] for n in regime.NAMES}}]}}
+
+    arms = {"plain": 0.9, "96: plain": 0.1, "96: centre": 0.4, "96: the paper's letter": 0.05, "young: centre": 0.3}
+    found = regime.summarise({label: record(value) for label, value in arms.items()})["circumstances"]
+    bought = {k: v["minus_baseline"][f]["swaps"].mean for k, v in found.items() for f in v["minus_baseline"]}
+    assert bought == {"96": pytest.approx(0.3), "96, the paper's letter": pytest.approx(-0.05)}
