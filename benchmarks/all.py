@@ -164,7 +164,7 @@ def objects(results: Path) -> str:
 
 
 def verdicts(results: Path) -> str:
-    """What was claimed beforehand and tried on many more pairs, in a sentence per claim."""
+    """What was claimed beforehand and tried on many more pairs, a row per claim."""
     path = results / "claims.json"
     if not path.is_file():
         return ""
@@ -173,7 +173,7 @@ def verdicts(results: Path) -> str:
     for claim, parts in content["verdicts"].items():
         found = content["differences"][claim]
         told = (
-            f"{part}: {'yes' if holds else '**no**'}, {cell(found[claims.MEASURED[part]], '+.3f')}"
+            f"{part}: {'yes' if holds else '**no**'}, {cell(found[claims.PARTS[part][0]], '+.3f')}"
             for part, holds in parts.items()
         )
         rows.append([claim, *told])

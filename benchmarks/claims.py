@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,13 +73,14 @@ def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
     }
 
 
-MEASURED = {
-    "attributes rise": "attributes",
-    "leakage falls": "leakage",
-    "leakage of the single blocks falls": "leakage_single",
-    "the reward rises": "reward",
-    "identity does not fall": "identity",
+PARTS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "attributes rise": ("attributes", lambda low, high: low > 0),
+    "leakage falls": ("leakage", lambda low, high: high < 0),
+    "leakage of the single blocks falls": ("leakage_single", lambda low, high: high < 0),
+    "the reward rises": ("reward", lambda low, high: low > 0),
+    "identity does not fall": ("identity", lambda low, high: high >= 0),
 }
+"""What can be claimed: the metric, and the interval (low, high) of the difference under which it holds."""
 
 
 def verdict(claim: str, difference: Mapping[str, Sequence[float]]) -> dict[str, bool]:
@@ -90,8 +91,8 @@ def verdict(claim: str, difference: Mapping[str, Sequence[float]]) -> dict[str, 
     """
 
     def holds(part: str) -> bool:
-        _, low, high = difference[MEASURED[part]][:3]
-        return low > 0 if "rise" in part else high >= 0 if "not" in part else high < 0
+        metric, rule = PARTS[part]
+        return rule(*difference[metric][1:3])
 
     if claim.startswith(IPPO):
         parts = ("the reward rises", "identity does not fall")

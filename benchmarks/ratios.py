@@ -12,7 +12,7 @@ import numpy as np
 from multicrafter.evaluate import bootstrap
 
 from benchmarks.experiment import Budget, Experiment
-from benchmarks.report import Record, cell, difference, markdown_table, save_plot, spread
+from benchmarks.report import Record, cell, difference, markdown_table, mean_over_seeds, save_plot, spread
 from benchmarks.science import Study, main
 
 RATIOS = {"sequence": "GSPO", "step": "GRPO", "guarded": "guarded GRPO"}
@@ -74,10 +74,7 @@ def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
                 name: _mean(h[key] for run in history.values() for h in run[1:] or run if key in h)
                 for name, key in METRICS.items()
             },
-            "tests": {
-                n: bootstrap(np.mean([np.array(r["tests"][0]["metrics"][n], float) for r in by.values()], 0))
-                for n in ("attributes", "identity", "swaps", "text", "aesthetics")
-            },
+            "tests": {n: mean_over_seeds(by, n) for n in ("attributes", "identity", "swaps", "text", "aesthetics")},
         }
         curves[label] = {str(s): r for s, r in reward.items()}
     against = {}

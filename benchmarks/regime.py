@@ -72,9 +72,8 @@ def _all(budget: Budget, seed: int) -> Iterator[tuple[str, Experiment]]:
         if not changes and base == Base():
             continue
         tests = (budget.test(split="validation", seed=2000, **test),)
-        letter = (
-            {"the paper's letter": IDARConfig.paper(HERE.coef)} if "size" in changes else {}
-        )  # where supervision matters most
+        # where supervision matters most, the paper's letter as well
+        letter = {"the paper's letter": IDARConfig.paper(HERE.coef)} if "size" in changes else {}
         for label, idar in {"plain": PLAIN, "centre": HERE, **letter}.items():
             yield f"{where}: {label}", Experiment(base=base, pretrain=stage1(budget, seed, idar, changes), tests=tests)
 
@@ -107,7 +106,7 @@ def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
 
 
 def trade(found: dict[str, Any], path: Path, x: str = "leakage_single", y: str = "attributes") -> None:
-    """What less leakage buys: differences to plain LoRA, settings on the left, circumstances of the centre on the right."""
+    """What less leakage buys: differences to plain LoRA, one panel for each entry of ``found``."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.2 + 0.1 * max(map(len, found.values()))), layout="constrained")
@@ -118,12 +117,11 @@ def trade(found: dict[str, Any], path: Path, x: str = "leakage_single", y: str =
         for number, (label, metrics) in enumerate(rows.items()):
             a, b = metrics[x], metrics[y]
             colour = f"C{number % 10}"
+            place = (a["mean"], b["mean"])
             axis.plot([a["low"], a["high"]], [b["mean"]] * 2, color=colour, linewidth=1)
             axis.plot([a["mean"]] * 2, [b["low"], b["high"]], color=colour, linewidth=1)
-            axis.plot(a["mean"], b["mean"], "o", color=colour, markersize=4, label=f"{number + 1} {label}")
-            axis.annotate(
-                str(number + 1), (a["mean"], b["mean"]), xytext=(3, 3), textcoords="offset points", fontsize=8
-            )
+            axis.plot(*place, "o", color=colour, markersize=4, label=f"{number + 1} {label}")
+            axis.annotate(str(number + 1), place, xytext=(3, 3), textcoords="offset points", fontsize=8)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(f"{x} - plain LoRA's", fontsize=9)
         axis.set_ylabel(f"{y} - plain LoRA's", fontsize=9)

@@ -17,9 +17,14 @@ def values(record: Record, name: str, test: int = 0) -> np.ndarray:
     return np.array(record["tests"][test]["metrics"][name], np.float64)
 
 
+def by_case(records: Mapping[int, Record], name: str, test: int = 0) -> np.ndarray:
+    """One metric by case, averaged over seeds: a case is one unit, not one per seed."""
+    return np.asarray(np.mean([values(r, name, test) for r in records.values()], 0))
+
+
 def mean_over_seeds(records: Mapping[int, Record], name: str, test: int = 0) -> Interval:
-    """By case averaged over seeds, then bootstrapped over cases: a case is one unit, not one per seed."""
-    return bootstrap(np.mean([values(r, name, test) for r in records.values()], 0))
+    """`by_case`, bootstrapped over cases."""
+    return bootstrap(by_case(records, name, test))
 
 
 def difference(a: Mapping[Any, Record], b: Mapping[Any, Record], name: str, test: int = 0) -> Interval:

@@ -12,7 +12,7 @@ import numpy as np
 from multicrafter.evaluate import bootstrap
 
 from benchmarks.experiment import Base, Budget, Experiment
-from benchmarks.report import Record, cell, markdown_table, mean_over_seeds, save_plot, values
+from benchmarks.report import Record, by_case, cell, markdown_table, mean_over_seeds, save_plot
 from benchmarks.science import Study, main
 
 NAMES = ("attributes", "identity", "swaps", "leakage", "count")
@@ -42,30 +42,18 @@ def _amount(label: str) -> int:
     return int("".join(c for c in label if c.isdigit()))
 
 
-def line(amounts: Sequence[float], measured: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Least squares of each case over the doublings: ``measured`` is about ``start + slope * log2(amount / first)``.
+def trend(amounts: Sequence[float], measured: np.ndarray) -> dict[str, Any]:
+    """What a doubling brings, and how far the line through all but the largest amount misses the largest: least squares of each case.
 
     Args:
-        amounts: ``(n,)``, at least two different ones.
-        measured: ``(n, cases)``; a case with a NaN gets NaN.
-
-    Returns:
-        Slope a doubling and start, both ``(cases,)``.
+        amounts: ``(n,)``, ascending, at least two.
+        measured: ``(n, cases)``; a case with a NaN is left out.
     """
-    doublings = np.log2(np.asarray(amounts, np.float64) / amounts[0])
-    weights = (doublings - doublings.mean()) / np.square(doublings - doublings.mean()).sum()
-    slope = weights @ measured
-    return slope, measured.mean(0) - slope * doublings.mean()
-
-
-def trend(amounts: Sequence[float], measured: np.ndarray) -> dict[str, Any]:
-    """What a doubling brings, and how far the line through all but the largest amount misses the largest: measured minus foretold."""
-    slope, _ = line(amounts, measured)
-    found = {"a doubling": bootstrap(slope)}
+    doublings = np.log2(amounts)
+    found = {"a doubling": bootstrap(np.polyfit(doublings, measured, 1)[0])}
     if len(amounts) > 2:
-        before, start = line(amounts[:-1], measured[:-1])
-        foretold = start + before * np.log2(amounts[-1] / amounts[0])
-        found["measured - foretold"] = bootstrap(measured[-1] - foretold)
+        slope, start = np.polyfit(doublings[:-1], measured[:-1], 1)
+        found["measured - foretold"] = bootstrap(measured[-1] - (start + slope * doublings[-1]))
     return found
 
 
@@ -80,10 +68,7 @@ def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
             found["base_samples"] = {f"{a}": t["samples"] for a, t in trained.items() if t}
         if len(these) > 1:
             found["trends"][kind] = {
-                n: trend(
-                    list(these), np.stack([np.mean([values(r, n) for r in by.values()], 0) for by in these.values()])
-                )
-                for n in NAMES
+                n: trend(list(these), np.stack([by_case(by, n) for by in these.values()])) for n in NAMES
             }
     return found
 

@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from multicrafter.evaluate import bootstrap
 
 from benchmarks.experiment import Budget, Experiment
-from benchmarks.report import Record, cell, difference, markdown_table, mean_over_seeds, save_plot, values
+from benchmarks.report import Record, by_case, cell, difference, markdown_table, mean_over_seeds, save_plot
 from benchmarks.science import Study, main
 
 NUMBERS = (1, 2, 3, 4)
@@ -43,11 +42,7 @@ def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
         "means": {
             label: [
                 {n: mean_over_seeds(by, n, i) for n in known[label][i]}
-                | {
-                    "bleeding": bootstrap(
-                        np.mean([values(r, "swaps", i) - values(r, "swaps_by_chance", i) for r in by.values()], 0)
-                    )
-                }
+                | {"bleeding": bootstrap(by_case(by, "swaps", i) - by_case(by, "swaps_by_chance", i))}
                 for i in range(len(NUMBERS))
             ]
             for label, by in records.items()
