@@ -34,7 +34,7 @@ from benchmarks import (
 from benchmarks.experiment import FULL, SMOKE, Budget
 from benchmarks.report import cell, markdown_table
 from benchmarks.run import ROOT
-from benchmarks.science import Laboratory, carry_out
+from benchmarks.science import Laboratory, carry_out, check_options
 
 STUDIES = tuple(
     module.STUDY
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes that share the work")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # one of those: only experiments
     options = parser.parse_args(arguments)
+    check_options(parser, options)
     if options.workers < 1:
         parser.error(f"--workers must be at least 1, got {options.workers}")
     budget = SMOKE if options.smoke else FULL

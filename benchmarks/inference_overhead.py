@@ -160,6 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", action="store_true", help="only the page")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
     smoke = ROOT / "runs" / "science-smoke"
     path = (smoke if options.smoke else ROOT / "benchmarks" / "results") / f"{NAME}.json"
     folder = smoke / "pages" if options.smoke else ROOT / "docs" / "results"

@@ -404,6 +404,14 @@ def carry_out(
     return True
 
 
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exits with 2 where seeds are negative or no time is left to begin with."""
+    if wrong := [s for s in options.seeds or () if s < 0]:
+        parser.error(f"--seeds must be at least 0, got {', '.join(map(str, wrong))}")
+    if options.minutes is not None and not options.minutes > 0:
+        parser.error(f"--minutes must be above 0, got {options.minutes:g}")
+
+
 def main(study: Study, arguments: Sequence[str] | None = None) -> int:
     """Command line of one study."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{study.name}", description=study.title)
@@ -413,6 +421,7 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="start nothing new after this time")
     parser.add_argument("--page", action="store_true", help="only the page, from what is recorded")
     options = parser.parse_args(arguments)
+    check_options(parser, options)
     budget = SMOKE if options.smoke else FULL
     laboratory = Laboratory.within(ROOT / "runs" / "science-smoke") if options.smoke else Laboratory.full()
     laboratory.patience = 0

@@ -15,7 +15,7 @@ from multicrafter.evaluate import write_json
 from multicrafter.loading import load_flux
 from multicrafter.stages.runs import with_execution
 
-from benchmarks import ablation, claims, probes, ratios, regime, report, scaling, subjects
+from benchmarks import ablation, claims, inference_overhead, probes, ratios, regime, report, scaling, subjects
 from benchmarks import all as everything
 from benchmarks.experiment import SMOKE, Base, Experiment
 from benchmarks.science import Laboratory, Study, carry_out, main
@@ -237,6 +237,22 @@ def test_command_line(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(ablation.STUDY, ["--seeds", "x"])
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--seeds", "0", "-3"], ["--minutes", "-1"], ["--minutes", "0"], ["--minutes", "nan"], ["--rounds", "0"]]
+)
+def test_command_lines_refuse_what_makes_no_sense(wrong, monkeypatch, capsys):
+    """A negative seed was trained, and negative minutes were taken for time that is up."""
+    monkeypatch.setattr(Laboratory, "perform", lambda *_: pytest.fail("begun"))
+    programs = (
+        [lambda a: main(ablation.STUDY, a), everything.main] if wrong[0] != "--rounds" else [inference_overhead.main]
+    )
+    for program in programs:
+        with pytest.raises(SystemExit) as stop:
+            program(["--smoke", *wrong])
+        assert stop.value.code == 2
+        assert f"{wrong[0]} must be" in (said := capsys.readouterr().err) and said.strip().endswith(f"got {wrong[-1]}")
 
 
 def test_thin_keeps_the_mean():
