@@ -100,10 +100,11 @@ def page(content: dict[str, Any], folder: Path) -> str:
                 points = [
                     (k, m["swaps_by_chance"]["mean"]) for k, m in zip(content["numbers"], by, strict=True) if k > 1
                 ]
-                axis.plot(*zip(*points, strict=True), color="0.6", linestyle=":", label="by chance")
+                axis.plot(*zip(*points, strict=True), color="0.6", linestyle=":", label="swaps by chance")
+            axis.legend(fontsize=7)
         axis.set_title(name, fontsize=9)
         axis.set_xticks(content["numbers"])
-    axis.legend(fontsize=7)
+        axis.set_xlabel("subjects", fontsize=8)
     save_plot(figure, folder / "subjects.png")
     return f"""How many subjects can one model hold apart? Both are trained with equally many scenes and steps, mixed evenly over the numbers of subjects named; swaps above chance are bleeding (the same case by case); attention that tells nobody apart leaks 1 - 1/subjects.
 
