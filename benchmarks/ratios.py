@@ -1,10 +1,11 @@
-"""GSPO, GRPO and guarded GRPO in stage 2, with and without routing replay, with experts and without."""
+"""GSPO, GRPO and guarded GRPO in stage 2, with and without routing replay, with experts and without; at the recipe's learning rate and at ten times it."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from benchmarks.report import Record, cell, difference, markdown_table, mean_ove
 from benchmarks.science import Study, main
 
 RATIOS = {"sequence": "GSPO", "step": "GRPO", "guarded": "guarded GRPO"}
+MODELS = ("experts", "experts, routing replayed", "plain LoRA")
+RATES = {"": 1.0, ", ten times the learning rate": 10.0}  # the recipe's, and one at which a policy can break
+HASTY = 2  # seeds of the other rates
 BEFORE = "before stage 2"
 TRUTH = ("reward", "attributes", "identity", "swaps")
 WINDOW = 4  # iterations at either end that are compared
@@ -31,21 +35,19 @@ def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
     for model, pretrain in starts.items():
         before = Experiment(pretrain=pretrain, tests=(budget.test(),))
         found[f"{BEFORE}, {model}"] = dict.fromkeys(budget.seeds, before)
-    for name, title in RATIOS.items():
-        for model, pretrain in starts.items():
-            for replay in (False, True) if model == "experts" else (False,):
-                label = f"{title}, {model}" + (", routing replayed" if replay else "")
-                for seed in budget.seeds:
-                    config = replace(
-                        align,
-                        seed=seed,
-                        policy=replace(align.policy, ratio=name),  # type: ignore[arg-type]
-                        routing_replay=replay,
-                        routing_jitter=model == "experts",
-                    )
-                    found.setdefault(label, {})[seed] = Experiment(
-                        pretrain=pretrain, align=config, tests=(budget.test(),)
-                    )
+    for (rate, factor), (name, title), model in product(RATES.items(), RATIOS.items(), MODELS):
+        start, _, replayed = model.partition(", ")
+        by = found[f"{title}, {model}{rate}"] = {}
+        for seed in budget.seeds[: None if factor == 1 else HASTY]:
+            config = replace(
+                align,
+                seed=seed,
+                lr=align.lr * factor,
+                policy=replace(align.policy, ratio=name),  # type: ignore[arg-type]
+                routing_replay=bool(replayed),
+                routing_jitter=start == "experts",
+            )
+            by[seed] = Experiment(pretrain=starts[start], align=config, tests=(budget.test(),))
     return found
 
 
@@ -89,16 +91,21 @@ def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
 
 
 def comparisons() -> dict[str, list[tuple[str, str]]]:
-    """Pairs of labels that differ in the ratio alone, and in the replay alone: together, and one by one."""
-    models = ("experts", "experts, routing replayed", "plain LoRA")
+    """Pairs of labels that differ in the ratio alone, and in the replay alone: together, and one by one, each rate for itself."""
     found: dict[str, list[tuple[str, str]]] = {}
-    for ours in (RATIOS["sequence"], RATIOS["guarded"]):
-        title = f"{ours} - {RATIOS['step']}"
-        ratio = {f"{title}, {m}": (f"{ours}, {m}", f"{RATIOS['step']}, {m}") for m in models}
-        found |= {title: list(ratio.values()), **{k: [pair] for k, pair in ratio.items()}}
-    title = "routing replayed - not"
-    replay = {f"{title}, {t}": (f"{t}, experts, routing replayed", f"{t}, experts") for t in RATIOS.values()}
-    return found | {title: list(replay.values()), **{k: [pair] for k, pair in replay.items()}}
+    for rate in RATES:
+        several: dict[str, dict[str, tuple[str, str]]] = {}
+        for ours in (RATIOS["sequence"], RATIOS["guarded"]):
+            several[f"{ours} - {RATIOS['step']}"] = {
+                m: (f"{ours}, {m}{rate}", f"{RATIOS['step']}, {m}{rate}") for m in MODELS
+            }
+        several["routing replayed - not"] = {
+            t: (f"{t}, {MODELS[1]}{rate}", f"{t}, {MODELS[0]}{rate}") for t in RATIOS.values()
+        }
+        for title, pairs in several.items():
+            found[title + rate] = list(pairs.values())
+            found |= {f"{title}, {k}{rate}": [pair] for k, pair in pairs.items()}
+    return found
 
 
 def _mean(values: Iterable[float]) -> float | None:
@@ -119,20 +126,22 @@ def page(content: dict[str, Any], folder: Path) -> str:
     """Curves, and a table."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True)
+    rates = [r for r in RATES if not r or any(label.endswith(r) for label in content["reward"])]
+    figure = Figure(figsize=(11, 3.2 * len(rates)), layout="constrained")
+    axes = figure.subplots(len(rates), len(MODELS), sharex=True, sharey=True, squeeze=False)
     colours = dict(zip(RATIOS.values(), ("tab:blue", "tab:red", "tab:green"), strict=True))
-    for label, runs in content["reward"].items():
-        column = 2 if "plain" in label else 1 if "replayed" in label else 0
-        title = next(t for t in sorted(RATIOS.values(), key=len, reverse=True) if label.startswith(t))
-        array = np.array(list(runs.values()))
-        axes[column].plot(array.T, color=colours[title], alpha=0.25, linewidth=0.8)
-        axes[column].plot(array.mean(0), color=colours[title], linewidth=2, label=title)
-    for axis, name in zip(axes, ("experts", "experts, routing replayed", "plain LoRA"), strict=True):
-        axis.set_title(name, fontsize=10)
+    for (row, rate), (column, model), title in product(enumerate(rates), enumerate(MODELS), colours):
+        axis = axes[row][column]
+        axis.set_title(model + rate, fontsize=9)
+        if runs := content["reward"].get(f"{title}, {model}{rate}"):
+            array = np.array(list(runs.values()))
+            axis.plot(array.T, color=colours[title], alpha=0.25, linewidth=0.8)
+            axis.plot(array.mean(0), color=colours[title], linewidth=2, label=title)
+    for axis in axes[-1]:
         axis.set_xlabel("iteration")
-    axes[0].set_ylabel("reward of the rollouts")
-    axes[0].legend(fontsize=8)
+    for row in axes:
+        row[0].set_ylabel("reward of the rollouts")
+        row[0].legend(fontsize=8)
     save_plot(figure, folder / "ratios.png")
 
     def number(value: float | None) -> str:
