@@ -17,7 +17,7 @@ from multicrafter.stages.runs import with_execution
 
 from benchmarks import ablation, claims, inference_overhead, probes, ratios, regime, report, scaling, subjects
 from benchmarks import all as everything
-from benchmarks.experiment import SMOKE, Base, Experiment
+from benchmarks.experiment import FULL, SMOKE, Base, Experiment
 from benchmarks.science import Laboratory, Study, carry_out, main
 
 
@@ -331,6 +331,17 @@ def test_runs_that_are_compared_differ_in_the_ratio_or_in_the_replay_alone():
             assert a != b and replace(a, align=replace(a.align, **same)) == replace(b, align=replace(b.align, **same))
             seen |= {one, other}
     assert seen == {label for label in arms if not label.startswith(ratios.BEFORE)}
+
+
+def test_the_other_rates_are_the_same_runs_at_another_rate():
+    arms = ratios.arms(FULL)
+    for label, by in arms.items():
+        recipe, _, rate = label.partition(", ten times")
+        if rate:
+            assert set(by) == {0, 1}
+            for seed, experiment in by.items():
+                usual = arms[recipe][seed]
+                assert experiment == replace(usual, align=replace(usual.align, lr=10 * usual.align.lr))
 
 
 def test_the_map_of_the_regime_has_every_form_beside_the_plain_lora_of_its_own_circumstances():
