@@ -161,6 +161,7 @@ def page(content: dict[str, Any], folder: Path) -> str:
     return f"""All runs of a kind start from one first stage; seeds are stage 2's. Unseen: what the reward of unseen prompts and people gained, interval over cases. Gain: reward of the
 rollouts of the last {WINDOW} iterations minus that of the first {WINDOW}, on other prompts, interval over seeds. A run collapsed if it lost more than twice its
 own iteration-to-iteration noise. Routing jitter: share of the tokens (in the window's first step, all layers) that the updated policy would send to another expert.
+Ten times the recipe's learning rate, up to {HASTY} seeds, is there to see what breaks; its intervals over cases do not say how much another seed would change.
 
 ![reward by iteration: thin lines are seeds, thick ones their mean](ratios.png)
 
