@@ -1,4 +1,4 @@
-"""GSPO, GRPO and guarded GRPO in stage 2, with and without routing replay, with experts and without; at the recipe's learning rate and at ten times it."""
+"""GSPO, GRPO and guarded GRPO in stage 2: with and without routing replay, with experts and without, at the recipe's learning rate and at ten times it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.science import Study, main
 RATIOS = {"sequence": "GSPO", "step": "GRPO", "guarded": "guarded GRPO"}
 MODELS = ("experts", "experts, routing replayed", "plain LoRA")
 RATES = {"": 1.0, ", ten times the learning rate": 10.0}  # the recipe's, and one at which a policy can break
-HASTY = 2  # seeds of the other rates
+HASTY = (0,)  # seeds of the other rates: all broke, and the whole must fit in twelve hours
 BEFORE = "before stage 2"
 TRUTH = ("reward", "attributes", "identity", "swaps")
 WINDOW = 4  # iterations at either end that are compared
@@ -38,7 +38,7 @@ def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
     for (rate, factor), (name, title), model in product(RATES.items(), RATIOS.items(), MODELS):
         start, _, replayed = model.partition(", ")
         by = found[f"{title}, {model}{rate}"] = {}
-        for seed in budget.seeds[: None if factor == 1 else HASTY]:
+        for seed in (s for s in budget.seeds if factor == 1 or s in HASTY):
             config = replace(
                 align,
                 seed=seed,
@@ -161,7 +161,7 @@ def page(content: dict[str, Any], folder: Path) -> str:
     return f"""All runs of a kind start from one first stage; seeds are stage 2's. Unseen: what the reward of unseen prompts and people gained, interval over cases. Gain: reward of the
 rollouts of the last {WINDOW} iterations minus that of the first {WINDOW}, on other prompts, interval over seeds. A run collapsed if it lost more than twice its
 own iteration-to-iteration noise. Routing jitter: share of the tokens (in the window's first step, all layers) that the updated policy would send to another expert.
-Ten times the recipe's learning rate, up to {HASTY} seeds, is there to see what breaks; its intervals over cases do not say how much another seed would change.
+Ten times the recipe's learning rate, one seed, is there to see what breaks; its intervals over cases do not say how much another seed would change.
 
 ![reward by iteration: thin lines are seeds, thick ones their mean](ratios.png)
 

@@ -338,10 +338,12 @@ def test_the_other_rates_are_the_same_runs_at_another_rate():
     for label, by in arms.items():
         recipe, _, rate = label.partition(", ten times")
         if rate:
-            assert set(by) == {0, 1}
+            assert set(by) == {0}
             for seed, experiment in by.items():
                 usual = arms[recipe][seed]
                 assert experiment == replace(usual, align=replace(usual.align, lr=10 * usual.align.lr))
+    later = ratios.arms(replace(FULL, seeds=(3,)))  # the studies together ask seed by seed
+    assert all(set(by) == (set() if "ten times" in label else {3}) for label, by in later.items())
 
 
 def test_the_map_of_the_regime_has_every_form_beside_the_plain_lora_of_its_own_circumstances():
