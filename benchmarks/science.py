@@ -41,7 +41,7 @@ from multicrafter.pipeline import MultiCrafterPipeline
 from multicrafter.rewards import tiny_reward
 from multicrafter.settings import to_dict, write_text
 from multicrafter.stages.data import EncodedScenes, encode_scenes
-from multicrafter.stages.pretrain import measure_leakage
+from multicrafter.stages.pretrain import measure_leakages
 from multicrafter.stages.runs import run_align, run_pretrain
 
 from benchmarks import poses, probes, results_index
@@ -252,10 +252,10 @@ class Laboratory:
         reward = tiny_reward(folder=self.judges_folder(test.family))
         metrics["reward"] = reward(list(pictures), judged.captions, [list(x) for x in judged.reference_images]).totals
         if test.num_references > 1:
-            for name, blocks in (("leakage", None), ("leakage_single", probes.is_single)):
-                metrics[name] = measure_leakage(
-                    pipe, scenes, direction="image_to_reference", blocks=blocks, seed=test.seed + 2
-                ).numpy()
+            groups = {"leakage": None, "leakage_single": probes.is_single}
+            seed = test.seed + 2
+            leaks = measure_leakages(pipe, scenes, groups, direction="image_to_reference", seed=seed)
+            metrics |= {name: value.numpy() for name, value in leaks.items()}
         found: dict[str, Any] = {"metrics": {k: np.round(v.astype(float), DIGITS).tolist() for k, v in metrics.items()}}
         if test.family == "people" and test.split == "test" and test.num_cases <= COPIES:
             reader = poses.reader_at(self.runs / "poses.safetensors", family, steps=self.pose_steps)

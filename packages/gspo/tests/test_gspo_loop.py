@@ -40,6 +40,16 @@ def test_step_reports_what_it_did_and_learns() -> None:
     torch.testing.assert_close(reports[0].rewards, reports[0].rollout.latents[:, 0])
 
 
+def test_a_step_in_parts_is_the_same_step() -> None:
+    whole, parts = Setup(), Setup(micro_batch_size=2, policy=PolicyConfig(micro_batch_size=2))
+    called, policy = [], parts.policy
+    parts.policy = lambda x, s, i: called.append(len(x)) or policy(x, s, i)  # type: ignore[method-assign]
+    for i in range(3):
+        torch.testing.assert_close(parts.step(i).rewards, whole.step(i).rewards)
+    torch.testing.assert_close(parts.layer.weight, whole.layer.weight)
+    assert max(called) == 2
+
+
 def test_resumed_run_is_the_same_run() -> None:
     whole = Setup()
     for i in range(6):
@@ -97,6 +107,7 @@ def test_step_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None
     for options, word in (
         ({"group_size": 1}, "group_size"),
         ({"tail_steps": 0}, "tail_steps"),
+        ({"micro_batch_size": 0}, "micro_batch_size"),
         ({"advantage_scale": "batch"}, "advantage_scale"),
     ):
         with pytest.raises((ValueError, TypeError), match=word):

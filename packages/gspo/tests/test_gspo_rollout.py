@@ -126,6 +126,33 @@ def test_hooks_enclose_the_windows_velocities_only() -> None:
     assert [entry for entry in inside if entry] == [(0, [1, 3]), (1, [1, 3])]
 
 
+@pytest.mark.parametrize("tail_steps", [None, 2])
+@pytest.mark.parametrize("size", [1, 5, 8, 100])
+def test_a_rollout_in_parts_is_the_same_rollout(size: int, tail_steps: int | None) -> None:
+    weight, noise = torch.eye(6) * 0.5 + 0.1, torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
+    calls, recorded = [], []
+
+    def policy(x, sigma, index):  # type: ignore[no-untyped-def]
+        calls.append(len(x))
+        return linear_policy(weight)(x, sigma, index)
+
+    @contextmanager
+    def hook(position: int, rows: torch.Tensor):  # type: ignore[no-untyped-def]
+        before = len(calls)
+        yield
+        recorded.append((position, rows.tolist()))
+        assert calls[before:] == [len(rows)], "one call of the policy, with these rows"
+
+    whole = draw(linear_policy(weight), noise, tail_steps=tail_steps)
+    got = draw(policy, noise, tail_steps=tail_steps, micro_batch_size=size, record=hook)
+    torch.testing.assert_close(got.latents, whole.latents)
+    torch.testing.assert_close(got.log_prob_mean, whole.log_prob_mean)
+    assert max(calls) <= size
+    assert sum(calls) == got.num_function_evaluations == whole.num_function_evaluations
+    for position in (0, 1):
+        assert [r for p, rows in recorded if p == position for r in rows] == list(range(8))
+
+
 def exact(x: torch.Tensor, sigma: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return gaussian_velocity(x, sigma, 1.0, 0.5)
 

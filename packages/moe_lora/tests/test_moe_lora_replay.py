@@ -77,6 +77,20 @@ def test_rows_and_passes_of_a_rollout_in_smaller_updates() -> None:
         assert torch.equal(handle.layers["0"].last.expert_index.view(3, 10, 1).short(), kept.choices["0"][2])
 
 
+def test_parts_of_a_batch_join_to_the_whole() -> None:
+    net, handle = build()
+    with route_replay.record(handle) as kept:
+        net(X)
+        net(-X)
+    joined = route_replay.RouteRecord.joined([kept.rows([0]), kept.rows([1, 2])])
+    assert list(joined.choices) == list(kept.choices)
+    for name, passes in kept.choices.items():
+        assert all(torch.equal(a, b) for a, b in zip(joined.choices[name], passes, strict=True))
+    for parts in ([], [kept, kept.passes([0])], [kept, route_replay.RouteRecord()]):
+        with pytest.raises(ValueError, match="parts must be records of the same layers and passes"):
+            route_replay.RouteRecord.joined(parts)
+
+
 def test_the_mask_is_part_of_the_record() -> None:
     net, handle = build()
     with handle.token_mask(torch.arange(10) < 6), route_replay.record(handle) as kept:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from gspo import rescore
+from gspo import PolicyConfig, rescore
 from id_reward import CompositeReward, IdentityScorer
 from multicrafter.adapters import AdapterConfig, Adapters
 from multicrafter.execution import ExecutionConfig
@@ -48,6 +48,38 @@ def test_replayed_routing_chooses_the_rollouts_experts_whatever_the_router_says_
         free = rescore(velocity, drawn, stage.kernel).log_prob_mean
     assert not torch.allclose(free, drawn.log_prob_mean, atol=1e-6)
     assert stage._jitter(velocity, drawn) > 0.5
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_rollout_in_parts_notes_the_same_experts(pipe, scenes, size, monkeypatch):
+    """No more than ``micro_batch`` rows go through transformer or VAE at once; samples, routes and jitter are those of the whole."""
+    whole = stage_with(pipe, scenes, routing_replay=True, routing_jitter=True)
+    rows = torch.tensor([0, 1])
+    drawn = whole.rollout(rows, 0)
+    whole.adapters.detach()
+    small = {"policy": PolicyConfig(micro_batch_size=size), "execution": ExecutionConfig(micro_batch=size)}
+    parts = stage_with(pipe, scenes, routing_replay=True, routing_jitter=True, **small)
+    sizes, decode = [], parts.backbone.decode_pictures
+    monkeypatch.setattr(
+        type(parts.backbone), "decode_pictures", lambda self, p, x, grid: sizes.append(len(x)) or decode(p, x, grid)
+    )
+    hook = pipe.transformer.register_forward_hook(
+        lambda module, args, kwargs, out: sizes.append(len(out[0])), with_kwargs=True
+    )
+    got = parts.rollout(rows, 0)
+    torch.testing.assert_close(got.latents, drawn.latents, atol=1e-4, rtol=1e-4)
+    for position, kept in whole.routes.items():
+        for name, (chosen,) in kept.choices.items():
+            (same,) = parts.routes[position].choices[name]
+            assert same.shape == chosen.shape
+            assert (same == chosen).float().mean() > 0.999, "rounding may turn a token that hesitates"
+    assert parts._jitter(parts.velocity(rows), got) == 0.0
+    before = parts.adapters.state_dict()
+    metrics = parts.step(0)
+    hook.remove()
+    assert max(sizes) == size
+    assert metrics["skipped"] == 0
+    assert any(not torch.equal(before[n], v) for n, v in parts.adapters.state_dict().items())
 
 
 def test_jitter_is_0_on_policy_and_measured_where_asked(pipe, scenes):

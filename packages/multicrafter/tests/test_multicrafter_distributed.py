@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,13 +96,14 @@ def test_many_processes_equal_one(stage, world, parallel, changes, alone, tmp_pa
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=slow)])
 @pytest.mark.parametrize("stage", [1, pytest.param(2, marks=slow)])
 def test_the_divergence_penalty_and_micro_batches_change_nothing_across_ranks(stage, parallel, alone, tmp_path):
-    """Micro-batches of stage 1 without router losses, which are those of a micro-batch; in stage 2 a pass with adapters off."""
+    """Stage 1 without experts, whose losses are those of a micro-batch; in stage 2 parts of a rollout, and a pass with adapters off."""
     import gspo
 
-    changes = {"policy": gspo.PolicyConfig(kl_coef=0.1)} if stage == 2 else {"batch": 6}
+    plain = replace(workers.SMALL, num_experts=0)
+    changes = {"policy": gspo.PolicyConfig(kl_coef=0.1)} if stage == 2 else {"batch": 6, "adapters": plain}
     folder = tmp_path / "one"
     workers.run(workers.train, stage, folder, num_steps=4, changes=changes, tmp=tmp_path)
-    execution = {"parallel": parallel, "gradient_checkpointing": True}
+    execution = {"parallel": parallel, "gradient_checkpointing": True, "micro_batch": 2}
     workers.run(
         workers.train, stage, tmp_path / "two", num_steps=4, world=2, tmp=tmp_path, execution=execution, changes=changes
     )

@@ -200,11 +200,16 @@ def test_arithmetic_of_stage_2():
         num_sampling_steps=8,
         tail_steps=None,
         policy=replace(run.align.policy, micro_batch_size=2),
+        execution=replace(run.align.execution, micro_batch=1),
     )
     run = replace(run, align=align)
     one = measure(run, rows=2, config=TINY)
     plan = predict(run, BIG, measured=one)
     assert rows_of(run, 1) == (2, 6)
+    whole = replace(align.execution, micro_batch=None)
+    assert rows_of(replace(run, align=replace(align, execution=whole)), 1) == (6, 6), (
+        "a rollout at once needs more than an update in parts"
+    )
     assert plan.flops == pytest.approx(3 * (8 * one.forward_flops + 2 * align.policy.num_inner_epochs * one.flops))
     assert plan.seconds > 0
     assert plan.seconds == pytest.approx(

@@ -12,11 +12,21 @@ import numpy as np
 import pytest
 import torch
 from gspo import rescore, sequence_importance_ratio
+from idar import leakage
+from idar.integrations.diffusers import capture_subject_attention
 from multicrafter import loop
 from multicrafter.adapters import AdapterConfig, Adapters
-from multicrafter.flux.model import Text, encode_prompts, predict_velocity
+from multicrafter.backbones import backbone_of
+from multicrafter.flux.model import Text, add_noise, encode_prompts, predict_velocity
 from multicrafter.stages.align import Align, AlignConfig
-from multicrafter.stages.pretrain import IDARConfig, Pretrain, PretrainConfig, measure_leakage
+from multicrafter.stages.pretrain import (
+    IDARConfig,
+    Pretrain,
+    PretrainConfig,
+    layout_of,
+    measure_leakage,
+    measure_leakages,
+)
 
 SMALL = AdapterConfig(rank=4, alpha=4.0, num_experts=2)
 STAGE1 = PretrainConfig(num_steps=6, batch=4, num_scenes=12, adapters=SMALL)
@@ -99,6 +109,27 @@ def test_attention_loss_reaches_the_adapters_and_leakage_falls(pipe, scenes):
     after = measure_leakage(pipe, two, direction="image_to_reference").nanmean()
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
     assert after < before - 0.02
+
+
+def test_leakage_of_groups_in_the_same_passes_is_that_of_each_alone(pipe, scenes):
+    """By hand: a pass for each group, with the mean map that idar keeps."""
+    groups = {"double": None, "single": lambda n: n.startswith("single_"), "all": lambda n: True}
+    passes = []
+    hook = pipe.transformer.register_forward_hook(lambda *_: passes.append(1))
+    got = measure_leakages(pipe, scenes, groups, direction="image_to_reference", sigmas=(0.4,), seed=3)
+    hook.remove()
+    assert len(passes) == 1
+    noise = torch.randn(scenes.tokens.shape, generator=torch.Generator().manual_seed(3))
+    level, backbone = torch.full((len(scenes),), 0.4), backbone_of(pipe)
+    text, noisy = backbone.encode_prompts(pipe, scenes.captions), add_noise(scenes.tokens, noise, level)
+    layout = layout_of(backbone, scenes, text.embeds.shape[1])
+    for name, blocks in groups.items():
+        with torch.no_grad(), capture_subject_attention(
+            pipe.transformer, layout, direction="image_to_reference", blocks=blocks
+        ) as captured:  # fmt: skip
+            backbone.velocity(pipe.transformer, noisy, level, text, **scenes.context(slice(None)))
+        torch.testing.assert_close(got[name], leakage(captured.maps, scenes.masks).nanmean(1), equal_nan=True)
+    assert not torch.allclose(got["double"], got["single"], equal_nan=True)
 
 
 def test_without_the_coefficient_nothing_is_captured(pipe, scenes):

@@ -75,6 +75,7 @@ class OnlineConfig:
         group_size: Members per prompt, >= 2.
         tail_steps: Second-order steps after the window, or None for the remaining Euler steps.
         share_prefix: Take the steps before the window once per group.
+        micro_batch_size: Rows of a rollout per call of the policy, None for all; ``policy.micro_batch_size`` is the update's.
         offload: Keep trajectories in CPU memory.
         advantage_scale: See `group_advantages`.
         reward_weights: By name, for rewards that come as a dict: each is normalised in its group (GDPO), then weighted. Empty: 1 each.
@@ -87,6 +88,7 @@ class OnlineConfig:
     group_size: int = 8
     tail_steps: int | None = None
     share_prefix: bool = True
+    micro_batch_size: int | None = None
     offload: bool = False
     advantage_scale: Scale = "group"
     reward_weights: Mapping[str, float] = field(default_factory=dict)
@@ -96,8 +98,9 @@ class OnlineConfig:
     def __post_init__(self) -> None:
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2 (a group of one has no advantage), got {self.group_size}")
-        if self.tail_steps is not None and self.tail_steps < 1:
-            raise ValueError(f"tail_steps must be at least 1 or None, got {self.tail_steps}")
+        for name in ("tail_steps", "micro_batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
         if self.advantage_scale not in ("group", "global", "none"):
             raise ValueError(f"advantage_scale must be 'group', 'global' or 'none', got {self.advantage_scale!r}")
 
@@ -184,6 +187,7 @@ def policy_step(
         generator=generator,
         offload=config.offload,
         tail_steps=config.tail_steps,
+        micro_batch_size=config.micro_batch_size,
         record=record,
     )
     with torch.no_grad():

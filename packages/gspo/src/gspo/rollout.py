@@ -98,6 +98,7 @@ def rollout(
     generator: torch.Generator | None = None,
     offload: bool = False,
     tail_steps: int | None = None,
+    micro_batch_size: int | None = None,
     record: Hook | None = None,
 ) -> Rollout:
     """Samples ``group_size`` members from every row of ``noise``.
@@ -119,12 +120,13 @@ def rollout(
         offload: Keep the trajectory in CPU memory; the update brings back what it scores.
         tail_steps: After the window, take this many second-order steps (DPM-Solver++ 2M, `gspo.solver`) instead of the
             remaining Euler steps.
+        micro_batch_size: Rows per call of ``velocity_fn``; None takes all. The draws do not depend on it.
         record: Context manager around every velocity of the window, called with the position in the window and the rows; an
             MoE policy records its routing there, for `PolicyTrainer.update` to replay.
 
     Raises:
-        ValueError: See `check_sigmas`; or noise has no row or no second axis, group_size < 1, tail_steps < 1, the kernel draws
-            nothing, or a velocity is not finite or has another shape than the latents.
+        ValueError: See `check_sigmas`; or noise has no row or no second axis, group_size, tail_steps or micro_batch_size < 1, the kernel
+            draws nothing, or a velocity is not finite or has another shape than the latents.
     """
     levels = check_sigmas(sigmas, window)
     if noise.dim() < 2 or len(noise) == 0:
@@ -133,12 +135,23 @@ def rollout(
         raise ValueError(f"group_size must be at least 1, got {group_size}")
     if tail_steps is not None and tail_steps < 1:
         raise ValueError(f"tail_steps must be at least 1 or None, got {tail_steps}")
+    if micro_batch_size is not None and micro_batch_size < 1:
+        raise ValueError(f"micro_batch_size must be at least 1 or None, got {micro_batch_size}")
     first, last = window[0], window[-1]
     ode, evaluations = FlowODE(), 0
     index = torch.arange(len(noise), device=noise.device)
     members = index.repeat_interleave(group_size)
     rows = torch.arange(len(members), device=noise.device)
     x = noise
+
+    def in_parts(x: Tensor, sigma: Tensor, index: Tensor, position: int | None = None) -> Tensor:
+        size, found = micro_batch_size or len(x), []
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            with nullcontext() if record is None or position is None else record(position, rows[part]):
+                found.append(velocity_fn(x[part], sigma[part], index[part]))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
     if not share_prefix:
         x, index = x.repeat_interleave(group_size, 0), members
     trajectory: list[WindowStep] = []
@@ -146,12 +159,11 @@ def rollout(
         if step == first and share_prefix:
             x, index = x.repeat_interleave(group_size, 0), members
         if step == last + 1 and tail_steps is not None:
-            x, count = solve_tail(velocity_fn, x, index, levels[step:], tail_steps)
+            x, count = solve_tail(in_parts, x, index, levels[step:], tail_steps)
             evaluations += count * len(x)
             break
         sigma, sigma_next, inside = levels[step], levels[step + 1], first <= step <= last
-        with record(step - first, rows) if inside and record else nullcontext():
-            velocity = velocity_fn(x, torch.full((len(x),), sigma, device=x.device), index)
+        velocity = in_parts(x, torch.full((len(x),), sigma, device=x.device), index, step - first if inside else None)
         evaluations += len(x)
         if not inside:
             x = ode.step(x, velocity, sigma, sigma_next).next_latents

@@ -27,6 +27,21 @@ class RouteRecord:
         chosen = torch.as_tensor(index, dtype=torch.int64)
         return RouteRecord({name: [p[chosen] for p in passes] for name, passes in self.choices.items()})
 
+    @classmethod
+    def joined(cls, parts: Sequence[RouteRecord]) -> RouteRecord:
+        """The record of one batch of which ``parts`` are the rows, in order (tokens of shape (b, n) only); the inverse of `rows`.
+
+        Raises:
+            ValueError: There are no parts, or they differ in layers or passes.
+        """
+        if len({tuple((name, len(passes)) for name, passes in p.choices.items()) for p in parts}) != 1:
+            raise ValueError(
+                f"parts must be records of the same layers and passes, got {len(parts)} that differ or none"
+            )
+        return cls(
+            {n: [torch.cat(p) for p in zip(*(x.choices[n] for x in parts), strict=True)] for n in parts[0].choices}
+        )
+
     def passes(self, index: Sequence[int]) -> RouteRecord:
         """The record of some passes, in this order: for example the steps inside a window."""
         return RouteRecord({name: [passes[i] for i in index] for name, passes in self.choices.items()})

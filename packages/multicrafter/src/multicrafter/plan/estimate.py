@@ -210,13 +210,15 @@ def _count_forward(stage: PlannedPretrain | PlannedPolicy, tracker: Tracker) -> 
 
 
 def rows_of(run: Run, gpus: int) -> tuple[int, int]:
-    """Samples of a pass on one card, and all samples of a step."""
+    """Samples of a pass on one card, and all samples of a step; in stage 2 the larger of a rollout's and an update's parts."""
+    sizes = [run.execution.micro_batch]
     if isinstance(run, Stage1):
-        total, micro = run.pretrain.batch, run.execution.micro_batch
+        total = run.pretrain.batch
     else:
-        total, micro = run.align.prompts * run.align.group_size, run.align.policy.micro_batch_size
+        total = run.align.prompts * run.align.group_size
+        sizes.append(run.align.policy.micro_batch_size)
     mine = math.ceil(total / gpus)
-    return min(micro or mine, mine), total
+    return min(max(size or mine for size in sizes), mine), total
 
 
 def predict(run: Run, card: Card, *, gpus: int = 1, measured: Pass | None = None) -> Plan:

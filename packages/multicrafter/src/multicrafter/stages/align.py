@@ -178,16 +178,21 @@ class Align:
         return rollout(
             self.velocity(rows[share.prompts], text), noise[share.prompts].to(device), self.sigmas, kernel=kernel,
             window=self.window.at(iteration), group_size=share.group_size, generator=self.generator, tail_steps=config.tail_steps,
+            micro_batch_size=config.execution.micro_batch,
             record=self._record if config.routing_replay or config.routing_jitter else None,
         )  # fmt: skip
 
+    def parts(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Rows of this rank in parts that go through a model at once."""
+        return rows.split(self.config.execution.micro_batch or len(rows))
+
     @contextmanager
     def _record(self, position: int, rows: Tensor) -> Iterator[None]:
-        """Notes which experts a step of the window takes."""
+        """Notes which experts a step of the window takes, for these rows of the rollout after those noted before."""
         assert self.adapters.experts is not None
         with record(self.adapters.experts) as kept:
             yield
-        self.routes[position] = kept
+        self.routes[position] = RouteRecord.joined([self.routes[position], kept]) if rows[0] else kept
 
     def _replay(self, position: int, rows: Tensor) -> AbstractContextManager[None]:
         """Takes them again."""
@@ -198,10 +203,13 @@ class Align:
     def _jitter(self, velocity: Callable[[Tensor, Tensor, Tensor], Tensor], drawn: Rollout) -> float:
         """Share of (token, layer) at the first step of the window whose experts the policy would choose otherwise now (all ranks)."""
         assert self.adapters.experts is not None
-        step = drawn.trajectory[0]
+        step, parts = drawn.trajectory[0], []
         x = step.latents.to(drawn.latents.device)
-        with record(self.adapters.experts) as now:
-            velocity(x, torch.full((len(x),), step.sigma, device=x.device), drawn.index)
+        for rows in self.parts(torch.arange(len(x), device=x.device)):
+            with record(self.adapters.experts) as kept:
+                velocity(x[rows], torch.full((len(rows),), step.sigma, device=x.device), drawn.index[rows])
+            parts.append(kept)
+        now = RouteRecord.joined(parts)
         pairs = [(a[0], b[0]) for a, b in zip(self.routes[0].choices.values(), now.choices.values(), strict=True)]
         moved = sum(float((a != b).any(-1).sum()) for a, b in pairs)
         moved, count = all_sum(
@@ -220,7 +228,10 @@ class Align:
         self.broken_velocities = 0
         drawn = self.rollout(rows, index, text)
         with torch.no_grad():
-            pictures = self.backbone.decode_pictures(self.pipe, drawn.latents, self.scenes.grid)
+            decoded = [
+                self.backbone.decode_pictures(self.pipe, part, self.scenes.grid) for part in self.parts(drawn.latents)
+            ]
+            pictures = torch.cat(decoded)
         self.last_pictures = pictures
         members = mine[drawn.index.cpu()].tolist()
         score = score_pictures(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from idar import Direction, LossKind, Normalization, SubjectLayout, idar_loss, leakage
-from idar.integrations.diffusers import capture_subject_attention
+from idar.integrations.diffusers import attention_blocks, capture_subject_attention
 from torch import Tensor
 
 from multicrafter.adapters import AdapterConfig, Adapters
@@ -243,8 +243,25 @@ def measure_leakage(
     batch: int = 64,
 ) -> Tensor:
     """Attention leakage (n,), mean over subjects, blocks (the double-stream ones by default) and sigmas; NaN where masks hide each other."""
+    return measure_leakages(pipe, scenes, {"": blocks}, direction=direction, sigmas=sigmas, seed=seed, batch=batch)[""]
+
+
+@torch.no_grad()
+def measure_leakages(
+    pipe: DiffusionPipeline,
+    scenes: EncodedScenes,
+    groups: Mapping[str, Callable[[str], bool] | None],
+    *,
+    direction: Direction,
+    sigmas: tuple[float, ...] = (0.3, 0.6, 0.8),
+    seed: int = 0,
+    batch: int = 64,
+) -> dict[str, Tensor]:
+    """`measure_leakage` of several groups of blocks, by name, in the same passes."""
     generator = torch.Generator().manual_seed(seed)
-    total, backbone = torch.zeros(len(scenes)), backbone_of(pipe)
+    names = {group: list(attention_blocks(pipe.transformer, blocks)) for group, blocks in groups.items()}
+    together = list(dict.fromkeys(name for chosen in names.values() for name in chosen))
+    total, backbone = {group: torch.zeros(len(scenes)) for group in groups}, backbone_of(pipe)
     for sigma in sigmas:
         for start in range(0, len(scenes), batch):
             part = slice(start, min(start + batch, len(scenes)))
@@ -256,10 +273,13 @@ def measure_leakage(
                 pipe.transformer,
                 layout_of(backbone, scenes, text.embeds.shape[1]),
                 direction=direction,
-                blocks=blocks,
+                blocks=together,
+                keep_blocks=True,
             ) as captured:
                 backbone.velocity(
                     pipe.transformer, add_noise(latents, noise, level), level, text, **scenes.context(part)
                 )
-            total[part] += leakage(captured.maps, scenes.masks[part]).nanmean(1)
-    return total / len(sigmas)
+            for group, chosen in names.items():
+                maps = torch.stack([captured.blocks[n] for n in chosen]).mean(0)
+                total[group][part] += leakage(maps, scenes.masks[part]).nanmean(1)
+    return {group: value / len(sigmas) for group, value in total.items()}
