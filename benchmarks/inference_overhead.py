@@ -125,6 +125,7 @@ def page(content: dict[str, Any], folder: Path) -> str:
     axis = figure.subplots()
     for name in VARIANTS:
         axis.plot([int(n) for n in seconds], [statistics.median(by[name]) for by in seconds.values()], "o-", label=name)
+    axis.set_xticks([int(n) for n in seconds])
     axis.set_xlabel("references")
     axis.set_ylabel("seconds a forward pass")
     axis.set_ylim(bottom=0)

@@ -223,9 +223,22 @@ def test_every_study_runs(study, laboratory):
 
 def test_the_readme_and_pages_are_what_the_results_say():
     """Generated, never typed."""
-    results = Laboratory.full().results
+    laboratory = Laboratory.full()
     readme = (everything.ROOT / "README.md").read_text()
-    assert everything.with_table(readme, everything.readme_table(results)) == readme
+    assert everything.with_table(readme, everything.readme_table(laboratory.results)) == readme
+    assert (laboratory.pages / "science.md").read_text() == everything.overview(laboratory, FULL)
+
+
+def test_hours_count_what_runs_share_once(laboratory, monkeypatch):
+    """Two runs from one first stage, that only one of them trained; both are asked for by two studies."""
+    runs = {0: experiment(seed=1), 1: replace(experiment(seed=1), align=SMOKE.rows(1)["ippo"][1])}
+    study = Study(name="s", title="", arms=lambda b: {"one": runs}, summarise=lambda r: {}, page=lambda c, f: "")
+    monkeypatch.setattr(everything, "STUDIES", (study, study))
+    seconds = {0: {"stage 1": 3600.0, "tests": 360.0}, 1: {"stage 1": 7.0, "stage 2": 1800.0, "tests": 360.0}}
+    monkeypatch.setattr(laboratory, "known", lambda e: {"seconds": seconds[int(e.align is not None)]})
+    assert everything.hours(laboratory, SMOKE) == pytest.approx(1 + 0.5 + 0.2)
+    monkeypatch.setattr(laboratory, "known", lambda e: None)
+    assert everything.hours(laboratory, SMOKE) == 0
 
 
 def test_command_line(monkeypatch, tmp_path, capsys):

@@ -150,7 +150,7 @@ def score_attributes(truth: Tensor, read: Tensor, family: Family, stranger: Tens
 
 @torch.no_grad()
 def generate_cases(
-    pipe: DiffusionPipeline, scenes: EncodedScenes, config: EvaluateConfig, *, batch: int = 16
+    pipe: DiffusionPipeline, scenes: EncodedScenes, config: EvaluateConfig, *, batch: int = 32
 ) -> Tensor:
     """One picture (n, 3, H, W) per case, by any backbone; the noise depends on the seed and the case alone."""
     backbone = backbone_of(pipe)
