@@ -90,8 +90,9 @@ class Budget:
         }
 
     def pretrain(self, config: PretrainConfig, **changes: Any) -> PretrainConfig:
-        """Stage 1 at this size."""
-        config = replace(config, **{"num_steps": self.steps, "num_scenes": self.scenes, **changes})
+        """Stage 1 at this size, its batch no larger than what there is to train on."""
+        size = {"num_steps": self.steps, "num_scenes": self.scenes, "batch": min(config.batch, self.scenes)}
+        config = replace(config, **{**size, **changes})
         return with_execution(config, compile_blocks=self.compile_blocks)  # type: ignore[no-any-return]
 
     def align(self, config: AlignConfig, **changes: Any) -> AlignConfig:
