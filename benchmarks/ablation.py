@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from multicrafter.evaluate import METRICS
+from multicrafter.scoring.evaluate import METRICS
 
 from benchmarks.experiment import Base, Budget, Experiment
 from benchmarks.report import Record, cell, compare, forest, markdown_table, tables

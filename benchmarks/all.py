@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from multicrafter.settings import write_text
+from multicrafter.config.settings import write_text
 
 from benchmarks import (
     ablation,

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from multicrafter.evaluate import EvaluateConfig
-from multicrafter.stages.pretrain import IDARConfig
+from multicrafter.scoring.evaluate import EvaluateConfig
+from multicrafter.training.pretrain import IDARConfig
 
 from benchmarks import ablation, regime
 from benchmarks.experiment import Budget, Experiment

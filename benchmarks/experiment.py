@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from multicrafter.evaluate import EvaluateConfig
-from multicrafter.recipes import ablation
-from multicrafter.stages.align import AlignConfig
-from multicrafter.stages.pretrain import PretrainConfig
-from multicrafter.stages.runs import with_execution
+from multicrafter.config.recipes import ablation
+from multicrafter.scoring.evaluate import EvaluateConfig
+from multicrafter.training.align import AlignConfig
+from multicrafter.training.pretrain import PretrainConfig
+from multicrafter.training.runs import with_execution
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from multicrafter.adapters import AdapterConfig, Adapters
-from multicrafter.backbones import get_backbone
-from multicrafter.evaluate import write_json
-from multicrafter.execution import ExecutionConfig
-from multicrafter.flux.model import Text
+from multicrafter.config.settings import write_text
+from multicrafter.models.adapters import AdapterConfig, Adapters
+from multicrafter.models.backbones import get_backbone
+from multicrafter.models.flux.model import Text
 from multicrafter.plan.steps import build
-from multicrafter.settings import write_text
+from multicrafter.scoring.evaluate import write_json
+from multicrafter.training.precision import ExecutionConfig
 
 from benchmarks import results_index
 from benchmarks.report import markdown_table, save_plot

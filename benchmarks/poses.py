@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from id_reward import match
 from jaxtyping import Float
-from multicrafter.data.synthetic import FAMILIES, Scenes, WorldConfig, make_scenes
-from multicrafter.evaluate import Interval, Judges, bootstrap
-from multicrafter.judges.train import soften
-from multicrafter.stages.data import EncodedScenes
+from multicrafter.scoring.evaluate import Interval, Judges, bootstrap
+from multicrafter.training.scenes import EncodedScenes
+from multicrafter.world import FAMILIES, Scenes, WorldConfig, make_scenes
+from multicrafter.world.judges.train import soften
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""What the studies measure beside `multicrafter.evaluate`: where experts send which tokens."""
+"""What the studies measure beside `multicrafter.scoring.evaluate`: where experts send which tokens."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from moe_lora import collect
 from moe_lora.stats import RoutingLog, specialisation
-from multicrafter.data.synthetic import ARRANGEMENTS
-from multicrafter.flux.model import add_noise
+from multicrafter.models.flux.model import add_noise
 from multicrafter.pipeline import MultiCrafterPipeline
-from multicrafter.stages.data import EncodedScenes
+from multicrafter.training.scenes import EncodedScenes
+from multicrafter.world import ARRANGEMENTS
 from torch import Tensor
 
 SIGMAS = (0.15, 0.4, 0.6, 0.85)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from multicrafter.evaluate import bootstrap
+from multicrafter.scoring.evaluate import bootstrap
 
 from benchmarks.experiment import Budget, Experiment
 from benchmarks.report import Record, cell, difference, markdown_table, mean_over_seeds, save_plot, spread

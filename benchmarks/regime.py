@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from multicrafter.stages.pretrain import IDARConfig, PretrainConfig
+from multicrafter.training.pretrain import IDARConfig, PretrainConfig
 
 from benchmarks.experiment import Base, Budget, Experiment
 from benchmarks.report import Record, cell, compare, forest, markdown_table, save_plot

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from multicrafter.evaluate import Interval, bootstrap
+from multicrafter.scoring.evaluate import Interval, bootstrap
 
 Record = dict[str, Any]
 

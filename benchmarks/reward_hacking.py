@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from multicrafter.rewards import RewardConfig
+from multicrafter.world.rewards import RewardConfig
 
 from benchmarks.experiment import Budget, Experiment
 from benchmarks.report import Record, cell, compare, forest, markdown_table, save_plot, tables

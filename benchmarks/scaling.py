@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from multicrafter.evaluate import bootstrap
+from multicrafter.scoring.evaluate import bootstrap
 
 from benchmarks.experiment import Base, Budget, Experiment
 from benchmarks.report import Record, by_case, cell, markdown_table, mean_over_seeds, save_plot

@@ -24,25 +24,25 @@ from typing import Any
 import filelock
 import numpy as np
 import torch
-from multicrafter import judges as shipped_judges
-from multicrafter.adapters import fingerprint
-from multicrafter.data.synthetic import FAMILIES
-from multicrafter.evaluate import (
+from multicrafter.config.settings import to_dict, write_text
+from multicrafter.models.adapters import fingerprint
+from multicrafter.models.loading import load_flux
+from multicrafter.pipeline import MultiCrafterPipeline
+from multicrafter.scoring.evaluate import (
     EvaluateConfig,
     Judges,
     generate_cases,
     score_pictures,
     write_json,
 )
-from multicrafter.flux.train_base import BaseConfig, train
-from multicrafter.judges.train import RECIPES
-from multicrafter.loading import load_flux
-from multicrafter.pipeline import MultiCrafterPipeline
-from multicrafter.rewards import tiny_reward
-from multicrafter.settings import to_dict, write_text
-from multicrafter.stages.data import EncodedScenes, encode_scenes
-from multicrafter.stages.pretrain import measure_leakages
-from multicrafter.stages.runs import run_align, run_pretrain
+from multicrafter.training.pretrain import measure_leakages
+from multicrafter.training.runs import run_align, run_pretrain
+from multicrafter.training.scenes import EncodedScenes, encode_scenes
+from multicrafter.world import FAMILIES
+from multicrafter.world import judges as shipped_judges
+from multicrafter.world.judges.train import RECIPES
+from multicrafter.world.rewards import tiny_reward
+from multicrafter.world.train_base import BaseConfig, train
 
 from benchmarks import poses, probes, results_index
 from benchmarks.experiment import FULL, SMOKE, Base, Budget, Experiment, deciding, key_of

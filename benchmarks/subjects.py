@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from multicrafter.evaluate import bootstrap
+from multicrafter.scoring.evaluate import bootstrap
 
 from benchmarks.experiment import Budget, Experiment
 from benchmarks.report import Record, by_case, cell, difference, markdown_table, mean_over_seeds, save_plot

@@ -26,17 +26,17 @@ import numpy as np
 import pytest
 import torch
 from gspo import PolicyConfig
-from multicrafter.adapters import AdapterConfig, Adapters
-from multicrafter.data.photos import BuildConfig, FilterConfig, ReferenceConfig, WriteConfig, build
-from multicrafter.data.synthetic import PEOPLE, WorldConfig, make_scenes
-from multicrafter.evaluate import EvaluateConfig, Judges, cases, evaluate
-from multicrafter.execution import ExecutionConfig
-from multicrafter.flux.tiny import TinyFluxConfig, build_pipeline
+from multicrafter.models.adapters import AdapterConfig, Adapters
+from multicrafter.photos import BuildConfig, FilterConfig, ReferenceConfig, WriteConfig, build
 from multicrafter.pipeline import MultiCrafterPipeline
-from multicrafter.rewards import RewardConfig
-from multicrafter.stages.align import Align, AlignConfig
-from multicrafter.stages.data import EncodedScenes, encode_scenes
-from multicrafter.stages.pretrain import IDARConfig, Pretrain, PretrainConfig
+from multicrafter.scoring.evaluate import EvaluateConfig, Judges, cases, evaluate
+from multicrafter.training.align import Align, AlignConfig
+from multicrafter.training.precision import ExecutionConfig
+from multicrafter.training.pretrain import IDARConfig, Pretrain, PretrainConfig
+from multicrafter.training.scenes import EncodedScenes, encode_scenes
+from multicrafter.world import PEOPLE, WorldConfig, make_scenes
+from multicrafter.world.rewards import RewardConfig
+from multicrafter.world.tiny_flux import TinyFluxConfig, build_pipeline
 from PIL import Image
 
 RECORDED = Path(__file__).with_name("golden_traces.json")
@@ -171,7 +171,7 @@ def small() -> tuple[Any, EncodedScenes]:
 
 def steps(stage: Any, number: int, names: tuple[str, ...]) -> Trace:
     """The metrics of a stage's steps and the adapter after them (on every rank; equal on all)."""
-    from multicrafter import distributed
+    from multicrafter.training import distributed
 
     history = [stage.step(index) for index in range(number)]
     state = {name: distributed.whole(t.detach()) for name, t in stage.adapters.named_parameters()}

@@ -10,10 +10,10 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from multicrafter.adapters import AdapterConfig, Adapters
-from multicrafter.evaluate import write_json
-from multicrafter.loading import load_flux
-from multicrafter.stages.runs import with_execution
+from multicrafter.models.adapters import AdapterConfig, Adapters
+from multicrafter.models.loading import load_flux
+from multicrafter.scoring.evaluate import write_json
+from multicrafter.training.runs import with_execution
 
 from benchmarks import ablation, claims, inference_overhead, probes, ratios, regime, report, scaling, subjects
 from benchmarks import all as everything
@@ -98,7 +98,7 @@ def test_stage_2_of_several_experiments_starts_from_one_first_stage(laboratory, 
 
     calls = []
     monkeypatch.setattr(science, "run_pretrain", lambda *a, **k: calls.append(1) or run(*a, **k))
-    from multicrafter.stages.runs import run_pretrain as run
+    from multicrafter.training.runs import run_pretrain as run
 
     align = SMOKE.rows(0)["ippo"][1]
     for seed in (0, 1):

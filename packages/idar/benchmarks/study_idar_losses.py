@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from idar import leakage, map_iou, peak_in_mask
 from idar.integrations.diffusers import capture_subject_attention
-from multicrafter.adapters import AdapterConfig
-from multicrafter.backbones import backbone_of
-from multicrafter.flux.model import add_noise
+from multicrafter.models.adapters import AdapterConfig
+from multicrafter.models.backbones import backbone_of
+from multicrafter.models.flux.model import add_noise
 from multicrafter.pipeline import load_flux
-from multicrafter.stages.data import encode_scenes
-from multicrafter.stages.pretrain import IDARConfig, Pretrain, PretrainConfig, layout_of
+from multicrafter.training.pretrain import IDARConfig, Pretrain, PretrainConfig, layout_of
+from multicrafter.training.scenes import encode_scenes
 
 R2I, I2R = "reference_to_image", "image_to_reference"
 FORMS = {

@@ -26,7 +26,7 @@ def costs(stages: dict[str, dict[str, float]], photos: int) -> dict[str, float]:
 
 def pairs_per_second(width: int, rows: int = 4096) -> float:
     """Pairs of faces compared a second."""
-    from multicrafter.data.photos.identities import similar_pairs
+    from multicrafter.photos.identities import similar_pairs
 
     faces = np.random.default_rng(0).normal(size=(rows, width)).astype(np.float32)
     faces /= np.linalg.norm(faces, axis=1, keepdims=True)
@@ -60,7 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     width = 48
     if arguments.about is None:
-        from multicrafter.data.photos import BuildConfig, FilterConfig, WriteConfig, build
+        from multicrafter.photos import BuildConfig, FilterConfig, WriteConfig, build
 
         folder = Path(tempfile.mkdtemp()) / "set"
         config = BuildConfig(

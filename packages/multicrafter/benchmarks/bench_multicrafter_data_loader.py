@@ -18,14 +18,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from multicrafter.data.photos.loader import LoaderConfig, PhotoLoader
+from multicrafter.photos.loader import LoaderConfig, PhotoLoader
 
 
 def dataset(folder: Path, count: int = 60) -> Path:
     """A small dataset of drawn photos, for the smoke run."""
     import numpy as np
-    from multicrafter.data.photos import BuildConfig, FilterConfig, ReferenceConfig, WriteConfig, build
-    from multicrafter.data.synthetic import WorldConfig, make_scenes
+    from multicrafter.photos import BuildConfig, FilterConfig, ReferenceConfig, WriteConfig, build
+    from multicrafter.world import WorldConfig, make_scenes
     from PIL import Image
 
     (folder / "photos").mkdir()
@@ -53,10 +53,10 @@ def step(batch: int):
     """A stage-1 step of the tiny model, ready to be called."""
     from dataclasses import replace
 
+    from multicrafter.config.recipes import ablation
     from multicrafter.pipeline import load_flux
-    from multicrafter.recipes import ablation
-    from multicrafter.stages.data import encode_scenes
-    from multicrafter.stages.pretrain import Pretrain
+    from multicrafter.training.pretrain import Pretrain
+    from multicrafter.training.scenes import encode_scenes
 
     pipe, config = load_flux(), replace(ablation()["moe"].pretrain, batch=batch)
     stage = Pretrain(pipe, config, encode_scenes(pipe, config.world, batch, seed=0))

@@ -6,11 +6,11 @@ import os
 
 import pytest
 import torch
-from multicrafter.data.synthetic import WorldConfig, make_scenes
+from multicrafter.config.recipes import ablation
 from multicrafter.pipeline import load_flux
-from multicrafter.recipes import ablation
-from multicrafter.stages.data import encode_scenes
-from multicrafter.stages.pretrain import Pretrain
+from multicrafter.training.pretrain import Pretrain
+from multicrafter.training.scenes import encode_scenes
+from multicrafter.world import WorldConfig, make_scenes
 
 FULL = os.environ.get("BENCH_SIZE") == "full"
 

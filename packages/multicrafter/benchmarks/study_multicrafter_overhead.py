@@ -48,9 +48,9 @@ def ratios(work: dict[str, Callable[[], object]], baseline: str, rounds: int) ->
 def stages(shape, variants: dict):
     """Stages of stage 1 on slices that share nothing."""
     import torch
-    from multicrafter.backbones import get_backbone
+    from multicrafter.config.recipes import flux1_dev_stage1
+    from multicrafter.models.backbones import get_backbone
     from multicrafter.plan.steps import PlannedPretrain, build
-    from multicrafter.recipes import flux1_dev_stage1
 
     run, made = flux1_dev_stage1(), {}
     for name, (adapters, idar) in variants.items():
@@ -82,9 +82,9 @@ SHAPE = {"text": 128, "image": (16, 16), "reference": (20, 20), "references": 1}
 
 def slices() -> dict:
     """Plain LoRA, and the method, on slices that share nothing."""
-    from multicrafter.adapters import AdapterConfig
+    from multicrafter.models.adapters import AdapterConfig
     from multicrafter.plan.steps import Shape
-    from multicrafter.stages.pretrain import IDARConfig
+    from multicrafter.training.pretrain import IDARConfig
 
     plain, moe = AdapterConfig(rank=512, alpha=512.0, num_experts=0), AdapterConfig(rank=512, alpha=512.0)
     variants = {"plain LoRA": (plain, IDARConfig(coef=0.0)), "IDAR + experts": (moe, IDARConfig())}
@@ -123,16 +123,16 @@ def inference(rounds: int) -> dict:
 def cache(rounds: int) -> dict:
     """Whether reference keys depend on the noise (full-width slices), and what keeping them saves where they do not."""
     import torch
-    from multicrafter.backbones import BACKBONES, ReferenceCache
-    from multicrafter.backbones.drift import reference_drift
-    from multicrafter.execution import ExecutionConfig
-    from multicrafter.flux.model import Text
+    from multicrafter.models.backbones import BACKBONES, ReferenceCache
+    from multicrafter.models.backbones.drift import reference_drift
+    from multicrafter.models.flux.model import Text
     from multicrafter.plan.steps import Shape, build
+    from multicrafter.training.precision import ExecutionConfig
 
     drift, work = {}, {}
     shape = Shape(128, (32, 32), (20, 20), 2)
     for backbone in BACKBONES:
-        from multicrafter.adapters import AdapterConfig
+        from multicrafter.models.adapters import AdapterConfig
 
         execution = ExecutionConfig(dtype="bfloat16")
         transformer, attached = build(backbone, SLICE, execution, AdapterConfig(rank=16, alpha=16.0))
@@ -174,10 +174,10 @@ def stage2(rounds: int) -> dict:
     """A whole iteration (rollout, advantages, both epochs of the update, optimizer) against the same passes of the model alone."""
     import torch
     from gspo import FlowSDE, PolicyConfig, PolicyTrainer, group_advantages, rollout
-    from multicrafter.adapters import AdapterConfig
-    from multicrafter.backbones import get_backbone
+    from multicrafter.config.recipes import flux1_dev_stage2
+    from multicrafter.models.adapters import AdapterConfig
+    from multicrafter.models.backbones import get_backbone
     from multicrafter.plan.steps import PlannedPolicy, Shape, build
-    from multicrafter.recipes import flux1_dev_stage2
 
     execution = replace(flux1_dev_stage2().execution, gradient_checkpointing=False)
     _, attached = build(get_backbone("flux1_dev"), SLICE, execution, AdapterConfig(rank=512, alpha=512.0))

@@ -45,8 +45,8 @@ def status(name: str) -> int:
 
 def setting(case: dict):
     """Run and shape of a case."""
+    from multicrafter.config.recipes import resolve
     from multicrafter.plan.steps import Shape
-    from multicrafter.recipes import resolve
 
     run = resolve(
         recipe=case["recipe"],

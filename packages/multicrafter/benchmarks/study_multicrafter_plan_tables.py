@@ -43,8 +43,8 @@ RECIPES = ("flux1_dev_stage1", "flux1_dev_stage2", "flux2_klein_stage1", "flux2_
 
 def one_pass(recipe: str, changes: tuple[str, ...], rows: int):
     """In a process of its own."""
+    from multicrafter.config.recipes import resolve
     from multicrafter.plan import measure
-    from multicrafter.recipes import resolve
 
     start = time.monotonic()
     found = measure(resolve(recipe=recipe, changes=changes), rows=rows)
@@ -58,9 +58,9 @@ def plans() -> list[dict]:
     from concurrent.futures import ProcessPoolExecutor
     from dataclasses import asdict
 
+    from multicrafter.config.recipes import resolve
     from multicrafter.plan import CARDS, predict
     from multicrafter.plan.estimate import rows_of, with_cache
-    from multicrafter.recipes import resolve
 
     cases, passes = [], {}
     with ProcessPoolExecutor(6, mp_context=multiprocessing.get_context("spawn")) as pool:

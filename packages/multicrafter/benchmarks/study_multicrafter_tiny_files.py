@@ -36,7 +36,7 @@ def pixel(number: int) -> bytes:
 def make(folder: Path, files: int) -> None:
     """Writes the files, a thousand a folder, and the photos."""
     import torch
-    from multicrafter.data.synthetic import WorldConfig, make_scenes
+    from multicrafter.world import WorldConfig, make_scenes
     from PIL import Image
 
     for number in range(files):
@@ -58,7 +58,7 @@ def make(folder: Path, files: int) -> None:
 
 def run(folder: Path, files: int) -> dict[str, object]:
     """Builds, and compares what came out with what was there."""
-    from multicrafter.data.photos import BuildConfig, FilterConfig, ReferenceConfig, WriteConfig, build
+    from multicrafter.photos import BuildConfig, FilterConfig, ReferenceConfig, WriteConfig, build
 
     config = BuildConfig(
         faces="tiny", people="same", filter=FilterConfig(min_side=32, min_face_pixels=4, duplicate_distance=0),

@@ -10,7 +10,7 @@ def seed_torch():
 @pytest.fixture
 def pipe():
     """A fresh, untrained FLUX of the smallest size; its zero-initialised output layer is filled so that everything matters."""
-    from multicrafter.flux.tiny import TinyFluxConfig, build_pipeline
+    from multicrafter.world.tiny_flux import TinyFluxConfig, build_pipeline
 
     made = build_pipeline(
         TinyFluxConfig(num_heads=2, head_dim=16, num_double=1, num_single=1, vae_channels=(8, 8, 8), text_width=16)
@@ -25,7 +25,7 @@ def pipe():
 
 @pytest.fixture
 def scenes(pipe):
-    from multicrafter.data.synthetic import WorldConfig
-    from multicrafter.stages.data import encode_scenes
+    from multicrafter.training.scenes import encode_scenes
+    from multicrafter.world import WorldConfig
 
     return encode_scenes(pipe, WorldConfig(numbers=(2,), shared_attributes=4), 12, seed=3)

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from multicrafter import checkpoint, distributed, loop
-from multicrafter.adapters import AdapterConfig, Adapters
-from multicrafter.data.synthetic import WorldConfig
-from multicrafter.flux.tiny import TinyFluxConfig, build_pipeline
-from multicrafter.stages.align import Align, AlignConfig
-from multicrafter.stages.data import encode_scenes
-from multicrafter.stages.pretrain import Pretrain, PretrainConfig
-from multicrafter.stages.runs import with_execution
+from multicrafter.models.adapters import AdapterConfig, Adapters
+from multicrafter.training import checkpoint, distributed, loop
+from multicrafter.training.align import Align, AlignConfig
+from multicrafter.training.pretrain import Pretrain, PretrainConfig
+from multicrafter.training.runs import with_execution
+from multicrafter.training.scenes import encode_scenes
+from multicrafter.world import WorldConfig
+from multicrafter.world.tiny_flux import TinyFluxConfig, build_pipeline
 from safetensors.torch import save_file
 
 SMALL = AdapterConfig(rank=4, alpha=4.0, num_experts=2)

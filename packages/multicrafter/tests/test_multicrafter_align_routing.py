@@ -9,10 +9,10 @@ import pytest
 import torch
 from gspo import PolicyConfig, rescore
 from id_reward import CompositeReward, IdentityScorer
-from multicrafter.adapters import AdapterConfig, Adapters
-from multicrafter.execution import ExecutionConfig
-from multicrafter.rewards import MeanIdentity, RewardConfig, tiny_reward
-from multicrafter.stages.align import Align, AlignConfig
+from multicrafter.models.adapters import AdapterConfig, Adapters
+from multicrafter.training.align import Align, AlignConfig
+from multicrafter.training.precision import ExecutionConfig
+from multicrafter.world.rewards import MeanIdentity, RewardConfig, tiny_reward
 
 SMALL = AdapterConfig(rank=4, alpha=4.0, num_experts=2)
 STAGE2 = AlignConfig(num_steps=2, prompts=2, group_size=3, num_sampling_steps=5, tail_steps=None, lr=1e-3)

@@ -7,17 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 from id_reward import CompositeReward
-from multicrafter.adapters import AdapterConfig, Adapters
-from multicrafter.backbones import backbone_of
-from multicrafter.backbones.tiny import tiny_flux1, tiny_klein, tiny_kontext
-from multicrafter.data.synthetic import WorldConfig
-from multicrafter.evaluate import METRICS, EvaluateConfig, Judges, cases, evaluate, generate_cases
-from multicrafter.execution import ExecutionConfig
-from multicrafter.figures import subject_maps
-from multicrafter.flux.tiny import TinyFluxConfig
-from multicrafter.stages.align import Align, AlignConfig
-from multicrafter.stages.data import encode_scenes
-from multicrafter.stages.pretrain import IDARConfig, Pretrain, PretrainConfig
+from multicrafter.demo.figures import subject_maps
+from multicrafter.models.adapters import AdapterConfig, Adapters
+from multicrafter.models.backbones import backbone_of
+from multicrafter.scoring.evaluate import METRICS, EvaluateConfig, Judges, cases, evaluate, generate_cases
+from multicrafter.training.align import Align, AlignConfig
+from multicrafter.training.precision import ExecutionConfig
+from multicrafter.training.pretrain import IDARConfig, Pretrain, PretrainConfig
+from multicrafter.training.scenes import encode_scenes
+from multicrafter.world import WorldConfig
+from multicrafter.world.tiny_backbones import tiny_flux1, tiny_klein, tiny_kontext
+from multicrafter.world.tiny_flux import TinyFluxConfig
 
 CONFIG = TinyFluxConfig(num_heads=2, head_dim=16, num_double=2, num_single=1, vae_channels=(8, 8, 8), text_width=16)
 WORLD = WorldConfig(numbers=(2,), shared_attributes=4)

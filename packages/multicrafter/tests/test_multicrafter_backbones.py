@@ -8,15 +8,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from multicrafter.adapters import AdapterConfig, Adapters
-from multicrafter.backbones import BACKBONES, Flux1, Flux1Kontext, ReferenceCache, backbone_of, get_backbone
-from multicrafter.backbones.drift import reference_drift
-from multicrafter.backbones.tiny import tiny_flux1, tiny_klein, tiny_kontext
-from multicrafter.flux.model import sample
-from multicrafter.flux.packing import pack_latents, unpack_latents
-from multicrafter.flux.tiny import TinyFluxConfig
-from multicrafter.loading import load_flux
+from multicrafter.models.adapters import AdapterConfig, Adapters
+from multicrafter.models.backbones import BACKBONES, Flux1, Flux1Kontext, ReferenceCache, backbone_of, get_backbone
+from multicrafter.models.backbones.drift import reference_drift
+from multicrafter.models.flux.model import sample
+from multicrafter.models.flux.packing import pack_latents, unpack_latents
+from multicrafter.models.loading import load_flux
 from multicrafter.pipeline import to_image
+from multicrafter.world.tiny_backbones import tiny_flux1, tiny_klein, tiny_kontext
+from multicrafter.world.tiny_flux import TinyFluxConfig
 
 CONFIG = TinyFluxConfig(num_heads=2, head_dim=16, num_double=1, num_single=1, vae_channels=(8, 8, 8), text_width=16)
 NAMES = [b.name for b in BACKBONES]
@@ -278,8 +278,8 @@ def test_a_fourth_backbone_is_one_file(tmp_path, monkeypatch, pipes):
     """A module outside the package, named on the command line; here FLUX.1-dev with references below the picture."""
     (tmp_path / "my_backbone.py").write_text(
         "import torch\n"
-        "from multicrafter.backbones import Flux1\n"
-        "from multicrafter.flux.packing import grid_ids\n"
+        "from multicrafter.models.backbones import Flux1\n"
+        "from multicrafter.models.flux.packing import grid_ids\n"
         "class Below(Flux1):\n"
         "    name = 'below'\n"
         "    def position_ids(self, image, references=()):\n"

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from multicrafter.flux.model import Text, predict_velocity
-from multicrafter.flux.tiny import TinyFluxConfig, build_pipeline
-from multicrafter.flux.train_base import BaseConfig, guided_target, train, upper_half, with_guidance
+from multicrafter.models.flux.model import Text, predict_velocity
+from multicrafter.world.tiny_flux import TinyFluxConfig, build_pipeline
+from multicrafter.world.train_base import BaseConfig, guided_target, train, upper_half, with_guidance
 
 SMALL = TinyFluxConfig(num_heads=2, head_dim=16, num_double=1, num_single=1, latent_channels=4, vae_channels=(8, 8, 8))
 

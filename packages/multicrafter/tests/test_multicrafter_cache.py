@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from multicrafter import distributed
-from multicrafter.backbones import backbone_of
-from multicrafter.cache import CachedPictures, CachedText, TensorCache, content_key, free_encoders, model_key
-from multicrafter.checkpoint import CheckpointError
+from multicrafter.models.backbones import backbone_of
+from multicrafter.training import distributed
+from multicrafter.training.checkpoint import CheckpointError
+from multicrafter.training.encoding_cache import (
+    CachedPictures,
+    CachedText,
+    TensorCache,
+    content_key,
+    free_encoders,
+    model_key,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 import multicrafter_workers as workers

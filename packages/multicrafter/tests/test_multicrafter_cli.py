@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from multicrafter.adapters import AdapterConfig, Adapters
 from multicrafter.cli import main
-from multicrafter.figures import reward_curve
+from multicrafter.demo.figures import reward_curve
+from multicrafter.models.adapters import AdapterConfig, Adapters
 from PIL import Image
 
 
@@ -305,6 +305,6 @@ def test_flags_change_a_recipe_too(model, tmp_path, capsys):
 
 def test_rows_are_those_of_the_recipes():
     from multicrafter.cli import ROWS
-    from multicrafter.recipes import ablation
+    from multicrafter.config.recipes import ablation
 
     assert tuple(ablation()) == ROWS

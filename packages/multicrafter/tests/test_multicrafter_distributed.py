@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from gspo import FlowSDE
-from multicrafter import checkpoint, distributed
-from multicrafter.checkpoint import find_checkpoint
-from multicrafter.distributed import my_groups, my_slice
-from multicrafter.stages.data import Buckets
-from multicrafter.stages.noise import SlicedNoise
-from multicrafter.stages.trainee import global_aux_loss
+from multicrafter.training import checkpoint, distributed
+from multicrafter.training.checkpoint import find_checkpoint
+from multicrafter.training.distributed import my_groups, my_slice
+from multicrafter.training.noise import SlicedNoise
+from multicrafter.training.scenes import Buckets
+from multicrafter.training.trainee import global_aux_loss
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -133,7 +133,7 @@ def train_until(stage, out, stop, **options):
     import os
     import signal
 
-    from multicrafter import loop
+    from multicrafter.training import loop
 
     made = workers.make_stage(stage, num_steps=STEPS, **options)
     real = made.step
@@ -179,7 +179,7 @@ def train_and_lose_one(stage, out, changes):
 
 def full_on_one(out):
     """Rank 1's disk is full: no rank may believe that the checkpoint is there."""
-    from multicrafter.checkpoint import CheckpointError, save_checkpoint
+    from multicrafter.training.checkpoint import CheckpointError, save_checkpoint
 
     save_checkpoint(Path(out), 1, {"x": torch.ones(2)})
     if distributed.rank() == 1:

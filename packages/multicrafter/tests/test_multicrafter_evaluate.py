@@ -7,11 +7,19 @@ import json
 import numpy as np
 import pytest
 import torch
-from multicrafter.data.synthetic import PEOPLE, WorldConfig, make_scenes
-from multicrafter.evaluate import Interval, Judges, bootstrap, difference, score_attributes, score_pictures, write_json
-from multicrafter.judges.aesthetics import aesthetics, colourfulness, sharpness
-from multicrafter.rewards import RewardConfig, tiny_reward
-from multicrafter.stages.data import EncodedScenes
+from multicrafter.scoring.evaluate import (
+    Interval,
+    Judges,
+    bootstrap,
+    difference,
+    score_attributes,
+    score_pictures,
+    write_json,
+)
+from multicrafter.training.scenes import EncodedScenes
+from multicrafter.world import PEOPLE, WorldConfig, make_scenes
+from multicrafter.world.judges.aesthetics import aesthetics, colourfulness, sharpness
+from multicrafter.world.rewards import RewardConfig, tiny_reward
 
 TRUTH = torch.tensor([[0, 1, 2, 3, 4, 1, 5, 0], [2, 2, 1, 0, 1, 2, 3, 1]])
 STRANGER = torch.tensor([1, 5, 0, 6, 7, 3, 1, 2])
@@ -72,7 +80,7 @@ def test_hidden_attributes_do_not_count():
 
 
 def test_judges_read_the_truth(judges, truth):
-    """Floors well below what the recipes measured (weights/judges/*.json), far above chance."""
+    """Floors well below what the recipes measured (world/weights/judges/*.json), far above chance."""
     metrics = score_pictures(truth.images, truth, judges)
     assert metrics["attributes"].mean() > 0.93
     assert metrics["count"].mean() > 0.97

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from multicrafter.flux.model import Text, add_noise, encode_prompts, predict_velocity, sample, sigma_schedule
-from multicrafter.flux.packing import diagonal_ids, grid_ids, pack_latents, reference_spans, unpack_latents
+from multicrafter.models.flux.model import Text, add_noise, encode_prompts, predict_velocity, sample, sigma_schedule
+from multicrafter.models.flux.packing import diagonal_ids, grid_ids, pack_latents, reference_spans, unpack_latents
 from multicrafter.pipeline import MultiCrafterPipeline, load_flux, to_image, to_tensor
 from PIL import Image
 
@@ -145,7 +145,7 @@ def test_pictures_survive_the_tensor():
 
 
 def test_shipped_model_is_a_flux_pipeline():
-    from multicrafter import flux
+    from multicrafter.models import flux
 
     loaded = load_flux()
     assert type(loaded).__name__ == "FluxPipeline"

@@ -8,10 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from gspo import rescore, sequence_importance_ratio
-from multicrafter.adapters import Adapters
-from multicrafter.execution import ExecutionConfig, make_optimizer, offload_groups, quantize, set_attention_backend
-from multicrafter.stages.pretrain import IDARConfig
-from multicrafter.stages.trainee import optimizer_tensors, restore_optimizer
+from multicrafter.models.adapters import Adapters
+from multicrafter.training.precision import (
+    ExecutionConfig,
+    make_optimizer,
+    offload_groups,
+    quantize,
+    set_attention_backend,
+)
+from multicrafter.training.pretrain import IDARConfig
+from multicrafter.training.trainee import optimizer_tensors, restore_optimizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 import multicrafter_workers as workers
@@ -173,7 +179,7 @@ def test_the_8_bit_optimizer_learns_and_survives_the_disk():
 
 
 def test_groups_of_blocks_come_and_go_and_the_picture_stays(pipe, scenes):
-    from multicrafter.backbones import backbone_of
+    from multicrafter.models.backbones import backbone_of
 
     def picture():
         with torch.no_grad():

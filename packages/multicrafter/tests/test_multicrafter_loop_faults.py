@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from multicrafter import checkpoint, loop
-from multicrafter.checkpoint import Checkpoint, CheckpointError, find_checkpoint, rng_tensors, save_checkpoint
-from multicrafter.loop import LoopConfig
-from multicrafter.stages.scoring import score_pictures
+from multicrafter.training import checkpoint, loop
+from multicrafter.training.checkpoint import Checkpoint, CheckpointError, find_checkpoint, rng_tensors, save_checkpoint
+from multicrafter.training.loop import LoopConfig
+from multicrafter.training.rewarding import score_pictures
 from safetensors import SafetensorError
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -83,7 +83,7 @@ def test_killed_training_ends_where_untouched_training_ends(stage, count, tmp_pa
 @pytest.mark.parametrize("at", range(1, 9))
 def test_a_kill_at_every_call_of_the_second_write_leaves_a_readable_checkpoint(at, tmp_path):
     """fsync, rename, half a file, rotation: whichever it is, the newest checkpoint that can be read is whole."""
-    from multicrafter.checkpoint import find_checkpoint, save_checkpoint
+    from multicrafter.training.checkpoint import find_checkpoint, save_checkpoint
 
     save_checkpoint(tmp_path, 1, {"x": torch.ones(3)}, keep=1)
     processes, _ = workers.start(write_once, str(tmp_path), at, tmp=tmp_path)
@@ -99,7 +99,7 @@ def test_a_kill_at_every_call_of_the_second_write_leaves_a_readable_checkpoint(a
 
 
 def write_once(folder, at):
-    from multicrafter.checkpoint import save_checkpoint
+    from multicrafter.training.checkpoint import save_checkpoint
 
     workers.install_fault("write", at)
     save_checkpoint(Path(folder), 2, {"x": torch.full((3,), 2.0)}, keep=1)

@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
-from multicrafter.adapters import AdapterConfig, Adapters
-from multicrafter.backbones import backbone_of
-from multicrafter.backbones.tiny import tiny_flux1, tiny_klein
 from multicrafter.cli import main
-from multicrafter.flux.tiny import TinyFluxConfig
-from multicrafter.loading import resolve_adapter
+from multicrafter.models.adapters import AdapterConfig, Adapters
+from multicrafter.models.backbones import backbone_of
+from multicrafter.models.loading import resolve_adapter
 from multicrafter.pipeline import MultiCrafterPipeline, load_flux
+from multicrafter.world.tiny_backbones import tiny_flux1, tiny_klein
+from multicrafter.world.tiny_flux import TinyFluxConfig
 from PIL import Image
 
 CONFIG = TinyFluxConfig(num_heads=2, head_dim=16, num_double=1, num_single=1, vae_channels=(8, 8, 8), text_width=16)
@@ -381,7 +381,7 @@ def test_gated_weights_without_a_token(command, capsys, monkeypatch):
 
         return from_pretrained
 
-    monkeypatch.setattr("multicrafter.publish._base_on_hub", lambda model: None)
+    monkeypatch.setattr("multicrafter.models.publish._base_on_hub", lambda model: None)
     monkeypatch.setattr("multicrafter.plan.memory.available_memory", lambda *_: 1e12)  # whatever this machine has
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", raising(GatedRepoError))
     fails(

@@ -10,15 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 from moe_lora.dispatch import experts
-from multicrafter import settings
-from multicrafter.backbones import get_backbone
 from multicrafter.cli import main
-from multicrafter.execution import ExecutionConfig
+from multicrafter.config import settings
+from multicrafter.config.recipes import Stage2, get_recipe
+from multicrafter.models.backbones import get_backbone
 from multicrafter.plan import CARDS, Card, card_for, measure, predict, require_memory, require_weights
 from multicrafter.plan.estimate import rows_of, shape_of, transformer_config, with_cache
 from multicrafter.plan.steps import Shape
 from multicrafter.plan.tracker import Answers, Tracker
-from multicrafter.recipes import Stage2, get_recipe
+from multicrafter.training.precision import ExecutionConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 TINY = {
@@ -323,10 +323,10 @@ RESIDENT = """
 import gc, sys
 from contextlib import contextmanager
 from pathlib import Path
-from multicrafter import settings
+from multicrafter.config import settings
 from multicrafter.plan import measure
 from multicrafter.plan.steps import Shape
-from multicrafter.recipes import get_recipe
+from multicrafter.config.recipes import get_recipe
 
 def status(name):
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name + ":"))

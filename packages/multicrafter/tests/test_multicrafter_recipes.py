@@ -11,9 +11,9 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from multicrafter import recipes, settings
 from multicrafter.cli import main
-from multicrafter.recipes import Stage1, Stage2, get_recipe, marks, resolve
+from multicrafter.config import recipes, settings
+from multicrafter.config.recipes import Stage1, Stage2, get_recipe, marks, resolve
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,12 @@ import torch
 from gspo import rescore, sequence_importance_ratio
 from idar import leakage
 from idar.integrations.diffusers import capture_subject_attention
-from multicrafter import loop
-from multicrafter.adapters import AdapterConfig, Adapters
-from multicrafter.backbones import backbone_of
-from multicrafter.flux.model import Text, add_noise, encode_prompts, predict_velocity
-from multicrafter.stages.align import Align, AlignConfig
-from multicrafter.stages.pretrain import (
+from multicrafter.models.adapters import AdapterConfig, Adapters
+from multicrafter.models.backbones import backbone_of
+from multicrafter.models.flux.model import Text, add_noise, encode_prompts, predict_velocity
+from multicrafter.training import loop
+from multicrafter.training.align import Align, AlignConfig
+from multicrafter.training.pretrain import (
     IDARConfig,
     Pretrain,
     PretrainConfig,
@@ -164,7 +164,7 @@ def test_adapters_survive_the_disk(pipe, scenes, tmp_path):
 
 def _same(pipe):
     """The same base without adapters."""
-    from multicrafter.flux.tiny import TinyFluxConfig, build_pipeline
+    from multicrafter.world.tiny_flux import TinyFluxConfig, build_pipeline
 
     made = build_pipeline(
         TinyFluxConfig(num_heads=2, head_dim=16, num_double=1, num_single=1, vae_channels=(8, 8, 8), text_width=16)
@@ -280,7 +280,7 @@ def test_ratio_is_exactly_one_before_the_first_update(pipe, scenes):
 
 def test_stage2_raises_a_reward_it_can_reach(pipe, scenes, monkeypatch):
     """Brightness, with the first three latent channels as the picture: an untrained decoder hides what the latents say."""
-    monkeypatch.setattr("multicrafter.backbones.base.decode_latents", lambda vae, latents: latents[:, :3])
+    monkeypatch.setattr("multicrafter.models.backbones.base.decode_latents", lambda vae, latents: latents[:, :3])
     adapters = Adapters(pipe.transformer, SMALL)
     policy = gspo.PolicyConfig(num_inner_epochs=2)
     config = replace(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from multicrafter import loop
-from multicrafter.loop import LoopConfig
-from multicrafter.trackers import NoTracker, TensorBoardTracker, make_tracker
+from multicrafter.training import loop
+from multicrafter.training.loop import LoopConfig
+from multicrafter.training.trackers import NoTracker, TensorBoardTracker, make_tracker
 
 sys.path.insert(0, str(Path(__file__).parent))
 import multicrafter_workers as workers

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from multicrafter.data.synthetic import (
+from multicrafter.world import (
     FAMILIES,
     OBJECTS,
     PEOPLE,

@@ -6,11 +6,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "MultiCrafterPipeline": "pipeline",
-    "tiny": "recipes",
-    "flux1_dev_stage1": "recipes",
-    "flux1_dev_stage2": "recipes",
-    "flux2_klein_stage1": "recipes",
-    "flux2_klein_stage2": "recipes",
+    "tiny": "config.recipes",
+    "flux1_dev_stage1": "config.recipes",
+    "flux1_dev_stage2": "config.recipes",
+    "flux2_klein_stage1": "config.recipes",
+    "flux2_klein_stage2": "config.recipes",
 }
 
 

@@ -12,12 +12,12 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from multicrafter.adapters import Adapters
-from multicrafter.backbones import Backbone, ReferenceCache, backbone_of
-from multicrafter.flux.model import Text, sample
-from multicrafter.flux.packing import Grid
-from multicrafter.loading import load_flux, resolve_adapter
-from multicrafter.publish import base_of, push_to_hub, save_pretrained
+from multicrafter.models.adapters import Adapters
+from multicrafter.models.backbones import Backbone, ReferenceCache, backbone_of
+from multicrafter.models.flux.model import Text, sample
+from multicrafter.models.flux.packing import Grid
+from multicrafter.models.loading import load_flux, resolve_adapter
+from multicrafter.models.publish import base_of, push_to_hub, save_pretrained
 
 References = Sequence[Image.Image]
 
@@ -73,7 +73,7 @@ class MultiCrafterPipeline:
                 `push_to_hub` wrote: then the base named in it is loaded too.
             adapter: Folder or hub id of an adapter.
             dtype: Of the base; adapters keep theirs.
-            backbone: Yours, if it is none of `multicrafter.backbones.BACKBONES`.
+            backbone: Yours, if it is none of `multicrafter.models.backbones.BACKBONES`.
             device: Where to run.
             options: For ``from_pretrained`` of diffusers: ``revision``, ``token``, ``quantization_config``, ...
 
@@ -94,7 +94,7 @@ class MultiCrafterPipeline:
         return cls(pipe, adapters, notes, backbone=backbone)
 
     def save_pretrained(self, folder: str | Path, *, base: bool = False) -> Path:
-        """Writes adapter and model card into ``folder``, with ``base`` also the pipeline itself; see `multicrafter.publish`."""
+        """Writes adapter and model card into ``folder``, with ``base`` also the pipeline itself; see `multicrafter.models.publish`."""
         return save_pretrained(self, Path(folder), base=base)
 
     def push_to_hub(self, repo_id: str, *, base: bool = False, private: bool | None = None, **options: Any) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from multicrafter.data.photos import BuildConfig, FilterConfig, ReferenceConfig, WriteConfig, build
+from multicrafter.photos import BuildConfig, FilterConfig, ReferenceConfig, WriteConfig, build
 from PIL import Image
 
 PEOPLE, PHOTOS = 10, 24
@@ -33,8 +33,8 @@ def make_config():
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory) -> tuple[Path, list[tuple[int, ...]]]:
     """Photos 000.png ... of two people each, and which of ten people are on them; no pair is drawn twice."""
-    from multicrafter.data.synthetic import PEOPLE as FAMILY
-    from multicrafter.data.synthetic import WorldConfig, make_scenes
+    from multicrafter.world import PEOPLE as FAMILY
+    from multicrafter.world import WorldConfig, make_scenes
 
     folder = tmp_path_factory.mktemp("drawn")
     generator = torch.Generator().manual_seed(4)

@@ -14,10 +14,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from multicrafter.cli import main
-from multicrafter.data.photos import FilterConfig, PrivacyConfig, ReferenceConfig, WriteConfig, build, stages
-from multicrafter.data.photos.check import check_dataset
-from multicrafter.data.photos.engines import InProcess
-from multicrafter.data.photos.store import open_split
+from multicrafter.photos import FilterConfig, PrivacyConfig, ReferenceConfig, WriteConfig, build, stages
+from multicrafter.photos.check import check_dataset
+from multicrafter.photos.engines import InProcess
+from multicrafter.photos.store import open_split
 from PIL import Image
 
 
@@ -362,7 +362,7 @@ def test_the_command_line_builds_and_checks(few, tmp_path, capsys):
 
 
 def test_two_builds_do_not_share_a_folder(few, make_config, tmp_path):
-    from multicrafter.data.photos.cache import Cache
+    from multicrafter.photos.cache import Cache
 
     (tmp_path / "out" / ".build").mkdir(parents=True)
     with Cache(tmp_path / "out" / ".build" / "cache.sqlite") as held:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from multicrafter.data.photos import build
-from multicrafter.data.photos.engines import Job, make_engine, run_batch
+from multicrafter.photos import build
+from multicrafter.photos.engines import Job, make_engine, run_batch
 
 
 class Doubling:

@@ -10,10 +10,10 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from multicrafter.data.photos import WriteConfig, build, schema
-from multicrafter.data.photos.check import check_dataset
-from multicrafter.data.photos.loader import LoaderConfig, PhotoLoader
-from multicrafter.data.photos.store import open_split, safe_path
+from multicrafter.photos import WriteConfig, build, schema
+from multicrafter.photos.check import check_dataset
+from multicrafter.photos.loader import LoaderConfig, PhotoLoader
+from multicrafter.photos.store import open_split, safe_path
 from PIL import Image
 
 FORMATS = ("parquet", "jsonl", "webdataset")

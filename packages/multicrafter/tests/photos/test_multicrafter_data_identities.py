@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from multicrafter.data.photos import identities, reference
-from multicrafter.data.photos.identities import group_identities, similar_pairs, split_groups
+from multicrafter.photos import identities, reference
+from multicrafter.photos.identities import group_identities, similar_pairs, split_groups
 from scipy.cluster.hierarchy import fcluster, linkage
 
 SEED = st.integers(0, 2**32 - 1)

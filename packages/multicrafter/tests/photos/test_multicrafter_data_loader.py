@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from multicrafter.data.photos.loader import LoaderConfig, PhotoLoader, aspect_buckets, nearest_bucket, usable_subjects
-from multicrafter.data.photos.samples import Draw, cover, read_sample
-from multicrafter.data.photos.store import Store, open_split
+from multicrafter.photos.loader import LoaderConfig, PhotoLoader, aspect_buckets, nearest_bucket, usable_subjects
+from multicrafter.photos.samples import Draw, cover, read_sample
+from multicrafter.photos.store import Store, open_split
 from PIL import Image
 
 CONFIG = {"batch": 3, "buckets": ((64, 64),), "reference_size": 32}

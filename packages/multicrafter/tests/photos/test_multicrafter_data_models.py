@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from multicrafter.data.photos.masks import (
+from multicrafter.photos.masks import (
     BoxMasker,
     ForegroundMasker,
     Sam2Masker,
@@ -18,8 +18,8 @@ from multicrafter.data.photos.masks import (
     SemanticForeground,
     split_by_faces,
 )
-from multicrafter.data.photos.people import BodyDetector, assign_bodies, body_box
-from multicrafter.data.photos.references import crop_box
+from multicrafter.photos.people import BodyDetector, assign_bodies, body_box
+from multicrafter.photos.references import crop_box
 from PIL import Image
 
 SEED = st.integers(0, 2**32 - 1)
@@ -181,7 +181,7 @@ def test_semantic_segmentation(tmp_path, photo):
 
 
 def test_captioner(tmp_path, photo):
-    from multicrafter.data.photos.captions import VisionLanguageCaptioner
+    from multicrafter.photos.captions import VisionLanguageCaptioner
     from transformers import (
         BertTokenizerFast,
         BlipConfig,
@@ -226,8 +226,8 @@ def test_a_selfie_model_that_is_missing_or_broken(tmp_path):
 
 
 def test_clip_and_dino_judges(tmp_path, photo):
-    from multicrafter.benchmarking.judges import JudgeConfig, Judges
-    from multicrafter.judges.clip import build_clip
+    from multicrafter.scoring.judges import JudgeConfig, Judges
+    from multicrafter.world.judges.clip import build_clip
     from transformers import BitImageProcessor, CLIPImageProcessor, Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)
@@ -282,8 +282,8 @@ def hps_checkpoint(tmp_path, monkeypatch):
 def test_hps_scores_photos_and_filters_them(hps_checkpoint, drawn, make_config, tmp_path):
     """The scores in the manifest are those of id_reward's scorer on the photos, and a threshold between them parts the photos."""
     from id_reward.backends.aesthetics import HPSv2Scorer
-    from multicrafter.data.photos import build
-    from multicrafter.data.photos.store import open_split
+    from multicrafter.photos import build
+    from multicrafter.photos.store import open_split
 
     config = make_config(aesthetics=f"hps:{hps_checkpoint}")
     build(drawn[0], tmp_path / "out", config, progress=False)
@@ -303,7 +303,7 @@ def test_hps_scores_photos_and_filters_them(hps_checkpoint, drawn, make_config, 
 
 
 def test_hps_scores_any_models_pictures(hps_checkpoint, drawn, tmp_path):
-    from multicrafter.benchmarking.judges import JudgeConfig, Judges
+    from multicrafter.scoring.judges import JudgeConfig, Judges
 
     judges = Judges(JudgeConfig(faces="none", aesthetics=f"hps:{hps_checkpoint}"))
     pictures = [Image.open(drawn[0] / f"{i:03d}.png").convert("RGB") for i in range(3)]

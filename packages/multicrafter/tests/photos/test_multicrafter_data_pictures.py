@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from multicrafter.data.photos import reference
-from multicrafter.data.photos.pictures import (
+from multicrafter.photos import reference
+from multicrafter.photos.pictures import (
     content_hash,
     near_duplicates,
     open_photo,
@@ -17,7 +17,7 @@ from multicrafter.data.photos.pictures import (
     perceptual_hash,
     unpack_masks,
 )
-from multicrafter.data.photos.quality import sharpness
+from multicrafter.photos.quality import sharpness
 from PIL import Image, ImageFilter
 
 SEED = st.integers(0, 2**32 - 1)
@@ -122,7 +122,7 @@ def test_heic_is_read(tmp_path, photo):
 def test_heic_without_its_extra_names_the_pip_line(tmp_path, monkeypatch):
     import sys
 
-    from multicrafter.data.photos import pictures
+    from multicrafter.photos import pictures
 
     pictures._register_heif.cache_clear()
     monkeypatch.setitem(sys.modules, "pillow_heif", None)

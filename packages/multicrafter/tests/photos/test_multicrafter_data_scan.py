@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from multicrafter.data.photos.scan import Found, Skipped, printable, read_notes, walk
+from multicrafter.photos.scan import Found, Skipped, printable, read_notes, walk
 
 
 def touch(folder: Path, *names: str) -> None:

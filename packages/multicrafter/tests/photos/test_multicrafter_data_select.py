@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from multicrafter.data.photos.config import FilterConfig, PrivacyConfig
-from multicrafter.data.photos.people import Face
-from multicrafter.data.photos.scan import PersonNote, PhotoNote
-from multicrafter.data.photos.select import Photo, forbidden, person_note, sort_faces
+from multicrafter.photos.config import FilterConfig, PrivacyConfig
+from multicrafter.photos.people import Face
+from multicrafter.photos.scan import PersonNote, PhotoNote
+from multicrafter.photos.select import Photo, forbidden, person_note, sort_faces
 
 OPEN, STRICT = PrivacyConfig(), PrivacyConfig(require_consent=True)
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from multicrafter.backbones import backbone_of
 from multicrafter.cli import main
-from multicrafter.data.photos import BuildConfig, FilterConfig, WriteConfig, build
-from multicrafter.data.photos.check import check_dataset
-from multicrafter.data.photos.encode import encode_photos, share_out
-from multicrafter.data.photos.people import inside
-from multicrafter.data.photos.store import open_split
-from multicrafter.stages import runs
+from multicrafter.models.backbones import backbone_of
+from multicrafter.photos import BuildConfig, FilterConfig, WriteConfig, build
+from multicrafter.photos.check import check_dataset
+from multicrafter.photos.people import inside
+from multicrafter.photos.store import open_split
+from multicrafter.training import runs
+from multicrafter.training.photo_scenes import encode_photos, share_out
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[4]
 def train(pipe, scenes, steps=3):
     from dataclasses import replace
 
-    from multicrafter.recipes import ablation
-    from multicrafter.stages.pretrain import Pretrain
+    from multicrafter.config.recipes import ablation
+    from multicrafter.training.pretrain import Pretrain
 
     config = ablation()["moe"].pretrain
     config = replace(config, num_steps=steps, batch=2, adapters=replace(config.adapters, rank=2, alpha=2.0))

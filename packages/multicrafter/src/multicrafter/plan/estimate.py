@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from multicrafter.backbones import Backbone, get_backbone
+from multicrafter.config.recipes import Run, Stage1, Stage2
+from multicrafter.models.backbones import Backbone, get_backbone
 from multicrafter.plan.hardware import EFFICIENCY, FRAGMENTATION, FUSION, RESERVED, Card
 from multicrafter.plan.steps import PlannedPolicy, PlannedPretrain, Shape, build
 from multicrafter.plan.tracker import Answers, Tracker, bytes_of
-from multicrafter.recipes import Run, Stage1, Stage2
 
 NF4_BYTES = 0.5 + 4 / 64  # half a byte a weight and an fp32 scale per 64
 INT8_BYTES = 1.0  # and a scale per row, which is nothing
@@ -105,7 +105,7 @@ class Plan:
 
 def transformer_config(backbone: Backbone, path: str | None) -> dict[str, Any]:
     """Of a local folder, else the full size; the tiny one where there is no path."""
-    from multicrafter.flux import shipped
+    from multicrafter.models.flux import shipped
 
     folder = Path(path) if path is not None else shipped()
     file = folder / "transformer" / "config.json"
@@ -118,7 +118,7 @@ def transformer_config(backbone: Backbone, path: str | None) -> dict[str, Any]:
 
 def token_side(path: str | None) -> int:
     """Pixels of a token's side, from a local VAE; 16 for the full-size models."""
-    from multicrafter.flux import shipped
+    from multicrafter.models.flux import shipped
 
     file = (Path(path) if path is not None else shipped()) / "vae" / "config.json"
     return int(2 ** len(json.loads(file.read_text())["block_out_channels"])) if file.is_file() else 16

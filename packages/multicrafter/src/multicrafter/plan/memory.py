@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from multicrafter.backbones import BACKBONES
+from multicrafter.config.recipes import Run, Stage1
+from multicrafter.models.backbones import BACKBONES
 from multicrafter.plan.estimate import predict
 from multicrafter.plan.hardware import Card
-from multicrafter.recipes import Run, Stage1
 
 SMALL = 1 << 30  # weights below this are not worth a plan
 
@@ -68,7 +68,7 @@ def require_weights(model: str | Path | None, dtype: torch.dtype, *, device: str
         if not known:
             return
         backbone = known[0]
-        from multicrafter.backbones.base import count_parameters, on_meta
+        from multicrafter.models.backbones.base import count_parameters, on_meta
 
         count = count_parameters(on_meta(backbone.build_transformer))
         needed = dtype.itemsize * (count + backbone.text_encoder_parameters() + backbone.vae_parameters())

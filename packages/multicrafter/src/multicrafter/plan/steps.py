@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from multicrafter.adapters import AdapterConfig, Adapters
-from multicrafter.backbones import Backbone
-from multicrafter.execution import ExecutionConfig, prepare_transformer
-from multicrafter.flux.model import Text
-from multicrafter.stages.data import EncodedScenes
-from multicrafter.stages.pretrain import Pretrain, PretrainConfig
-from multicrafter.stages.trainee import Trainee
+from multicrafter.models.adapters import AdapterConfig, Adapters
+from multicrafter.models.backbones import Backbone
+from multicrafter.models.flux.model import Text
+from multicrafter.training.precision import ExecutionConfig, prepare_transformer
+from multicrafter.training.pretrain import Pretrain, PretrainConfig
+from multicrafter.training.scenes import EncodedScenes
+from multicrafter.training.trainee import Trainee
 
 
 class Shape(NamedTuple):
@@ -79,7 +79,7 @@ def scenes_of(backbone: Backbone, transformer: Any, shape: Shape, count: int) ->
 
 
 class _Texts:
-    """In the place of `cache.CachedText`."""
+    """In the place of `encoding_cache.CachedText`."""
 
     def __init__(self, text: Text) -> None:
         self.text, self.num_tokens = text, int(text.embeds.shape[1])

@@ -1,0 +1,275 @@
+"""Named configurations: the ablation at the scale of the tiny world (`tiny`, `ablation`), and runs on real models.
+
+A run (`Stage1`, `Stage2`) is everything that a command needs. Values are marked "paper" (arXiv 2509.21953, section 4.1), "ours, see" the
+study in docs/results that they come from, or "ours"; `save` writes them as YAML, which ``--config`` runs again as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gspo import PolicyConfig
+
+from multicrafter.config import settings
+from multicrafter.models.adapters import AdapterConfig
+from multicrafter.scoring.evaluate import EvaluateConfig
+from multicrafter.training.align import AlignConfig
+from multicrafter.training.precision import ExecutionConfig
+from multicrafter.training.pretrain import IDARConfig, PretrainConfig
+from multicrafter.world import WorldConfig
+
+
+class Recipe(NamedTuple):
+    """Stage 1, stage 2 (None: left out), evaluation."""
+
+    pretrain: PretrainConfig
+    align: AlignConfig | None
+    evaluate: EvaluateConfig
+
+
+def tiny(*, seed: int = 0) -> Recipe:
+    """Everything: attention supervision, mixture of LoRA experts, policy optimization."""
+    return Recipe(PretrainConfig(seed=seed), AlignConfig(seed=seed), EvaluateConfig())
+
+
+def ablation(*, seed: int = 0) -> dict[str, Recipe]:
+    """The four rows of the paper's ablation, each adding one part, and the paper's letter of the attention loss.
+
+    Same data, steps and seed; plain LoRA has the rank at which it trains about as many parameters as one active expert.
+    """
+    full = tiny(seed=seed)
+    plain = AdapterConfig(num_experts=0)
+    stage1 = full.pretrain
+    rows = {
+        "baseline": replace(stage1, adapters=plain, idar=replace(stage1.idar, coef=0.0)),
+        "idar": replace(stage1, adapters=plain),
+        "idar_paper": replace(stage1, adapters=plain, idar=IDARConfig.paper()),
+        "moe": stage1,
+    }
+    recipes = {name: Recipe(config, None, full.evaluate) for name, config in rows.items()}
+    return {**recipes, "ippo": full}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base of a run.
+
+    Attributes:
+        path: Folder or hub id; None is the tiny FLUX that ships.
+        backbone: A name of `multicrafter.models.backbones`, or ``module:class`` of your own.
+        text_tokens: Length of an encoded prompt (for `multicrafter plan`, which sees no tokenizer).
+    """
+
+    path: str | None = None
+    backbone: str = "flux1_dev"
+    text_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.text_tokens < 1:
+            raise ValueError(f"text_tokens must be at least 1, got {self.text_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage1:
+    """A run of stage 1: the base and what is trained on it."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+
+    @property
+    def world(self) -> WorldConfig:
+        """Sizes and numbers of what is drawn."""
+        return self.pretrain.world
+
+    @property
+    def execution(self) -> ExecutionConfig:
+        """How it is computed."""
+        return self.pretrain.execution
+
+    @property
+    def adapters(self) -> AdapterConfig:
+        """What is trained."""
+        return self.pretrain.adapters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage2:
+    """A run of stage 2: the base, the stage-1 adapter's shape (for `multicrafter plan`), scenes to draw prompts from.
+
+    Attributes:
+        model: The base.
+        adapters: Shape of the adapter; a real run takes it from the adapter's own file.
+        align: What is trained, and how.
+        world: Sizes and numbers of the scenes.
+        num_scenes: Scenes drawn.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    world: WorldConfig = field(default_factory=lambda: WorldConfig(numbers=(2,), shared_attributes=4))
+    num_scenes: int = 512
+
+    @property
+    def execution(self) -> ExecutionConfig:
+        """How it is computed."""
+        return self.align.execution
+
+
+Run = Stage1 | Stage2
+PAPER_ADAPTERS = AdapterConfig(rank=512, alpha=512.0, num_experts=4, top_k=1)
+PAPER_WORLD = WorldConfig(numbers=(2,), shared_attributes=4, size=512, reference_size=320)
+LEAN = ExecutionConfig(dtype="bfloat16", gradient_checkpointing=True, micro_batch=1, parallel="fsdp")
+
+
+def flux1_dev_stage1(*, seed: int = 0) -> Stage1:
+    """FLUX.1-dev with the paper's sizes: 512-pixel pictures, 320-pixel references, rank 512, 4 experts, one a token."""
+    return Stage1(
+        model=ModelConfig(path="black-forest-labs/FLUX.1-dev"),
+        pretrain=PretrainConfig(
+            num_steps=10_000,
+            batch=8,
+            lr=1e-4,
+            num_scenes=20_000,
+            seed=seed,
+            adapters=PAPER_ADAPTERS,
+            world=PAPER_WORLD,
+            execution=LEAN,
+        ),
+    )
+
+
+def flux1_dev_stage2(*, seed: int = 0) -> Stage2:
+    """FLUX.1-dev with the paper's rollouts: 16 steps, a window of 2 that moves every 50 iterations."""
+    return Stage2(
+        model=ModelConfig(path="black-forest-labs/FLUX.1-dev"),
+        adapters=PAPER_ADAPTERS,
+        align=AlignConfig(
+            num_steps=700, prompts=8, group_size=12, num_sampling_steps=16, window_size=2, window_interval=50, tail_steps=None,
+            lr=1e-5, seed=seed, policy=PolicyConfig(micro_batch_size=1), execution=LEAN,
+        ),
+        world=PAPER_WORLD,
+    )  # fmt: skip
+
+
+def flux2_klein_stage1(*, seed: int = 0) -> Stage1:
+    """FLUX.2-klein-base 4B (Apache-2.0): the same method with rank 128, for one card of 24 GB."""
+    stage = flux1_dev_stage1(seed=seed)
+    return replace(
+        stage,
+        model=ModelConfig(path="black-forest-labs/FLUX.2-klein-base-4B", backbone="flux2_klein"),
+        pretrain=replace(
+            stage.pretrain,
+            adapters=replace(PAPER_ADAPTERS, rank=128, alpha=128.0),
+            execution=replace(LEAN, parallel="ddp"),
+        ),
+    )
+
+
+def flux2_klein_stage2(*, seed: int = 0) -> Stage2:
+    """FLUX.2-klein-base 4B, stage 2."""
+    stage = flux1_dev_stage2(seed=seed)
+    return replace(
+        stage,
+        model=ModelConfig(path="black-forest-labs/FLUX.2-klein-base-4B", backbone="flux2_klein"),
+        adapters=replace(PAPER_ADAPTERS, rank=128, alpha=128.0),
+        align=replace(stage.align, execution=replace(LEAN, parallel="ddp")),
+    )
+
+
+def tiny_stage1(*, seed: int = 0) -> Stage1:
+    """Stage 1 of `tiny`."""
+    return Stage1(model=ModelConfig(text_tokens=16), pretrain=tiny(seed=seed).pretrain)
+
+
+def tiny_stage2(*, seed: int = 0) -> Stage2:
+    """Stage 2 of `tiny`."""
+    return Stage2(model=ModelConfig(text_tokens=16), align=AlignConfig(seed=seed))
+
+
+RECIPES: dict[str, Callable[..., Run]] = {
+    f.__name__: f
+    for f in (tiny_stage1, tiny_stage2, flux1_dev_stage1, flux1_dev_stage2, flux2_klein_stage1, flux2_klein_stage2)
+}
+
+PAPER: dict[str, Any] = {
+    "model.path": "black-forest-labs/FLUX.1-dev",
+    "model.backbone": "flux1_dev",
+    **{
+        f"{prefix}adapters.{k}": v
+        for prefix in ("", "pretrain.")
+        for k, v in (("rank", 512), ("num_experts", 4), ("top_k", 1))
+    },
+    **{f"{prefix}world.{k}": v for prefix in ("", "pretrain.") for k, v in (("size", 512), ("reference_size", 320))},
+    "align.num_sampling_steps": 16,
+    "align.window_size": 2,
+    "align.window_interval": 50,
+}
+"""What the paper publishes, by dotted name; a value that differs, and every other value, is ours."""
+
+STUDIED: dict[str, tuple[str, Any]] = {
+    **{f"pretrain.idar.{k}": ("regime", v) for k, v in settings.to_dict(IDARConfig()).items()},
+    "align.policy.ratio": ("ratios", "sequence"),
+    "align.routing_replay": ("ratios", False),
+    "align.policy.clip_range": ("gspo", "auto"),
+    **{f"align.reward.{k}": ("reward_hacking", v) for k, v in (("convention", "multicrafter"), ("extra_penalty", 0.5))},
+}
+"""The page of docs/results that a value comes from, and that value, by dotted name."""
+
+
+def marks(run: Run) -> dict[str, str]:
+    """For every value of a run: "paper", "ours", or "ours, see" and the study that it comes from.
+
+    >>> found = marks(flux1_dev_stage1())
+    >>> found["pretrain.adapters.rank"], found["pretrain.idar.coef"], found["pretrain.lr"]
+    ('paper', 'ours, see regime', 'ours')
+    """
+
+    def mark(name: str, value: Any) -> str:
+        if name in PAPER and PAPER[name] == value:
+            return "paper"
+        study, chosen = STUDIED.get(name, ("", None))
+        return f"ours, see {study}" if study and chosen == value else "ours"
+
+    return {k: mark(k, v) for k, v in settings.leaves(settings.to_dict(run)).items()}
+
+
+def get_recipe(name: str, *, seed: int = 0) -> Run:
+    """A run by its recipe's name.
+
+    Raises:
+        ValueError: No such recipe.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+    return RECIPES[name](seed=seed)
+
+
+def resolve(
+    *, recipe: str | None = None, config: str | Path | None = None, changes: Sequence[str] = (), seed: int = 0
+) -> Run:
+    """A run from a recipe or a file that `save` wrote, with overrides.
+
+    Raises:
+        ValueError: Neither or both are given, or something in them is wrong.
+    """
+    if (recipe is None) == (config is None):
+        raise ValueError("a recipe or a configuration must be given, got " + ("both" if recipe else "neither"))
+    if recipe is not None:
+        return settings.override(get_recipe(recipe, seed=seed), changes)
+    content = settings.read(str(config))
+    cls: type[Run] = Stage2 if "align" in content else Stage1
+    try:
+        run = settings.from_dict(cls, content)
+    except ValueError as error:
+        raise ValueError(f"{config}: {error}") from None
+    return settings.override(run, changes)
+
+
+def save(path: Path, run: Run) -> Path:
+    """Writes a run as YAML, every value with its mark; `resolve` reads it back as it was."""
+    settings.write_text(path, settings.as_yaml(settings.to_dict(run), marks(run)))
+    return path

@@ -1,0 +1,1 @@
+"""The demonstration on the drawn world: both stages, their evaluation, figures, a report."""

@@ -1,0 +1,139 @@
+"""Figures of a run: picture grid, attention maps, reward curve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from idar.integrations.diffusers import capture_subject_attention
+from torch import Tensor
+
+from multicrafter.models.backbones import backbone_of
+from multicrafter.models.flux.model import add_noise
+from multicrafter.training.pretrain import layout_of
+from multicrafter.training.scenes import EncodedScenes
+
+
+def _figure(rows: int, columns: int, *, cell: float = 1.15) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(columns * cell + 0.9, rows * cell + 0.3), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    return figure, axes
+
+
+def _show(axis: Any, picture: Tensor) -> None:
+    axis.imshow(picture.clamp(0, 1).permute(1, 2, 0).float().cpu().numpy(), interpolation="nearest")
+
+
+def picture_grid(path: Path, scenes: EncodedScenes, pictures: Mapping[str, Tensor], cases: Sequence[int]) -> Path:
+    """One column a case: its references on top, then one row per model."""
+    m = scenes.references.shape[1]
+    labels = [*(f"reference {chr(65 + i)}" for i in range(m)), *pictures]
+    figure, axes = _figure(len(labels), len(cases))
+    for column, case in enumerate(cases):
+        for row, picture in enumerate([*scenes.reference_images[case], *(p[case] for p in pictures.values())]):
+            _show(axes[row, column], picture)
+    for row, label in enumerate(labels):
+        axes[row, 0].set_ylabel(label, fontsize=8)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+@torch.no_grad()
+def subject_maps(
+    pipe: Any,
+    scenes: EncodedScenes,
+    cases: Sequence[int],
+    *,
+    blocks: Callable[[str], bool] | Sequence[str] | None = None,
+    sigma: float = 0.6,
+    seed: int = 0,
+) -> Tensor:
+    """Where each image token looks: its attention mass on each reference as a share of all references', (case, subject, rows, columns).
+
+    The mean over ``blocks``, chosen as in `idar.integrations.diffusers.attention_blocks`.
+    """
+    rows = torch.tensor(list(cases))
+    latents = scenes.tokens[rows]
+    level = torch.full((len(rows),), sigma)
+    backbone = backbone_of(pipe)
+    text = backbone.encode_prompts(pipe, [scenes.captions[i] for i in cases])
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+    with capture_subject_attention(
+        pipe.transformer,
+        layout_of(backbone, scenes, text.embeds.shape[1]),
+        direction="image_to_reference",
+        blocks=blocks,
+    ) as captured:
+        backbone.velocity(pipe.transformer, add_noise(latents, noise, level), level, text, **scenes.context(rows))
+    maps = captured.maps
+    return (maps / maps.sum(1, keepdim=True).clamp_min(1e-8)).unflatten(2, scenes.grid)
+
+
+def attention_figure(path: Path, scenes: EncodedScenes, maps: Mapping[str, Tensor], cases: Sequence[int]) -> Path:
+    """True scene, true masks of subject A, then every model's map of A: red is A, blue is the others."""
+    labels = ["scene", "mask of A", *(f"{name}: A" for name in maps)]
+    figure, axes = _figure(len(labels), len(cases))
+    for column, case in enumerate(cases):
+        _show(axes[0, column], scenes.images[case])
+        mask = scenes.masks[case].unflatten(1, scenes.grid)
+        axes[1, column].imshow(
+            (mask[0] - mask[1:].sum(0)).numpy(), cmap="coolwarm", vmin=-1, vmax=1, interpolation="nearest"
+        )
+        for row, of in enumerate(maps.values()):
+            axes[2 + row, column].imshow(
+                (2 * of[column, 0] - 1).numpy(), cmap="coolwarm", vmin=-1, vmax=1, interpolation="nearest"
+            )
+    for row, label in enumerate(labels):
+        axes[row, 0].set_ylabel(label, fontsize=8)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def reward_curve(path: Path, history: Sequence[Mapping[str, float]]) -> Path:
+    """Reward, its parts and any failures over the iterations of stage 2; the thin line is one iteration, the thick one a mean of five."""
+    from matplotlib.figure import Figure
+
+    names = ["reward", *sorted(k for k in history[0] if k.startswith("reward_") and k != "reward_spread")]
+    if not any(h.get("reward_failures") for h in history):
+        names = [name for name in names if name != "reward_failures"]
+    figure = Figure(figsize=(2.6 * len(names), 2.2), layout="constrained")
+    steps = [h["step"] for h in history]
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        values = torch.tensor([h[name] for h in history], dtype=torch.float64)
+        smooth = [float(values[max(0, i - 2) : i + 3].mean()) for i in range(len(values))]
+        axis.plot(steps, values.tolist(), linewidth=0.7, color="tab:gray")
+        axis.plot(steps, smooth, linewidth=1.8, color="tab:blue")
+        axis.set_title(name.replace("reward_", ""), fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.set_xlabel("iteration", fontsize=8)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def training_curve(path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Path:
+    """Diffusion and attention loss of stage 1, means of twenty steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 2.2), layout="constrained")
+    for axis, name in zip(figure.subplots(1, 2), ("diffusion_loss", "attention_loss"), strict=True):
+        for label, history in histories.items():
+            values = [h[name] for h in history if name in h]
+            width = max(1, min(20, len(values) // 4))
+            smooth = [sum(values[i : i + width]) / width for i in range(0, len(values) - width + 1)]
+            if smooth:
+                axis.plot(range(width, width + len(smooth)), smooth, linewidth=1.4, label=label)
+        axis.set_title(name.replace("_", " "), fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.set_xlabel("step", fontsize=8)
+    figure.axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    return path

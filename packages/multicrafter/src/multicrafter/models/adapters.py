@@ -1,0 +1,221 @@
+"""The trained part of a model: ordinary LoRA (peft) on attention, a mixture of LoRA experts (or ordinary LoRA) on the FFNs.
+
+A saved adapter is a folder: ``adapter.json`` (what it is), ``lora.safetensors`` (peft's keys) and, with experts, ``moe/``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from moe_lora import MoELoRA, MoELoRAConfig, inject
+from torch import Tensor, nn
+
+from multicrafter import __version__
+from multicrafter.models.backbones import Backbone, backbone_of
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What is trained.
+
+    Attributes:
+        rank: Rank of every LoRA and of every expert (paper: 512).
+        alpha: Scale; the update is multiplied by alpha / rank.
+        num_experts: Experts in the FFNs; 0 puts an ordinary LoRA there.
+        top_k: Experts per token.
+        gating: See `moe_lora.MoELoRAConfig`.
+        balance_coef, z_coef: Router losses.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    num_experts: int = 4
+    top_k: int = 1
+    gating: str = "softmax_then_topk"
+    balance_coef: float = 0.01
+    z_coef: float = 0.001
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(f"rank must be at least 1 and alpha positive, got {self.rank} and {self.alpha}")
+        if self.num_experts:
+            self.moe()
+        elif self.num_experts < 0:
+            raise ValueError(f"num_experts must not be negative, got {self.num_experts}")
+
+    def moe(self) -> MoELoRAConfig:
+        """Configuration of the experts."""
+        return MoELoRAConfig(
+            rank=self.rank, alpha=self.alpha, num_experts=self.num_experts, top_k=self.top_k,
+            gating=self.gating, balance_coef=self.balance_coef, z_coef=self.z_coef,  # type: ignore[arg-type]
+            check_gate=False,  # a step that is not finite is skipped by the loop, on all ranks at once
+        )  # fmt: skip
+
+
+class Adapters:
+    """Adapters attached to one transformer."""
+
+    def __init__(
+        self,
+        transformer: FluxTransformer2DModel,
+        config: AdapterConfig,
+        *,
+        seed: int = 0,
+        backbone: Backbone | None = None,
+    ) -> None:
+        """Freezes the transformer and adds zero-initialised adapters: no output changes.
+
+        The backbone says where attention and FFNs are; by default it follows from the transformer's class.
+        """
+        from peft import LoraConfig
+
+        self.transformer, self.config = transformer, config
+        self.backbone = backbone or backbone_of(transformer)
+        transformer.requires_grad_(False)
+        attention, ffn_linears = self.backbone.attention, self.backbone.ffn_linears
+        targets = attention if config.num_experts else f"{attention}|{ffn_linears}"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            transformer.add_adapter(LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=f"^({targets})$"))
+            self.experts: MoELoRA | None = (
+                inject(transformer, config.moe(), self.backbone.ffn_blocks) if config.num_experts else None
+            )
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Trainable parameters only."""
+        return ((n, p) for n, p in self.transformer.named_parameters() if p.requires_grad)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Trainable parameters only."""
+        return (p for _, p in self.named_parameters())
+
+    def aux_loss(self) -> Tensor:
+        """Weighted router losses of the last forward pass; 0 without experts."""
+        return self.experts.aux_loss() if self.experts is not None else torch.zeros(())
+
+    @contextmanager
+    def disable(self) -> Iterator[None]:
+        """The base model, exactly."""
+        self.transformer.disable_adapters()
+        try:
+            if self.experts is None:
+                yield
+            else:
+                with self.experts.disable():
+                    yield
+        finally:
+            self.transformer.enable_adapters()
+
+    def detach(self) -> None:
+        """Takes the adapters off: the transformer is what it was, other LoRAs on it stay."""
+        if self.experts is not None:
+            self.experts.remove()
+        if list(self.transformer.peft_config) == ["default"]:
+            self.transformer.unload_lora()
+        else:
+            self.transformer.delete_adapters("default")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Trainable tensors by name."""
+        return {n: p.detach().clone() for n, p in self.named_parameters()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores `state_dict`; names the key that is wrong."""
+        own = dict(self.named_parameters())
+        for key in sorted(own.keys() | state.keys()):
+            if key not in state or key not in own or own[key].shape != state[key].shape:
+                got = tuple(state[key].shape) if key in state else "nothing"
+                want = tuple(own[key].shape) if key in own else "nothing"
+                raise ValueError(f"adapter must hold {key!r} with shape {want}, got {got}")
+        with torch.no_grad():
+            for key, parameter in own.items():
+                parameter.copy_(state[key])
+
+    def save(self, folder: Path, *, state: Mapping[str, Tensor] | None = None, **notes: Any) -> Path:
+        """Writes the adapter (or ``state`` in its place); ``notes`` (stage, number of references, ...) go into adapter.json."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {k: t.contiguous() for k, t in (state or self.state_dict()).items()}
+        save_file(tensors, folder / "adapter.safetensors.tmp")
+        meta = {
+            "format": FORMAT,
+            "config": asdict(self.config),
+            "base": fingerprint(self.transformer),
+            "backbone": self.backbone.name,
+            "code": __version__,
+            **notes,
+        }
+        (folder / "adapter.json.tmp").write_text(json.dumps(meta, indent=2) + "\n")
+        os.replace(folder / "adapter.safetensors.tmp", folder / "adapter.safetensors")
+        os.replace(folder / "adapter.json.tmp", folder / "adapter.json")
+        return folder
+
+    @classmethod
+    def load(
+        cls, transformer: FluxTransformer2DModel, folder: str | Path, *, backbone: Backbone | None = None
+    ) -> tuple[Adapters, dict[str, Any]]:
+        """Attaches a saved adapter; returns it and its notes.
+
+        Raises:
+            ValueError: A part is missing or broken, its numbers are no floats, or it belongs to another backbone or shape.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        for name in ("adapter.json", "adapter.safetensors"):
+            if not (folder / name).is_file():
+                raise ValueError(f"adapter {folder} must hold {name}, but it is missing")
+        try:
+            meta = json.loads((folder / "adapter.json").read_text())
+            config = AdapterConfig(**meta["config"])
+            if meta["format"] != FORMAT:
+                raise ValueError(f"format must be {FORMAT}, got {meta['format']!r}")
+            state = load_file(folder / "adapter.safetensors")
+        except (
+            json.JSONDecodeError,
+            UnicodeDecodeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            SafetensorError,
+            OSError,
+        ) as error:
+            raise ValueError(
+                f"adapter {folder} must be written by multicrafter, got {type(error).__name__}: {error}"
+            ) from None
+        backbone = backbone or backbone_of(transformer)
+        if meta.get("backbone", backbone.name) != backbone.name:
+            raise ValueError(f"adapter {folder} must be of the backbone {backbone.name}, got one of {meta['backbone']}")
+        if meta.get("base") != fingerprint(transformer):
+            raise ValueError(
+                f"adapter {folder} must belong to this base {fingerprint(transformer)}, got {meta.get('base')}"
+            )
+        dtypes = {str(t.dtype).removeprefix("torch.") for t in state.values()}
+        if not dtypes <= {"float32", "bfloat16", "float16"}:
+            raise ValueError(
+                f"adapter {folder} must hold float32, bfloat16 or float16, got {', '.join(sorted(dtypes))}"
+            )
+        adapters = cls(transformer, config, backbone=backbone)
+        adapters.load_state_dict(state)
+        return adapters, meta
+
+
+def fingerprint(transformer: FluxTransformer2DModel) -> dict[str, int]:
+    """Sizes that an adapter must agree with."""
+    config = transformer.config
+    names = ("in_channels", "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads")
+    return {name: int(getattr(config, name)) for name in names}

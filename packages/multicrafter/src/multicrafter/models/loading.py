@@ -1,0 +1,131 @@
+"""Pipelines from a folder or the hub, with one sentence for everything that can be wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from multicrafter.models import flux
+from multicrafter.models.backbones import BACKBONES, Backbone, backbone_of
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def get_dtype(name: str | torch.dtype) -> torch.dtype:
+    """A dtype by name.
+
+    Raises:
+        ValueError: Not one that a pipeline can be loaded in.
+    """
+    found = DTYPES.get(name.removeprefix("torch.")) if isinstance(name, str) else name
+    if found not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return found  # type: ignore[return-value]
+
+
+def load_flux(
+    model: str | Path | None = None,
+    *,
+    dtype: str | torch.dtype = torch.float32,
+    backbone: Backbone | None = None,
+    **options: Any,
+) -> Any:
+    """A frozen pipeline of any backbone from a folder or hub id; the shipped tiny FLUX by default.
+
+    Args:
+        model: Folder in diffusers format, or hub id.
+        dtype: Of all weights.
+        backbone: Yours, if the pipeline is none of `multicrafter.models.backbones.BACKBONES`.
+        options: Go to ``from_pretrained`` of diffusers: ``revision``, ``token``, ``quantization_config``, ...
+
+    Raises:
+        ValueError: A part is missing, a file cannot be read, the class is unknown, or the weights are gated.
+    """
+    import diffusers
+    from diffusers.utils import logging
+
+    dtype = get_dtype(dtype)
+    source = Path(model) if model is not None else flux.shipped()
+    name: str | Path = source
+    cls: Any = diffusers.DiffusionPipeline
+    if source.exists() or model is None:
+        _check_folder(source, backbone)
+    else:
+        name = str(model)
+    if backbone is not None:
+        cls = getattr(diffusers, backbone.pipeline_class)
+    logging.disable_progress_bar()
+    try:
+        pipe = cls.from_pretrained(name, torch_dtype=dtype, **options)
+    except Exception as error:
+        raise ValueError(_reason(name, error)) from None
+    finally:
+        logging.enable_progress_bar()
+    if backbone is None:
+        backbone_of(pipe)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    return pipe
+
+
+def _check_folder(source: Path, backbone: Backbone | None) -> None:
+    """Names what a pipeline directory lacks."""
+    index = source / "model_index.json"
+    if backbone is None:
+        try:
+            cls = json.loads(index.read_text())["_class_name"] if index.is_file() else BACKBONES[0].pipeline_class
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"model {source} must have a readable model_index.json, got a broken one") from None
+        known = [b for b in BACKBONES if b.pipeline_class == cls]
+        if not known:
+            names = ", ".join(b.pipeline_class for b in BACKBONES)
+            raise ValueError(f"model {source} must be one of {names}, or come with a backbone, got {cls}")
+        backbone = known[0]
+    missing = [part for part in backbone.parts if not (source / part).exists()]
+    if missing:
+        raise ValueError(f"model {source} must be a diffusers FLUX directory, but it lacks {', '.join(missing)}")
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and what it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _reason(name: str | Path, error: Exception) -> str:
+    """One sentence."""
+    from huggingface_hub.errors import GatedRepoError, LocalTokenNotFoundError, RepositoryNotFoundError
+
+    causes = list(chain(error))
+    text = " ".join(str(error).split())[:200]
+    if any(isinstance(e, (GatedRepoError, LocalTokenNotFoundError)) for e in causes) or "gated repo" in text.lower():
+        return (
+            f"model {name} is gated: accept its licence on https://huggingface.co/{name} and log in with "
+            "`hf auth login` or HF_TOKEN, got no token that may read it"
+        )
+    if any(isinstance(e, RepositoryNotFoundError) for e in causes):
+        return f"model {name} must be a folder or a hub id that exists and that you may read, got neither"
+    return f"model {name} must be a readable FLUX directory or hub id, got {type(error).__name__}: {text}"
+
+
+def resolve_adapter(source: str | Path) -> Path:
+    """The folder of an adapter: itself, or its download from the hub.
+
+    Raises:
+        ValueError: Neither a folder nor a hub id that can be read.
+    """
+    folder = Path(source)
+    if folder.is_dir() or str(source).count("/") != 1 or folder.is_absolute() or str(source).startswith("."):
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["adapter.json", "adapter.safetensors", "README.md"]))
+    except Exception as error:
+        raise ValueError(_reason(source, error).replace("model", "adapter", 1)) from None

@@ -1,0 +1,202 @@
+"""The report of a build: counts, what was dropped and why, histograms, contact sheets with masks."""
+
+from __future__ import annotations
+
+import html
+import io
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from multicrafter.photos.cache import Result
+from multicrafter.photos.pictures import unpack_masks
+from multicrafter.photos.select import Photo
+from multicrafter.photos.write import Record, replace
+
+PAPER_AESTHETICS = 0.2552  # mean HPSv2 score of the paper's data (arXiv 2509.21953, Fig. 1)
+COLOURS = (
+    (230, 60, 60),
+    (50, 120, 230),
+    (40, 170, 80),
+    (240, 170, 20),
+    (160, 70, 200),
+    (0, 180, 190),
+    (240, 110, 170),
+    (130, 130, 60),
+)
+CELL, PAD, STRIP, PER_SHEET, SHEETS = 240, 6, 76, 20, 3
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0 1.5rem; }
+th, td { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right; } th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; } .note { background: #fff3d6; padding: .6rem 1rem; border-radius: 4px; } small { color: #777; }
+@media (prefers-color-scheme: dark) { body { background: #181a1b; color: #ddd; } th, td { border-color: #444; } .note { background: #4a3c14; }
+  img { background: #fff; } }
+"""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """An HTML table."""
+    cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<table><tr>{cells}</tr>{body}</table>"
+
+
+def histograms(path: Path, kept: Sequence[Photo], records: Sequence[Record], scorer: str) -> Path:
+    """Six histograms of what was kept, as a PNG."""
+    from matplotlib.figure import Figure
+
+    subjects = [s for r in records for s in r["subjects"]]
+    photos_of = Counter(identity for p in kept for identity in p.identities.values())
+    aesthetics = [p.aesthetics for p in kept if p.aesthetics is not None]
+    whole = [
+        ("usable faces of a photo", [len(p.usable) for p in kept]),
+        ("photos of an identity", list(photos_of.values())),
+        ("references of a subject", [len(s["references"]) for s in subjects]),
+    ]
+    real = [
+        ("sharpness", [p.sharpness for p in kept]),
+        (f"aesthetics ({scorer.partition(':')[0]})", aesthetics),
+        ("mask, share of the picture", [s["mask_share"] for s in subjects]),
+    ]
+    figure = Figure(figsize=(10.5, 5), layout="constrained")
+    axes = figure.subplots(2, 3)
+    for axis, (title, values) in zip(axes.flat, [*whole, *real], strict=True):
+        if (title, values) in whole and values:
+            axis.hist(
+                values,
+                bins=np.arange(min(values) - 0.5, max(values) + 1.5) if max(values) < 40 else 40,
+                color="tab:blue",
+                rwidth=0.9,
+            )
+        elif values:
+            axis.hist(values, bins=40, color="tab:blue")
+            axis.axvline(float(np.mean(values)), color="black", linewidth=1, label=f"mean {np.mean(values):.4f}")
+        if title.startswith("aesthetics (hps"):
+            axis.axvline(
+                PAPER_AESTHETICS, color="tab:red", linewidth=1, linestyle="--", label=f"paper {PAPER_AESTHETICS}"
+            )
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(labelsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    return replace(path, buffer.getvalue())
+
+
+def overlay(picture: Any, planes: np.ndarray, subjects: Sequence[Mapping[str, Any]]) -> Any:
+    """The picture with each subject's mask tinted and its face framed in the subject's colour."""
+    from PIL import Image, ImageDraw
+
+    pixels = np.asarray(picture.convert("RGB"), np.float32)
+    masks = unpack_masks(planes, 8)
+    for number, subject in enumerate(subjects):
+        mask = masks[subject["mask_bit"]]
+        pixels[mask] = 0.55 * pixels[mask] + 0.45 * np.array(COLOURS[number % 8], np.float32)
+    result = Image.fromarray(pixels.round().astype(np.uint8))
+    draw = ImageDraw.Draw(result)
+    for number, subject in enumerate(subjects):
+        draw.rectangle(subject["face_box"], outline=COLOURS[number % 8], width=max(2, result.width // 200))
+    return result
+
+
+def contact_sheet(records: Sequence[Record], files: Path) -> Any:
+    """Pictures with masks, five a row, and under each its references framed in the colours of their subjects."""
+    from PIL import Image, ImageDraw, ImageOps
+
+    columns = min(5, len(records))
+    rows = -(-len(records) // columns)
+    sheet = Image.new("RGB", (columns * (CELL + PAD) + PAD, rows * (CELL + STRIP + 2 * PAD) + PAD), (245, 245, 245))
+    draw = ImageDraw.Draw(sheet)
+    for place, record in enumerate(records):
+        left, top = PAD + place % columns * (CELL + PAD), PAD + place // columns * (CELL + STRIP + 2 * PAD)
+        with Image.open(files / record["image"]) as picture, Image.open(files / record["masks"]) as planes:
+            shown = overlay(picture, np.asarray(planes), record["subjects"])
+        shown = ImageOps.contain(shown, (CELL, CELL))
+        sheet.paste(shown, (left + (CELL - shown.width) // 2, top + (CELL - shown.height) // 2))
+        x = left
+        for number, subject in enumerate(record["subjects"]):
+            reference = subject["references"][0]
+            side = min(STRIP - 6, CELL // len(record["subjects"]) - 6)
+            with Image.open(files / reference["image"]) as crop:
+                small = crop.convert("RGB").resize((side, side))
+            y = top + CELL + 4
+            draw.rectangle((x, y, x + side + 3, y + side + 3), fill=COLOURS[number % 8])
+            sheet.paste(small, (x + 2, y + 2))
+            if reference["augmented"]:
+                draw.rectangle((x + 2, y + 2, x + 12, y + 14), fill=(255, 255, 255))
+                draw.text((x + 4, y + 2), "a", fill=(0, 0, 0))
+            x += side + 6
+    return sheet
+
+
+def write_report(
+    out: Path,
+    about: Mapping[str, Any],
+    splits: Mapping[str, Sequence[Record]],
+    kept: Sequence[Photo],
+    masks: Mapping[str, Result],
+    files: Path,
+) -> Path:
+    """Writes ``out/report.html`` and its pictures in ``out/report/``."""
+    records = [r for part in splits.values() for r in part]
+    for old in (out / "report").glob("*"):
+        old.unlink()
+    histograms(out / "report" / "histograms.png", kept, records, about["config"]["aesthetics"])
+    chosen = random.Random(0).sample(records, min(len(records), PER_SHEET * SHEETS))
+    sheets = []
+    for index in range(0, len(chosen), PER_SHEET):
+        name = f"sheet_{index // PER_SHEET}.jpg"
+        buffer = io.BytesIO()
+        contact_sheet(chosen[index : index + PER_SHEET], files).save(buffer, "JPEG", quality=88)
+        replace(out / "report" / name, buffer.getvalue())
+        sheets.append(name)
+    subjects = [s for r in records for s in r["subjects"]]
+    augmented = sum(s["references"][0]["augmented"] for s in subjects)
+    unknown = sum(r["consent"] != "yes" for r in records)
+    aesthetics = [p.aesthetics for p in kept if p.aesthetics is not None]
+    facts = [
+        ("files looked at", about["files_scanned"]),
+        *((f"records, {split}", count) for split, count in about["splits"].items()),
+        ("subjects", len(subjects)),
+        ("identities", about["identities"]),
+        ("subjects with references from other photos", len(subjects) - augmented),
+        ("subjects with an augmented crop only", augmented),
+        ("mean aesthetics of the photos kept", f"{np.mean(aesthetics):.4f}" if aesthetics else "not measured"),
+        ("records without a statement of consent", unknown),
+    ]
+    note = (
+        ""
+        if not unknown
+        else f"<p class=note>{unknown} records show people of whom no consent is stated. Faces are personal data: see the dataset's README.</p>"
+    )
+    sheet_tags = "".join(f'<img src="report/{name}" alt="contact sheet">' for name in sheets)
+    timing = [
+        (
+            name,
+            t["photos"],
+            t["computed"],
+            t["failed"],
+            f"{t['seconds']:.1f}",
+            f"{1000 * t['seconds'] / t['computed']:.1f}" if t["computed"] else "–",
+        )
+        for name, t in about["stages"].items()
+    ]
+    page = f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
+<title>Dataset {html.escape(out.name)}</title><style>{STYLE}</style><h1>Dataset {html.escape(out.name)}</h1>{note}
+{table(["", ""], facts)}
+<h2>Left out</h2>{table(["stage: reason", "photos or faces"], list(about["dropped"].items()))}
+<p><small>One line each in dropped.jsonl.</small></p>
+<h2>Histograms</h2><img src="report/histograms.png" alt="histograms">
+<p><small>The paper's data has a mean HPSv2 score of {PAPER_AESTHETICS}; only scores of aesthetics hps:PATH compare with it.</small></p>
+<h2>Pictures with masks, and a reference of each subject</h2><p><small>A random sample. "a": an augmented crop of the same photo.</small></p>
+{sheet_tags}
+<h2>Time</h2>{table(["stage", "photos", "computed now", "failed", "seconds", "ms per photo"], timing)}</html>
+"""
+    return replace(out / "report.html", page)

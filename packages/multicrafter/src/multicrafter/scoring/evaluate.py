@@ -1,0 +1,280 @@
+"""Evaluation against the known truth: pictures of unseen identities, metrics per case, bootstrap intervals, paired differences."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from id_reward import IdentityScorer, match
+from torch import Tensor
+
+from multicrafter.models.backbones import backbone_of
+from multicrafter.models.flux.model import sample
+from multicrafter.training.pretrain import measure_leakage
+from multicrafter.training.scenes import EncodedScenes, encode_scenes
+from multicrafter.world import FAMILIES, Family, Split, WorldConfig, judges
+from multicrafter.world.judges.aesthetics import aesthetics
+from multicrafter.world.judges.clip import ClipScorer
+from multicrafter.world.judges.people import PeopleBackend
+from multicrafter.world.judges.reader import Reader, Reading
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+METRICS = {
+    "identity": "cosine of each reference with the face matched to it (people judge)",
+    "attributes": "attributes of the references that the picture shows (reader of truth)",
+    "swaps": "attributes in which the references differ that show the OTHER reference's value",
+    "swaps_by_chance": "the same with an unrelated person in place of the other: what guessing gives",
+    "count": "pictures with as many people as the caption says",
+    "setting": "pictures with the setting and the time of day of the caption",
+    "text": "CLIP alignment with the caption, (1 + cos) / 2",
+    "aesthetics": "colourfulness and sharpness",
+    "leakage": "attention of a subject that lies on the other subject, as a share (.5: blind); double-stream blocks",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is evaluated.
+
+    Attributes:
+        num_cases: Scenes of unseen identities.
+        num_references: Subjects of each.
+        family: "people" or "objects".
+        split: Identities; "validation" is for choosing settings, "test" for what is published.
+        size, reference_size: Sides of pictures and references in pixels.
+        shared_attributes: See `WorldConfig`: how similar the subjects of a case may be.
+        num_sampling_steps: Euler steps of a picture.
+        guidance: Of a base that takes it as an input; training uses 1, as the paper does.
+        seed: Of cases and noise.
+    """
+
+    num_cases: int = 128
+    num_references: int = 2
+    family: str = "people"
+    split: Split = "test"
+    size: int = 64
+    reference_size: int = 32
+    shared_attributes: int = 4
+    num_sampling_steps: int = 16
+    guidance: float = 2.5
+    seed: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("num_cases", "num_sampling_steps", "guidance"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def world(self) -> WorldConfig:
+        """The world of the cases."""
+        return WorldConfig(
+            family=self.family,
+            split=self.split,
+            numbers=(self.num_references,),
+            size=self.size,
+            reference_size=self.reference_size,
+            shared_attributes=self.shared_attributes,
+        )
+
+
+class Judges(NamedTuple):
+    """Everything that scores a picture."""
+
+    reader: Reader
+    people: PeopleBackend
+    clip: ClipScorer
+
+    @classmethod
+    def load(cls, folder: Path | None = None) -> Judges:
+        """From ``folder``, the shipped ones by default."""
+        folder = folder or judges.shipped()
+        return cls(
+            Reader.from_pretrained(folder),
+            PeopleBackend.from_pretrained(folder),
+            ClipScorer.from_pretrained(folder / "clip"),
+        )
+
+
+class AttributeScore(NamedTuple):
+    """Shares in [0, 1]; swaps are NaN where the subjects differ in nothing visible."""
+
+    attributes: float
+    swaps: float
+    swaps_by_chance: float
+
+
+def score_attributes(truth: Tensor, read: Tensor, family: Family, stranger: Tensor) -> AttributeScore:
+    """Compares the subjects that were read with the true ones, paired so that most attributes agree (Hungarian).
+
+    ``attributes``: right ones over all visible ones; a subject without a partner has none right.
+    ``swaps``: over the matched subjects and the attributes visible in both and different between them, how often the value read is the
+    other subject's. ``swaps_by_chance``: the same with ``stranger`` as the other.
+
+    Args:
+        truth: Identities (m, a).
+        read: Identities read (f, a).
+        family: Says which attributes are visible.
+        stranger: An unrelated identity (a,).
+    """
+    visible = family.visible(truth)
+    agree = ((truth[:, None] == read[None]) & visible[:, None]).sum(-1)
+    pairs = match(agree.double().numpy()).pairs if len(read) else ()
+    right = sum(int(agree[i, j]) for i, j in pairs)
+    own_of = {i: read[j] for i, j in pairs}
+
+    def rate(other_of: Mapping[int, Tensor]) -> float:
+        hits = total = 0
+        for i, value in own_of.items():
+            other = other_of[i]
+            telling = visible[i] & family.visible(other[None])[0] & (other != truth[i])
+            hits += int(((value == other) & telling).sum())
+            total += int(telling.sum())
+        return hits / total if total else float("nan")
+
+    others = {i: truth[(i + 1) % len(truth)] for i in range(len(truth))}
+    return AttributeScore(
+        right / max(int(visible.sum()), 1),
+        rate(others) if len(truth) > 1 else float("nan"),
+        rate(dict.fromkeys(range(len(truth)), stranger)),
+    )
+
+
+@torch.no_grad()
+def generate_cases(
+    pipe: DiffusionPipeline, scenes: EncodedScenes, config: EvaluateConfig, *, batch: int = 32
+) -> Tensor:
+    """One picture (n, 3, H, W) per case, by any backbone; the noise depends on the seed and the case alone."""
+    backbone = backbone_of(pipe)
+    noise = torch.randn(scenes.tokens.shape, generator=torch.Generator().manual_seed(config.seed + 1))
+    sigmas = backbone.sigmas(pipe, config.num_sampling_steps, scenes.tokens.shape[1])
+    pictures = []
+    for start in range(0, len(scenes), batch):
+        part = slice(start, min(start + batch, len(scenes)))
+        velocity = partial(
+            backbone.velocity,
+            pipe.transformer,
+            text=backbone.encode_prompts(pipe, scenes.captions[part]),
+            guidance=config.guidance,
+            **scenes.context(part),
+        )
+        pictures.append(backbone.decode_pictures(pipe, sample(velocity, noise[part], sigmas), scenes.grid))
+    return torch.cat(pictures)
+
+
+def score_pictures(
+    pictures: Tensor, scenes: EncodedScenes, judges: Judges, *, family: str = "people"
+) -> dict[str, np.ndarray]:
+    """Metrics per case, all but leakage; see `METRICS`."""
+    readings: list[Reading] = judges.reader.read(pictures)
+    strangers = scenes.identities.roll(1, 0)[:, 0]
+    rows = [
+        score_attributes(scenes.identities[i], r.identities, FAMILIES[family], strangers[i])
+        for i, r in enumerate(readings)
+    ]
+    references = [list(x) for x in scenes.reference_images]
+    return {
+        "identity": IdentityScorer(judges.people)(list(pictures), scenes.captions, references),
+        "attributes": np.array([r.attributes for r in rows]),
+        "swaps": np.array([r.swaps for r in rows]),
+        "swaps_by_chance": np.array([r.swaps_by_chance for r in rows]),
+        "count": np.array([float(len(r.identities) == scenes.identities.shape[1]) for r in readings]),
+        "setting": np.array(
+            [
+                float(r.setting == s and r.time == t)
+                for r, s, t in zip(readings, scenes.setting.tolist(), scenes.time.tolist(), strict=True)
+            ]
+        ),
+        "text": judges.clip(pictures, scenes.captions),
+        "aesthetics": aesthetics(pictures).double().numpy(),
+    }
+
+
+def evaluate(
+    pipe: DiffusionPipeline, scenes: EncodedScenes, judges: Judges, config: EvaluateConfig
+) -> tuple[dict[str, np.ndarray], Tensor]:
+    """Generates and scores every case; returns metrics per case and the pictures."""
+    pictures = generate_cases(pipe, scenes, config)
+    metrics = score_pictures(pictures, scenes, judges, family=config.family)
+    if scenes.references.shape[1] > 1:
+        metrics["leakage"] = (
+            measure_leakage(pipe, scenes, direction="image_to_reference", seed=config.seed + 2).double().numpy()
+        )
+    return metrics, pictures
+
+
+def cases(pipe: DiffusionPipeline, config: EvaluateConfig) -> EncodedScenes:
+    """The cases of a configuration, encoded."""
+    return encode_scenes(pipe, config.world(), config.num_cases, seed=config.seed)
+
+
+class Interval(NamedTuple):
+    """Mean and a 95 % bootstrap interval over n cases."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def bootstrap(values: Sequence[float] | np.ndarray, *, resamples: int = 2000, seed: int = 0) -> Interval:
+    """Percentile bootstrap of the mean (Efron, 1979); NaN cases are left out.
+
+    >>> bootstrap([1.0, 1.0, 1.0])
+    Interval(mean=1.0, low=1.0, high=1.0, n=3)
+    """
+    known = np.asarray(values, np.float64)
+    known = known[np.isfinite(known)]
+    if not len(known):
+        return Interval(float("nan"), float("nan"), float("nan"), 0)
+    rows = np.random.default_rng(seed).integers(len(known), size=(resamples, len(known)))
+    low, high = np.quantile(known[rows].mean(1), [0.025, 0.975])
+    return Interval(float(known.mean()), float(low), float(high), len(known))
+
+
+def summarise(metrics: Mapping[str, np.ndarray]) -> dict[str, Interval]:
+    """`bootstrap` of every metric."""
+    return {name: bootstrap(values) for name, values in metrics.items()}
+
+
+def difference(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, Interval]:
+    """Bootstrap of ``a - b`` case by case, over the metrics of both."""
+    return {name: bootstrap(np.asarray(a[name]) - np.asarray(b[name])) for name in a if name in b}
+
+
+def table(rows: Mapping[str, Mapping[str, Interval]]) -> str:
+    """The summaries of several models as text: one line a model, a column a metric."""
+    names = [n for n in METRICS if any(n in r for r in rows.values())]
+    width = max(len(r) for r in rows)
+    lines = [" " * width + "  " + "  ".join(f"{n:>19}" for n in names)]
+    for label, row in rows.items():
+        cells = [f"{row[n].mean:.3f} [{row[n].low:.3f}, {row[n].high:.3f}]" if n in row else "" for n in names]
+        lines.append(f"{label:<{width}}  " + "  ".join(f"{c:>19}" for c in cells))
+    return "\n".join(lines)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes JSON through a temporary name; NaN becomes null."""
+
+    def clean(x: object) -> object:
+        if isinstance(x, tuple) and hasattr(x, "_asdict"):
+            return clean(x._asdict())
+        if isinstance(x, Mapping):
+            return {str(k): clean(v) for k, v in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [clean(v) for v in x]
+        if isinstance(x, float):
+            return x if np.isfinite(x) else None
+        return x
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(clean(content), indent=1) + "\n")
+    os.replace(temporary, path)

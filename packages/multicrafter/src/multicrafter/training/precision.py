@@ -1,0 +1,192 @@
+"""How training is computed, as opposed to what: precision, memory, optimizer states, attention kernels, processes.
+
+Nothing here changes the method; results differ by rounding only (docs/adr/0083-precision.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from multicrafter.training.distributed import Parallel, transformer_blocks
+
+Quantization = Literal["none", "int8", "nf4"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionConfig:
+    """How a stage is computed.
+
+    Attributes:
+        dtype: Of the frozen base and of matrix products ("float32" or "bfloat16"). Adapters, optimizer, losses and log-probs are
+            always fp32.
+        gradient_checkpointing: Recompute each block in the backward: activations of one block at a time.
+        quantization: Weights of the frozen base: "none", "int8" (torchao) or "nf4" (bitsandbytes).
+        optimizer: "adamw", or "adamw8bit" (bitsandbytes), whose two states take a byte each instead of four.
+        micro_batch: Rows that go through the model at once on each rank; None takes the rank's whole part of the batch.
+        parallel: "ddp" or "fsdp" where there are several processes.
+        compile_blocks: Compile every transformer block (torch.compile needs a C++ compiler on a CPU): a minute at the start, faster steps.
+        attention_backend: Of diffusers ("native", "flash", "sage", ...); None keeps the model's.
+        ema_decay: Of an exponential moving average of the adapters, in [0, 1); 0 keeps none.
+        cache: Folder for encoded texts and pictures; None keeps texts in memory.
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    quantization: Quantization = "none"
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    micro_batch: int | None = None
+    parallel: Parallel = "ddp"
+    compile_blocks: bool = False
+    attention_backend: str | None = None
+    ema_decay: float = 0.0
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("dtype", ("float32", "bfloat16")),
+            ("quantization", ("none", "int8", "nf4")),
+            ("optimizer", ("adamw", "adamw8bit")),
+            ("parallel", ("ddp", "fsdp")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.quantization != "none" and self.parallel == "fsdp":
+            raise ValueError(
+                f"quantization must be 'none' with parallel 'fsdp' (quantised weights are not sharded), got {self.quantization!r}"
+            )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The frozen base's dtype."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Around the model's forward: matrix products in bf16, if so chosen."""
+        return torch.autocast(device.type, torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
+
+
+def prepare_transformer(transformer: nn.Module, config: ExecutionConfig) -> None:
+    """Casts, quantises and configures a frozen transformer in place; before adapters are attached to it."""
+    if config.dtype == "bfloat16" and next(transformer.parameters()).dtype != torch.bfloat16:
+        transformer.to(torch.bfloat16)
+    if config.quantization != "none":
+        quantize(transformer, config.quantization)
+    configure_transformer(transformer, config)
+
+
+def configure_transformer(transformer: nn.Module, config: ExecutionConfig) -> None:
+    """Gradient checkpointing, the attention backend and compilation, which can be set at any time."""
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+    if config.attention_backend is not None:
+        set_attention_backend(transformer, config.attention_backend)
+    if config.compile_blocks:
+        for _, block in transformer_blocks(transformer):
+            block.compile()
+
+
+def set_attention_backend(transformer: nn.Module, name: str) -> None:
+    """Chooses diffusers' attention kernel for every block.
+
+    Raises:
+        ValueError: diffusers has no such backend, or its package is missing here.
+    """
+    try:
+        transformer.set_attention_backend(name)  # type: ignore[operator]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"attention_backend must be one that diffusers has and can use here, got {name!r}: {reason}"
+        ) from None
+
+
+def quantize(transformer: nn.Module, kind: Quantization) -> nn.Module:
+    """Replaces the weights of the transformer blocks' linears: int8 by channel (torchao) or NF4 by 64 (bitsandbytes, QLoRA).
+
+    Embedders, norms and the output layer stay as they are. Gradients still reach the input, so adapters beside the quantised
+    weights train.
+
+    Raises:
+        ImportError: The package is missing; the message has the pip line.
+    """
+    blocks = tuple(name + "." for name, _ in transformer_blocks(transformer))
+    chosen = [
+        n
+        for n, m in transformer.named_modules()
+        if isinstance(m, nn.Linear) and n.startswith(blocks) and "norm" not in n
+    ]  # adaptive norms are small and sensitive
+    if kind == "int8":
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        except ImportError:
+            raise ImportError("quantization 'int8' needs: pip install 'multicrafter[quantize]' (torchao)") from None
+        quantize_(transformer, Int8WeightOnlyConfig(), filter_fn=lambda _, name: name in set(chosen))
+    elif kind == "nf4":
+        try:
+            from bitsandbytes.nn import Linear4bit
+        except ImportError:
+            raise ImportError("quantization 'nf4' needs: pip install 'multicrafter[quantize]' (bitsandbytes)") from None
+        for name in chosen:
+            parent, leaf = transformer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            old = getattr(parent, leaf)
+            new = Linear4bit(
+                old.in_features,
+                old.out_features,
+                bias=old.bias is not None,
+                compute_dtype=old.weight.dtype,
+                quant_type="nf4",
+            )
+            new.load_state_dict(old.state_dict())
+            setattr(parent, leaf, new.to(old.weight.device).requires_grad_(False))  # moving it quantises it
+    return transformer
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], config: ExecutionConfig, *, lr: float, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """AdamW without weight decay, its states in fp32 or in 8 bits.
+
+    Raises:
+        ImportError: bitsandbytes is missing.
+    """
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.0)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ImportError("optimizer 'adamw8bit' needs: pip install 'multicrafter[quantize]' (bitsandbytes)") from None
+    made: torch.optim.Optimizer = AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=0.0)
+    return made
+
+
+def offload_groups(
+    model: nn.Module, device: torch.device | str, *, blocks_per_group: int = 1, use_stream: bool = False
+) -> None:
+    """For inference: keeps a diffusers model in CPU memory and moves a few blocks at a time to ``device`` (diffusers' group offloading).
+
+    Args:
+        model: A transformer, VAE or other diffusers model, adapters included.
+        device: Where it computes.
+        blocks_per_group: Blocks that are there at once.
+        use_stream: Overlap copies and computation (CUDA).
+    """
+    from diffusers.hooks import apply_group_offloading
+
+    apply_group_offloading(
+        model,
+        onload_device=torch.device(device),
+        offload_device=torch.device("cpu"),
+        offload_type="block_level",
+        num_blocks_per_group=blocks_per_group,
+        use_stream=use_stream,
+    )

@@ -1,0 +1,285 @@
+"""Stage 1: fidelity. ``L = L_diff + lambda * L_attn + router losses`` (MultiCrafter, arXiv 2509.21953, section 3)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from idar import Direction, LossKind, Normalization, SubjectLayout, idar_loss, leakage
+from idar.integrations.diffusers import attention_blocks, capture_subject_attention
+from torch import Tensor
+
+from multicrafter.models.adapters import AdapterConfig, Adapters
+from multicrafter.models.backbones import Backbone, backbone_of
+from multicrafter.models.flux.model import add_noise
+from multicrafter.training.distributed import active, all_sum, my_slice, world_size
+from multicrafter.training.encoding_cache import CachedText
+from multicrafter.training.precision import ExecutionConfig, prepare_transformer
+from multicrafter.training.previews import Look, look_at
+from multicrafter.training.scenes import Buckets, EncodedScenes
+from multicrafter.training.trainee import Trainee
+from multicrafter.world import WorldConfig
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class IDARConfig:
+    """Attention supervision; the defaults are the centre of ``benchmarks/regime.py`` (docs/adr/0020-which-arrows.md).
+
+    Attributes:
+        coef: lambda; 0 switches it off.
+        direction: "reference_to_image" is the paper's letter; "image_to_reference" supervises the arrows that carry features.
+        kind: Loss, see `idar.idar_loss`.
+        normalization: Of the maps, see `idar.normalize_maps`.
+        sigma_max: Samples noisier than this are not supervised: there the place of a subject cannot be known yet.
+        all_blocks: Supervise the single-stream blocks too.
+        until: Share of the steps, from the first one on, that are supervised: what was separated early stays so, and the rest of the
+            steps are for fidelity alone.
+    """
+
+    coef: float = 0.1
+    direction: Direction = "image_to_reference"
+    kind: LossKind = "share_cross_entropy"
+    normalization: Normalization = "none"
+    sigma_max: float = 0.8
+    all_blocks: bool = True
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.until <= 1:
+            raise ValueError(f"until must be in (0, 1], got {self.until}")
+        if self.coef < 0:
+            raise ValueError(f"coef must not be negative, got {self.coef}")
+        if not 0 < self.sigma_max <= 1:
+            raise ValueError(f"sigma_max must be in (0, 1], got {self.sigma_max}")
+
+    @classmethod
+    def paper(cls, coef: float = 0.3) -> IDARConfig:
+        """The paper's letter: Dice on maps of reference queries over image keys, divided by their maximum, double blocks."""
+        return cls(
+            coef=coef,
+            direction="reference_to_image",
+            kind="dice",
+            normalization="max",
+            sigma_max=1.0,
+            all_blocks=False,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Stage 1.
+
+    Attributes:
+        num_steps: Optimizer steps.
+        batch: Scenes a step.
+        lr: Peak learning rate; warm-up of 20 steps, linear decay to zero.
+        num_scenes: Scenes drawn and encoded; of photos, samples: more than there are records come again, cut anew, with other references.
+        data: Folder of `multicrafter data build`: photos instead of drawn scenes, at the sizes of ``world``. None draws.
+        seed: Of data order, noise and adapters; scenes come from ``data_seed``.
+        execution: Precision, memory, processes.
+    """
+
+    num_steps: int = 400
+    batch: int = 32
+    lr: float = 2e-3
+    num_scenes: int = 4000
+    data: str | None = None
+    data_seed: int = 1
+    seed: int = 0
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    idar: IDARConfig = field(default_factory=IDARConfig)
+    world: WorldConfig = field(default_factory=lambda: WorldConfig(numbers=(2,), shared_attributes=4))
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch", "num_scenes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.lr <= 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+
+
+def layout_of(backbone: Backbone, scenes: EncodedScenes, num_text: int) -> SubjectLayout:
+    """Where everything is in the joint sequence."""
+    return backbone.layout(num_text, scenes.grid, [scenes.reference_grid] * scenes.references.shape[1])
+
+
+class Pretrain:
+    """Stage 1 as a `loop.Stage`, on one process or many (`multicrafter.training.distributed`)."""
+
+    def __init__(
+        self, pipe: DiffusionPipeline, config: PretrainConfig, scenes: EncodedScenes | Sequence[EncodedScenes]
+    ) -> None:
+        """Attaches adapters to the pipeline's transformer; several `EncodedScenes` are buckets of different layouts."""
+        my_slice(config.batch)  # says early that a batch is too small for the processes
+        self.config, self.buckets, self.transformer = config, Buckets(scenes), pipe.transformer
+        self.backbone = backbone_of(pipe)
+        self.text = CachedText(pipe, self.buckets.captions, config.execution.cache, backbone=self.backbone)
+        prepare_transformer(pipe.transformer, config.execution)
+        self.adapters = Adapters(pipe.transformer, config.adapters, seed=config.seed, backbone=self.backbone)
+        self.trainee = Trainee(self.adapters, config.execution, lr=config.lr, betas=(0.9, 0.98), seed=config.seed)
+        self.optimizer, self.generator = self.trainee.optimizer, self.trainee.generator
+
+    def step(self, index: int) -> dict[str, float]:
+        """One optimizer step on one batch; every rank draws it all and computes its own rows."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * min(1, (index + 1) / 20) * (1 - index / config.num_steps)
+        scenes = self.buckets.draw(self.generator)
+        rows = torch.randint(len(scenes), (config.batch,), generator=self.generator)
+        noise = torch.randn(config.batch, *scenes.tokens.shape[1:], generator=self.generator)
+        sigma = torch.sigmoid(torch.randn(config.batch, generator=self.generator))
+        self.optimizer.zero_grad()
+        parts = self._parts()
+        supervised = config.idar.coef > 0 and index < config.idar.until * config.num_steps
+        metrics: dict[str, float] = {}
+        for number, part in enumerate(parts):
+            share = (part.stop - part.start) / config.batch
+            # the backward stays inside the capture: gradient checkpointing runs blocks again, and must find the same graph
+            with (
+                self.trainee.accumulating(last=number == len(parts) - 1),
+                self._capture(scenes, supervised) as captured,
+            ):
+                losses = self._losses(scenes, rows[part], noise[part], sigma[part], captured)
+                (losses["loss"] * (share * world_size())).backward()  # ranks are averaged: their shares add up to 1
+            for name, loss in losses.items():
+                metrics[name] = metrics.get(name, 0.0) + share * loss.item()
+        self.trainee.samples_seen += config.batch
+        norm = self.trainee.apply(1.0)
+        if active():
+            summed = all_sum(torch.tensor(list(metrics.values()), dtype=torch.float64))
+            metrics = dict(zip(metrics, summed.tolist(), strict=True))
+        return {**metrics, "grad_norm": norm, "skipped": float(not math.isfinite(norm))}
+
+    def _parts(self) -> list[slice]:
+        """This rank's rows of the batch, in micro-batches; equally many on every rank, since gradients are exchanged in the last."""
+        mine = my_slice(self.config.batch)
+        longest = -(-self.config.batch // world_size())
+        number = -(-longest // (self.config.execution.micro_batch or longest))
+        edges = [mine.start + (mine.stop - mine.start) * k // number for k in range(number + 1)]
+        return [slice(a, b) for a, b in itertools.pairwise(edges) if b > a or number == 1]
+
+    def _capture(self, scenes: EncodedScenes, supervised: bool = True) -> Any:
+        """Collects the attention maps of what runs inside, if they are supervised; around forward and backward."""
+        if self.config.idar.coef == 0 or not supervised:
+            return nullcontext()
+        return capture_subject_attention(
+            self.transformer,
+            layout_of(self.backbone, scenes, self.text.num_tokens),
+            direction=self.config.idar.direction,
+            blocks=(lambda _: True) if self.config.idar.all_blocks else None,
+        )
+
+    def _losses(
+        self, scenes: EncodedScenes, rows: Tensor, noise: Tensor, sigma: Tensor, captured: Any
+    ) -> dict[str, Tensor]:
+        """``L_diff + lambda * L_attn + router losses`` and its parts, means over these rows."""
+        config, device = self.config, self.trainee.device
+        latents, noise, sigma = scenes.tokens[rows].to(device), noise.to(device), sigma.to(device)
+        velocity = self.trainee.predict(
+            add_noise(latents, noise, sigma),
+            sigma,
+            self.text([scenes.captions[r] for r in rows.tolist()]).to(device),
+            **scenes.context(rows, device),
+        )
+        diffusion = (velocity - (noise - latents)).square().mean()
+        loss = diffusion + self.trainee.aux_loss()
+        losses = {"diffusion_loss": diffusion}
+        if captured is not None:
+            losses["attention_loss"] = self._attention_loss(captured.maps, scenes.masks[rows].to(device), sigma)
+            loss = loss + config.idar.coef * losses["attention_loss"]
+        return {"loss": loss, **{name: value.detach() for name, value in losses.items()}}
+
+    def _attention_loss(self, maps: Tensor, masks: Tensor, sigma: Tensor) -> Tensor:
+        """`idar_loss`; 0 where no subject shows, NaN (the step will be skipped) where the maps are broken."""
+        config = self.config.idar
+        if not bool((masks > 0).any()) or not bool(torch.isfinite(maps).all()):
+            return maps.sum() * 0
+        weight = (sigma <= config.sigma_max).float()
+        return idar_loss(maps, masks, kind=config.kind, normalization=config.normalization, weight=weight).loss
+
+    def look(self) -> Look:
+        """Attention and routing on the first scenes."""
+        scenes = self.buckets.buckets[0]
+        rows = torch.arange(min(3, len(scenes)))
+        return look_at(self.trainee, scenes, self.text([scenes.captions[r] for r in rows.tolist()]), rows)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Trainee.tensors`."""
+        return self.trainee.tensors()
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restores `tensors`."""
+        self.trainee.restore(tensors)
+
+    def notes(self) -> dict[str, Any]:
+        """See `Trainee.notes`."""
+        return {"stage": 1, **self.trainee.notes()}
+
+    def check_notes(self, notes: Mapping[str, Any]) -> None:
+        """Refuses a checkpoint of another stage or of other adapters."""
+        if notes.get("stage", 1) != 1:
+            raise ValueError(f"checkpoint must be of stage 1, got stage {notes['stage']}")
+        self.trainee.check_notes(notes)
+
+
+@torch.no_grad()
+def measure_leakage(
+    pipe: DiffusionPipeline,
+    scenes: EncodedScenes,
+    *,
+    direction: Direction,
+    blocks: Callable[[str], bool] | None = None,
+    sigmas: tuple[float, ...] = (0.3, 0.6, 0.8),
+    seed: int = 0,
+    batch: int = 64,
+) -> Tensor:
+    """Attention leakage (n,), mean over subjects, blocks (the double-stream ones by default) and sigmas; NaN where masks hide each other."""
+    return measure_leakages(pipe, scenes, {"": blocks}, direction=direction, sigmas=sigmas, seed=seed, batch=batch)[""]
+
+
+@torch.no_grad()
+def measure_leakages(
+    pipe: DiffusionPipeline,
+    scenes: EncodedScenes,
+    groups: Mapping[str, Callable[[str], bool] | None],
+    *,
+    direction: Direction,
+    sigmas: tuple[float, ...] = (0.3, 0.6, 0.8),
+    seed: int = 0,
+    batch: int = 64,
+) -> dict[str, Tensor]:
+    """`measure_leakage` of several groups of blocks, by name, in the same passes."""
+    generator = torch.Generator().manual_seed(seed)
+    names = {group: list(attention_blocks(pipe.transformer, blocks)) for group, blocks in groups.items()}
+    together = list(dict.fromkeys(name for chosen in names.values() for name in chosen))
+    total, backbone = {group: torch.zeros(len(scenes)) for group in groups}, backbone_of(pipe)
+    for sigma in sigmas:
+        for start in range(0, len(scenes), batch):
+            part = slice(start, min(start + batch, len(scenes)))
+            latents = scenes.tokens[part]
+            noise = torch.randn(latents.shape, generator=generator)
+            level = torch.full((len(latents),), sigma)
+            text = backbone.encode_prompts(pipe, scenes.captions[part])
+            with capture_subject_attention(
+                pipe.transformer,
+                layout_of(backbone, scenes, text.embeds.shape[1]),
+                direction=direction,
+                blocks=together,
+                keep_blocks=True,
+            ) as captured:
+                backbone.velocity(
+                    pipe.transformer, add_noise(latents, noise, level), level, text, **scenes.context(part)
+                )
+            for group, chosen in names.items():
+                maps = torch.stack([captured.blocks[n] for n in chosen]).mean(0)
+                total[group][part] += leakage(maps, scenes.masks[part]).nanmean(1)
+    return {group: value / len(sigmas) for group, value in total.items()}

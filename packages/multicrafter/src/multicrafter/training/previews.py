@@ -1,0 +1,75 @@
+"""What a person wants to see while a stage trains: where tokens look, which experts they take."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from idar.integrations.diffusers import capture_subject_attention
+from jaxtyping import Float
+from torch import Tensor
+
+from multicrafter.models.flux.model import Text, add_noise
+from multicrafter.training.scenes import EncodedScenes
+from multicrafter.training.trainee import Trainee
+
+
+class Look(NamedTuple):
+    """Pictures (3, H, W) in [0, 1] and scalars, by name, for a tracker."""
+
+    pictures: dict[str, Tensor]
+    metrics: dict[str, float]
+
+
+def heat(maps: Float[Tensor, "s h w"]) -> Float[Tensor, "s 3 h w"]:
+    """Shares in [0, 1] as colours from dark blue over red to yellow."""
+    x = maps.clamp(0, 1)
+    return torch.stack([(2 * x).clamp(0, 1), (2 * x - 1).clamp(0, 1), 0.3 * (1 - x)], 1)
+
+
+def row_of(pictures: list[Tensor], *, size: int, gap: int = 2) -> Float[Tensor, "3 H W"]:
+    """Pictures side by side, each scaled to a square of ``size`` (nearest), a white gap between them."""
+    scaled = [torch.nn.functional.interpolate(p[None], size=(size, size), mode="nearest")[0] for p in pictures]
+    white = torch.ones(3, size, gap)
+    return torch.cat([part for p in scaled for part in (p, white)][:-1], 2)
+
+
+def routing_picture(loads: Float[Tensor, "l e"], *, cell: int = 12) -> Float[Tensor, "3 H W"]:
+    """One row per layer, one column per expert: its share of the tokens (a uniform router is evenly lit)."""
+    shares = loads / loads.max(1, keepdim=True).values.clamp_min(1e-9)
+    grid = heat(shares[None])[0]
+    return grid.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
+
+
+@torch.no_grad()
+def look_at(
+    trainee: Trainee, scenes: EncodedScenes, text: Text, rows: Tensor, *, sigma: float = 0.6, seed: int = 0
+) -> Look:
+    """Attention and routing on some scenes: each row shows the target, the references, and the share of attention on each of them.
+
+    All ranks call it (a sharded model computes together). The training's random numbers are not touched.
+    """
+    device, backbone = trainee.device, trainee.adapters.backbone
+    latents = scenes.tokens[rows].to(device)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    level = torch.full((len(rows),), sigma, device=device)
+    layout = backbone.layout(text.embeds.shape[1], scenes.grid, [scenes.reference_grid] * scenes.references.shape[1])
+    with capture_subject_attention(trainee.adapters.transformer, layout, direction="image_to_reference") as captured:
+        trainee.predict(add_noise(latents, noise, level), level, text.to(device), **scenes.context(rows, device))
+    maps = captured.maps.float().cpu()
+    share = (maps / maps.sum(1, keepdim=True).clamp_min(1e-9)).unflatten(2, scenes.grid)
+    strips = []
+    for row, maps_of_row in zip(rows.tolist(), share, strict=True):
+        shown = [scenes.images[row], *scenes.reference_images[row], *heat(maps_of_row)]
+        strips.append(row_of([p.float() for p in shown], size=scenes.images.shape[-1]))
+    pictures, metrics = {"attention": torch.cat(strips, 1)}, {}
+    experts = trainee.adapters.experts
+    if experts is not None:
+        found: dict[str, Any] = experts.stats()
+        experts.forget()
+        for name, statistics in found.items():
+            metrics[f"routing/{name}/entropy"] = float(statistics.load_entropy)
+            for expert, load in enumerate(statistics.load.tolist()):
+                metrics[f"routing/{name}/load_{expert}"] = load
+        pictures["routing"] = routing_picture(torch.stack([s.load for s in found.values()]))
+    return Look(pictures, metrics)

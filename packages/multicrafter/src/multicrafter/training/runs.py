@@ -1,0 +1,133 @@
+"""Whole runs of a stage: data, loop, adapter on disk. On every rank; rank 0 writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from multicrafter.models.adapters import Adapters
+from multicrafter.training import loop
+from multicrafter.training.align import Align, AlignConfig
+from multicrafter.training.distributed import is_main
+from multicrafter.training.loop import LoopConfig
+from multicrafter.training.photo_scenes import encode_by_number
+from multicrafter.training.pretrain import Pretrain, PretrainConfig
+from multicrafter.training.rewarding import Reward
+from multicrafter.training.scenes import EncodedScenes, encode_scenes
+from multicrafter.training.trackers import Tracker
+from multicrafter.world import WorldConfig
+from multicrafter.world.rewards import tiny_reward
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+STAGE1_LOOP = LoopConfig(save_every=200, best="loss", best_is="lowest", picture_every=50)
+STAGE2_LOOP = LoopConfig(save_every=10, best="reward", best_is="highest", picture_every=10)
+FREE = ("parallel", "cache", "micro_batch", "compile_blocks")  # of ExecutionConfig: may differ when a run goes on
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    execution = {k: v for k, v in (config.get("execution") or {}).items() if k not in FREE}
+    return {**json.loads(json.dumps(config, default=str)), "execution": execution}
+
+
+def _check_resume(out: Path, config: dict[str, Any]) -> None:
+    """Going on under another configuration would be neither run."""
+    path = out / "config.json"
+    if not path.exists() or not any((out / "checkpoints").glob("step_*")):
+        return
+    before, now = _comparable(json.loads(path.read_text())), _comparable(config)
+    changed = [k for k in now if before.get(k) != now[k]]
+    if changed:
+        raise ValueError(f"--resume needs the configuration of {path}, but {', '.join(changed)} changed")
+
+
+def training_scenes(pipe: DiffusionPipeline, config: PretrainConfig) -> EncodedScenes | Sequence[EncodedScenes]:
+    """What stage 1 trains on: drawn scenes, or the photos of ``config.data``."""
+    world, cache = config.world, config.execution.cache
+    if config.data is None:
+        return encode_scenes(pipe, world, config.num_scenes, seed=config.data_seed, cache=cache)
+    return encode_by_number(
+        pipe, config.data, config.num_scenes, size=world.size, reference_size=world.reference_size, seed=config.data_seed,
+        cache=cache, progress=is_main() and sys.stderr.isatty(),
+    )  # fmt: skip
+
+
+def run_pretrain(
+    pipe: DiffusionPipeline,
+    config: PretrainConfig,
+    out: Path,
+    *,
+    scenes: EncodedScenes | Sequence[EncodedScenes] | None = None,
+    resume: loop.Resume = False,
+    settings: LoopConfig = STAGE1_LOOP,
+    tracker: Tracker | None = None,
+) -> Adapters:
+    """Stage 1 into ``out``: config.json, metrics.jsonl, checkpoints/, adapter/. ``scenes`` spares drawing or reading them anew."""
+    if resume:
+        _check_resume(out, asdict(config))
+    scenes = scenes or training_scenes(pipe, config)
+    stage = Pretrain(pipe, config, scenes)
+    loop.run(
+        stage,
+        num_steps=config.num_steps,
+        out=out,
+        resume=resume,
+        description="stage 1",
+        config=asdict(config),
+        loop=settings,
+        tracker=tracker,
+    )
+    references = max(b.references.shape[1] for b in stage.buckets.buckets)
+    stage.trainee.save(out, stage=1, num_references=references, steps=config.num_steps)
+    return stage.adapters
+
+
+def run_align(
+    pipe: DiffusionPipeline,
+    adapters: Adapters,
+    config: AlignConfig,
+    out: Path,
+    *,
+    num_references: int = 2,
+    family: str = "people",
+    scenes: EncodedScenes | None = None,
+    resume: loop.Resume = False,
+    reward: Reward | None = None,
+    settings: LoopConfig = STAGE2_LOOP,
+    tracker: Tracker | None = None,
+) -> list[dict[str, float]]:
+    """Stage 2 into ``out``, as `run_pretrain`; returns the metrics of every iteration.
+
+    Without ``scenes`` prompts and references are drawn from the tiny world's ``family``; without ``reward`` it is the tiny world's, of people.
+    """
+    if resume:
+        _check_resume(out, asdict(config))
+    world = WorldConfig(family=family, numbers=(num_references,), shared_attributes=4)
+    scenes = scenes or encode_scenes(pipe, world, 512, seed=config.seed + 10_000, cache=config.execution.cache)
+    stage = Align(pipe, adapters, config, scenes, reward or tiny_reward(config.reward))
+    history = loop.run(
+        stage,
+        num_steps=config.num_steps,
+        out=out,
+        resume=resume,
+        description="stage 2",
+        config=asdict(config),
+        loop=settings,
+        tracker=tracker,
+    )
+    stage.trainee.save(out, stage=2, num_references=num_references, steps=config.num_steps)
+    return history
+
+
+def with_execution(config: Any, **changes: Any) -> Any:
+    """A stage's config with some of its ``execution`` changed.
+
+    >>> with_execution(PretrainConfig(), dtype="bfloat16").execution.dtype
+    'bfloat16'
+    """
+    return replace(config, execution=replace(config.execution, **changes))

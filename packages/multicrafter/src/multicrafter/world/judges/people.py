@@ -1,0 +1,72 @@
+"""The reward's own detector and identity embedder, behind id_reward's `FaceBackend`; independent of the reader of truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from id_reward import Faces
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from multicrafter.world.judges.network import SubjectNetwork, find
+
+WIDTH, DILATIONS, EMBEDDING = 48, (1, 2, 4, 1, 2), 48
+
+
+def build_people() -> SubjectNetwork:
+    """An untrained detector and embedder."""
+    return SubjectNetwork(WIDTH, DILATIONS, EMBEDDING, 1)
+
+
+def as_tensor(images: Sequence[Any] | Tensor) -> list[Tensor]:
+    """Pictures (PIL, arrays (h, w, 3) or tensors (3, h, w)) as float tensors in [0, 1]."""
+    if isinstance(images, Tensor):
+        return list(images)
+    result = []
+    for image in images:
+        if isinstance(image, Tensor):
+            result.append(image)
+            continue
+        array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+        result.append(
+            torch.from_numpy(array.astype(np.float32) / (255 if array.dtype == np.uint8 else 1)).permute(2, 0, 1)
+        )
+    return result
+
+
+class PeopleBackend:
+    """Finds drawn people and embeds their identity: unit vectors, comparable by cosine."""
+
+    def __init__(self, network: SubjectNetwork) -> None:
+        """Takes a trained network."""
+        self.network = network.eval()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> PeopleBackend:
+        """Loads ``people.safetensors``."""
+        network = build_people()
+        network.load_state_dict({k: v.float() for k, v in load_file(Path(folder) / "people.safetensors").items()})
+        return cls(network)
+
+    @torch.inference_mode()
+    def detect_and_embed(self, images: Sequence[Any] | Tensor) -> list[Faces]:
+        """One `Faces` per picture; pictures of one size are batched."""
+        pictures = as_tensor(images)
+        results: list[Faces] = [Faces(np.zeros((0, 4)), np.zeros(0), np.zeros((0, EMBEDDING)))] * len(pictures)
+        for shape in {p.shape for p in pictures}:
+            rows = [i for i, p in enumerate(pictures) if p.shape == shape]
+            for start in range(0, len(rows), 64):
+                part = rows[start : start + 64]
+                found = find(self.network(torch.stack([pictures[i] for i in part])))
+                unit = torch.nn.functional.normalize(found.features, dim=1)
+                for position, row in enumerate(part):
+                    mine = found.picture == position
+                    results[row] = Faces(
+                        found.boxes[mine].numpy(), found.scores[mine].numpy(), unit[mine].numpy().astype(np.float64)
+                    )
+        return results

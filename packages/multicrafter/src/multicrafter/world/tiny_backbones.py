@@ -1,0 +1,129 @@
+"""Tiny random pipelines of the real classes, for tests of a backbone without its weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from multicrafter.world.tiny_flux import TinyFluxConfig, build_pipeline, grammar
+
+if TYPE_CHECKING:
+    from transformers import Qwen2TokenizerFast
+
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT_TOKENS = 32
+
+
+def tiny_flux1(config: TinyFluxConfig | None = None, *, guidance_embeds: bool = False, seed: int = 0) -> Any:
+    """A `FluxPipeline`; with ``guidance_embeds`` it takes the guidance as FLUX.1-dev does."""
+    pipe = build_pipeline(config, seed=seed)
+    if guidance_embeds:
+        from diffusers import FluxTransformer2DModel
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            pipe.register_modules(
+                transformer=FluxTransformer2DModel.from_config({**pipe.transformer.config, "guidance_embeds": True})
+            )
+    return pipe
+
+
+def tiny_kontext(config: TinyFluxConfig | None = None, *, seed: int = 0) -> Any:
+    """A `FluxKontextPipeline`."""
+    from diffusers import FluxKontextPipeline
+
+    return FluxKontextPipeline(**{**tiny_flux1(config, guidance_embeds=True, seed=seed).components})
+
+
+def build_qwen_tokenizer() -> Qwen2TokenizerFast:
+    """A byte-level BPE with the chat marks of Qwen, trained on the captions of the tiny world."""
+    import json
+
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2TokenizerFast
+
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.train_from_iterator(
+        grammar(),
+        trainers.BpeTrainer(
+            vocab_size=512,
+            special_tokens=marks,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    model = json.loads(bpe.to_str())["model"]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    made: Qwen2TokenizerFast = Qwen2TokenizerFast(
+        vocab=model["vocab"], merges=merges, model_max_length=TEXT_TOKENS, unk_token=marks[0], pad_token=marks[0],
+        eos_token=marks[2], additional_special_tokens=marks[1:],
+    )  # fmt: skip
+    made.chat_template = CHAT
+    return made
+
+
+def tiny_klein(
+    *,
+    kv: bool = False,
+    distilled: bool = False,
+    num_heads: int = 2,
+    head_dim: int = 32,
+    num_double: int = 1,
+    num_single: int = 2,
+    seed: int = 0,
+) -> Any:
+    """A `Flux2KleinPipeline` (or `Flux2KleinKVPipeline`) with a Qwen3 of four layers and a VAE that divides by 4."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinKVPipeline,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = build_qwen_tokenizer()
+    width, channels = 16, 4
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKLFlux2(
+            in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(8, 8, 8), layers_per_block=1,
+            latent_channels=channels, norm_num_groups=8, sample_size=64, mid_block_add_attention=False,
+        )  # fmt: skip
+        vae.bn.running_mean.uniform_(-0.5, 0.5)
+        vae.bn.running_var.uniform_(0.5, 2.0)
+        encoder = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=width,
+                intermediate_size=2 * width,
+                num_hidden_layers=4,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                tie_word_embeddings=True,
+            )
+        )
+        transformer = Flux2Transformer2DModel(
+            in_channels=4 * channels, num_layers=num_double, num_single_layers=num_single, attention_head_dim=head_dim,
+            num_attention_heads=num_heads, joint_attention_dim=3 * width, timestep_guidance_channels=16,
+            axes_dims_rope=(head_dim // 4,) * 4, guidance_embeds=False,
+        )  # fmt: skip
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+        parts = {
+            "scheduler": scheduler, "vae": vae, "text_encoder": encoder, "tokenizer": tokenizer, "transformer": transformer,
+        }  # fmt: skip
+        if kv:
+            return Flux2KleinKVPipeline(**parts)
+        return Flux2KleinPipeline(**parts, is_distilled=distilled)
+
+
+TINY = {"flux1_dev": tiny_flux1, "flux1_kontext": tiny_kontext, "flux2_klein": tiny_klein}
+"""Builders by backbone name; the KV variant is ``tiny_klein(kv=True)``."""
