@@ -21,7 +21,7 @@ help:
 	@echo "make test-all  the slow ones as well"
 	@echo "make check     ruff, mypy, import rules, changelog fragments, doctests, docs"
 	@echo "make bench     all micro-benchmarks in smoke size (BENCH_SIZE=full for real figures)"
-	@echo "make bench-science        what is missing of the studies (hours; python -m benchmarks.all --minutes 100 for a piece)"
+	@echo "make bench-science        what is missing of the studies (hours; python -m studies.all --minutes 100 for a piece)"
 	@echo "make bench-science-smoke  every study in miniature (minutes)"
 	@echo "make docs      the site, into site/"
 	@echo "make clean     remove .venv, .hatch, runs and caches"
@@ -49,10 +49,10 @@ bench: environment
 	$(RUN) benchmarks/run.py
 
 bench-science: environment
-	$(RUN) -m benchmarks.all
+	$(RUN) -m studies.all
 
 bench-science-smoke: environment
-	$(RUN) -m benchmarks.all --smoke
+	$(RUN) -m studies.all --smoke
 
 docs: environment
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet

@@ -1,1 +1,1 @@
-"""Studies of the method in the tiny world (``python -m benchmarks.<study>``), and the runner of micro-benchmarks (``run.py``)."""
+"""Timings: the runner of every package's micro-benchmarks (``run.py``), and what was recorded (``results/``)."""

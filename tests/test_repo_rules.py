@@ -35,7 +35,7 @@ def test_source_never_imports_tests_or_tools():
             *ROOT.glob("tests/*.py"),
         ]
     }
-    forbidden = tests | {"tests", "benchmarks", "pytest", "hypothesis", "beartype"}
+    forbidden = tests | {"tests", "benchmarks", "studies", "pytest", "hypothesis", "beartype"}
     assert {str(path): found for path in SOURCES if (found := imported(path) & forbidden)} == {}
 
 

@@ -15,10 +15,11 @@ from multicrafter.models.loading import load_flux
 from multicrafter.scoring.evaluate import write_json
 from multicrafter.training.runs import with_execution
 
-from benchmarks import ablation, claims, inference_overhead, probes, ratios, regime, report, scaling, subjects
-from benchmarks import all as everything
-from benchmarks.experiment import FULL, SMOKE, Base, Experiment
-from benchmarks.science import Laboratory, Study, carry_out, main
+from studies import ablation, claims, inference_overhead, ratios, regime, scaling, subjects
+from studies import all as everything
+from studies.lab import probes, report
+from studies.lab.experiment import FULL, SMOKE, Base, Experiment
+from studies.lab.laboratory import Laboratory, Study, carry_out, main
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_a_base_whose_training_was_cut_short_is_trained_again(laboratory, monkey
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("benchmarks.science.train", train)
+    monkeypatch.setattr("studies.lab.laboratory.train", train)
     base = Base(minutes=0.03)
     with pytest.raises(KeyboardInterrupt):
         laboratory.base(base)
@@ -94,7 +95,7 @@ def test_a_base_whose_training_was_cut_short_is_trained_again(laboratory, monkey
 
 
 def test_stage_2_of_several_experiments_starts_from_one_first_stage(laboratory, monkeypatch):
-    from benchmarks import science
+    from studies.lab import laboratory as science
 
     calls = []
     monkeypatch.setattr(science, "run_pretrain", lambda *a, **k: calls.append(1) or run(*a, **k))
@@ -216,7 +217,7 @@ def test_every_study_runs(study, laboratory):
     content = json.loads((laboratory.results / f"{study.name}.json").read_text())
     assert content["done"] == {k: [0] for k in small.arms(SMOKE)} and content["commits"] and content["versions"]
     page = (laboratory.pages / f"{study.name}.md").read_text()
-    assert f"python -m benchmarks.{study.name}" in page
+    assert f"python -m studies.{study.name}" in page
     for picture in [p.split(")")[0] for p in page.split("](")[1:] if ".png)" in p[:60]]:
         assert (laboratory.pages / picture).stat().st_size > 1000
 
@@ -242,7 +243,7 @@ def test_hours_count_what_runs_share_once(laboratory, monkeypatch):
 
 
 def test_command_line(monkeypatch, tmp_path, capsys):
-    from benchmarks import science
+    from studies.lab import laboratory as science
 
     monkeypatch.setattr(science, "ROOT", tmp_path)
     assert main(replace(ablation.STUDY, arms=lambda b: {}), ["--smoke", "--page"]) == 0
@@ -269,7 +270,7 @@ def test_command_lines_refuse_what_makes_no_sense(wrong, monkeypatch, capsys):
 
 
 def test_thin_keeps_the_mean():
-    from benchmarks.science import _thin
+    from studies.lab.laboratory import _thin
 
     history = [{"loss": float(i)} for i in range(1000)]
     thin = _thin(history, 10)

@@ -69,7 +69,7 @@ split. A group larger than the test fraction is now always trained on ([0063](..
 
 ## A million tiny files
 
-`study_multicrafter_tiny_files.py --files 1000000` (`data_million_files.json`): {million["files"]:,} files, of each thousand 400 no
+`python -m studies.tiny_files --files 1000000` (`data_million_files.json`): {million["files"]:,} files, of each thousand 400 no
 pictures, 200 empty, 200 pictures of one pixel, 200 pictures cut short, and among them 24 photos of two people. All of them are accounted
 for: {million["records"]} records, {reasons(million["left_out"])}.
 

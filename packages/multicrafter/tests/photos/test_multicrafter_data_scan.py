@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -104,10 +103,8 @@ def test_many_tiny_files(tmp_path):
 
 def test_a_build_accounts_for_every_tiny_file(tmp_path):
     """What benchmarks/results/data_million_files.json records of a million, with 3000."""
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "study_multicrafter_tiny_files.py"
-    spec = importlib.util.spec_from_file_location("study_multicrafter_tiny_files", path)
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
+    from studies import tiny_files as study
+
     study.make(tmp_path / "many", 3000)
     figures = study.run(tmp_path / "many", 3000)
     assert figures["records"] == study.PHOTOS

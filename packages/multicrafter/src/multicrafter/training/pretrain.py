@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class IDARConfig:
-    """Attention supervision; the defaults are the centre of ``benchmarks/regime.py`` (docs/adr/0020-which-arrows.md).
+    """Attention supervision; the defaults are the centre of ``studies/regime.py`` (docs/adr/0020-which-arrows.md).
 
     Attributes:
         coef: lambda; 0 switches it off.

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from multicrafter.scoring.evaluate import bootstrap
 
-from benchmarks.experiment import Budget, Experiment
-from benchmarks.report import Record, cell, difference, markdown_table, mean_over_seeds, save_plot, spread
-from benchmarks.science import Study, main
+from studies.lab.experiment import Budget, Experiment
+from studies.lab.laboratory import Study, main
+from studies.lab.report import Record, cell, difference, markdown_table, mean_over_seeds, save_plot, spread
 
 RATIOS = {"sequence": "GSPO", "step": "GRPO", "guarded": "guarded GRPO"}
 MODELS = ("experts", "experts, routing replayed", "plain LoRA")

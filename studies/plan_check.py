@@ -1,6 +1,6 @@
 """Checks `multicrafter plan` against measured peaks: full-width slices (1 double and 1 single block) on the CPU.
 
-    python packages/multicrafter/benchmarks/study_multicrafter_plan.py --out benchmarks/results/plan_validation.json
+    python -m studies.plan_check --out benchmarks/results/plan_validation.json
 
 Every case is a process of its own that builds the slice, runs one step of stage 1 (forward, attention loss, backward, clipping, AdamW
 with its states) and reads the peak of its resident memory from the kernel (VmHWM, reset before the step), less what it had before the
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SLICE = {"num_layers": 1, "num_single_layers": 1}
-REPOSITORY = Path(__file__).resolve().parents[3]
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def cases() -> list[dict]:
@@ -115,8 +115,7 @@ def main() -> None:
     if arguments.case is not None:
         print("RESULT " + json.dumps(measured(json.loads(arguments.case))))
         return
-    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-    from run import circumstances
+    from benchmarks.run import circumstances
 
     known = {}
     if arguments.out.exists():

@@ -9,9 +9,9 @@ from typing import Any
 
 from multicrafter.scoring.evaluate import METRICS
 
-from benchmarks.experiment import Base, Budget, Experiment
-from benchmarks.report import Record, cell, compare, forest, markdown_table, tables
-from benchmarks.science import Study, main
+from studies.lab.experiment import Base, Budget, Experiment
+from studies.lab.laboratory import Study, main
+from studies.lab.report import Record, cell, compare, forest, markdown_table, tables
 
 NAMES = ("attributes", "identity", "swaps", "leakage", "leakage_single", "text", "aesthetics", "count", "reward")
 SIZE_MATCHED = 22  # the smallest rank at which plain LoRA has as many parameters as the experts; tested

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablation, poses
-from benchmarks.experiment import Budget, Experiment
-from benchmarks.report import Record, cell, markdown_table, save_plot
-from benchmarks.science import Study, main
+from studies import ablation
+from studies.lab import poses
+from studies.lab.experiment import Budget, Experiment
+from studies.lab.laboratory import Study, main
+from studies.lab.report import Record, cell, markdown_table, save_plot
 
 ALONE = "the base, one reference"
 

@@ -1,7 +1,6 @@
 """``multicrafter data build`` on a million tiny files: is every file accounted for, how long does it take, how much memory?
 
-    cd packages/multicrafter/benchmarks
-    python study_multicrafter_tiny_files.py --files 1000000 --folder /tmp/million --out ../../../benchmarks/results/data_million_files.json
+    python -m studies.tiny_files --files 1000000 --folder /tmp/million --out benchmarks/results/data_million_files.json
 
 Of each thousand files 400 are no pictures, 200 empty, 200 pictures of one pixel, 200 pictures cut short; among them are 24 photos of two
 drawn people.
@@ -93,8 +92,7 @@ def main() -> None:
     if not folder.exists():
         make(folder, arguments.files)
     figures = run(folder, arguments.files)
-    sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
-    from run import circumstances
+    from benchmarks.run import circumstances
 
     figures["circumstances"] = circumstances()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

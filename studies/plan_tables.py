@@ -1,21 +1,20 @@
 """Plans FLUX.1-dev and FLUX.2-klein on cards of 24, 40, 80 and 141 GB, and writes the results page.
 
-python packages/multicrafter/benchmarks/study_multicrafter_plan_tables.py           # plans (a few minutes), then the page
-python packages/multicrafter/benchmarks/study_multicrafter_plan_tables.py --page    # the page alone, from the JSON files
+python -m studies.plan_tables           # plans (a few minutes), then the page
+python -m studies.plan_tables --page    # the page alone, from the JSON files
 """
 
-# ruff: noqa: E501  (prose of a page)
+
 from __future__ import annotations
 
 import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[3]
+REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 SMALL = "execution.quantization=nf4", "execution.optimizer=adamw8bit"
 ALONE = "execution.parallel=ddp"
@@ -120,7 +119,7 @@ def page() -> str:
         "# What fits where\n\n`multicrafter plan` on the full-size networks, 512-pixel pictures and two references of 320 pixels; texts and "
         "pictures encoded beforehand. A cell has the estimated seconds of one optimizer step (stage 1: 8 samples; stage 2: 96 rollouts of 16 "
         "steps and two passes over a window of 2), or *no*. GB are 10^9 bytes.\n\n"
-        "    python packages/multicrafter/benchmarks/study_multicrafter_plan_tables.py\n"
+        "    python -m studies.plan_tables\n"
     )
     for recipe in dict.fromkeys(r["recipe"] for r in content["plans"]):
         rows = [r for r in content["plans"] if r["recipe"] == recipe]
@@ -156,7 +155,7 @@ def validation() -> str:
         "\n## Checked against measured peaks\n\nFull-width slices (1 double and 1 single block, rank and experts of the recipes, 512 text tokens) "
         "on the CPU: one step of stage 1, forward to AdamW. Predicted from fake tensors; measured as the kernel's peak of the process's resident "
         f"memory. {len(rows)} cases, error {max(errors):.1%} at most, {statistics.median(errors):.1%} at the median (allowed: 10 %).\n\n"
-        "    python packages/multicrafter/benchmarks/study_multicrafter_plan.py\n\n"
+        "    python -m studies.plan_check\n\n"
         "| slice of | pixels | references | computed in | predicted | measured | ratio |\n|---|---|---|---|---|---|---|\n"
     )
     for r in rows:
@@ -178,8 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="only write the page")
     arguments = parser.parse_args()
-    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-    from run import circumstances
+    from benchmarks.run import circumstances
 
     if not arguments.page:
         content = {"what": __doc__, "circumstances": circumstances(), "plans": plans()}

@@ -10,9 +10,9 @@ from typing import Any
 
 from multicrafter.training.pretrain import IDARConfig, PretrainConfig
 
-from benchmarks.experiment import Base, Budget, Experiment
-from benchmarks.report import Record, cell, compare, forest, markdown_table, save_plot
-from benchmarks.science import Study, main
+from studies.lab.experiment import Base, Budget, Experiment
+from studies.lab.laboratory import Study, main
+from studies.lab.report import Record, cell, compare, forest, markdown_table, save_plot
 
 NAMES = ("attributes", "swaps", "identity", "leakage", "leakage_single", "count")
 PLAIN = IDARConfig(coef=0.0)

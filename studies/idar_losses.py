@@ -1,6 +1,6 @@
 """Which form of the attention loss works: short stage-1 runs on the shipped tiny FLUX, one JSON each (docs/adr/0021).
 
-    python packages/idar/benchmarks/study_idar_losses.py --form r2i-dice-max --coef 0.3 --out runs/idar_study
+    python -m studies.idar_losses --form r2i-dice-max --coef 0.3 --out runs/idar_study
 
 Everything but the loss is the same: data, order, noise, adapters (plain LoRA), steps. Measured on held-out identities.
 """

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import ablation
-from benchmarks.experiment import Budget, Experiment
-from benchmarks.report import Record, markdown_table, save_plot
-from benchmarks.science import Study, main
+from studies import ablation
+from studies.lab.experiment import Budget, Experiment
+from studies.lab.laboratory import Study, main
+from studies.lab.report import Record, markdown_table, save_plot
 
 QUESTIONS = ("token kind", "subject", "arrangement", "sigma")
 

@@ -1,6 +1,6 @@
 """Writes docs/results/index.md: every page there, with one line each.
 
-    python benchmarks/results_index.py
+    python studies/lab/results_index.py
 
 The line of a study is the first sentence of its module in this folder; those of the other pages are in `LINES`.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "docs" / "results"
 LINES = {
     "science": "All studies of the method in the tiny world, and what each found.",
@@ -32,7 +32,7 @@ GROUPS = {
 }
 HEAD = """# Results
 
-What was measured, with the command that measures it. Figures carry commit, versions and device. Made by `benchmarks/results_index.py`.
+What was measured, with the command that measures it. Figures carry commit, versions and device. Made by `studies/lab/results_index.py`.
 """
 
 
@@ -44,7 +44,7 @@ def sentence(name: str) -> str:
     """
     if name in LINES:
         return LINES[name]
-    module = ROOT / "benchmarks" / f"{name}.py"
+    module = ROOT / "studies" / f"{name}.py"
     text = ast.get_docstring(ast.parse(module.read_text())) if module.is_file() else None
     if not text:
         raise ValueError(f"docs/results/{name}.md must have a line in LINES of {Path(__file__).name}, got none")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from multicrafter.world.rewards import RewardConfig
 
-from benchmarks.experiment import Budget, Experiment
-from benchmarks.report import Record, cell, compare, forest, markdown_table, save_plot, tables
-from benchmarks.science import Study, main
+from studies.lab.experiment import Budget, Experiment
+from studies.lab.laboratory import Study, main
+from studies.lab.report import Record, cell, compare, forest, markdown_table, save_plot, tables
 
 NAMES = ("attributes", "identity", "swaps", "count", "text", "aesthetics")
 REWARDS = {

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from multicrafter.scoring.evaluate import bootstrap
 
-from benchmarks.experiment import Base, Budget, Experiment
-from benchmarks.report import Record, by_case, cell, markdown_table, mean_over_seeds, save_plot
-from benchmarks.science import Study, main
+from studies.lab.experiment import Base, Budget, Experiment
+from studies.lab.laboratory import Study, main
+from studies.lab.report import Record, by_case, cell, markdown_table, mean_over_seeds, save_plot
 
 NAMES = ("attributes", "identity", "swaps", "leakage", "count")
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)

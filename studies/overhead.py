@@ -1,28 +1,27 @@
 """What the method costs beside plain LoRA: full-width slices (1 double, 1 single block) of FLUX.1-dev, two threads, one run a part.
 
-    python packages/multicrafter/benchmarks/study_multicrafter_overhead.py stage1      # forward and backward: the method / plain LoRA
-    python packages/multicrafter/benchmarks/study_multicrafter_overhead.py inference   # forward: the experts / plain LoRA
-    python packages/multicrafter/benchmarks/study_multicrafter_overhead.py stage2      # an iteration / its own function evaluations
-    python packages/multicrafter/benchmarks/study_multicrafter_overhead.py cache       # kept reference keys: drift and speed
-    python packages/multicrafter/benchmarks/study_multicrafter_overhead.py page        # docs/results/overhead.md
+    python -m studies.overhead stage1      # forward and backward: the method / plain LoRA
+    python -m studies.overhead inference   # forward: the experts / plain LoRA
+    python -m studies.overhead stage2      # an iteration / its own function evaluations
+    python -m studies.overhead cache       # kept reference keys: drift and speed
+    python -m studies.overhead page        # docs/results/overhead.md
 
 Rank 512, 4 experts, top 1, base in bf16, adapters in fp32, as the recipes compute. Variants alternate within a round; a ratio is the
 median over rounds of the ratios inside a round, and its spread is the smallest and the largest. Results: benchmarks/results/overhead.json.
 """
 
-# ruff: noqa: E501  (prose of a page)
+
 from __future__ import annotations
 
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[3]
+REPOSITORY = Path(__file__).resolve().parents[1]
 OUT = REPOSITORY / "benchmarks" / "results" / "overhead.json"
 SLICE = {"num_layers": 1, "num_single_layers": 1}
 
@@ -255,7 +254,7 @@ def page() -> str:
         )
     where = content.get("circumstances", {"commit": "not run yet", "device": "no device", "versions": {"torch": "?"}})
     return text + (
-        "\n    python packages/multicrafter/benchmarks/study_multicrafter_overhead.py stage1|inference|stage2|cache\n\n"
+        "\n    python -m studies.overhead stage1|inference|stage2|cache\n\n"
         f"Commit `{where['commit'][:12]}`, {where['device']}, torch {where['versions']['torch']}.\n"
     )
 
@@ -266,9 +265,9 @@ def main() -> None:
     parser.add_argument("part", choices=("stage1", "inference", "stage2", "cache", "page"))
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
     import torch
-    from run import circumstances
+
+    from benchmarks.run import circumstances
 
     if arguments.part == "page":
         (REPOSITORY / "docs" / "results" / "overhead.md").write_text(page())

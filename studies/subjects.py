@@ -9,9 +9,9 @@ from typing import Any
 
 from multicrafter.scoring.evaluate import bootstrap
 
-from benchmarks.experiment import Budget, Experiment
-from benchmarks.report import Record, by_case, cell, difference, markdown_table, mean_over_seeds, save_plot
-from benchmarks.science import Study, main
+from studies.lab.experiment import Budget, Experiment
+from studies.lab.laboratory import Study, main
+from studies.lab.report import Record, by_case, cell, difference, markdown_table, mean_over_seeds, save_plot
 
 NUMBERS = (1, 2, 3, 4)
 NAMES = ("attributes", "identity", "swaps", "swaps_by_chance", "count", "leakage")

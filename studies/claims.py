@@ -11,10 +11,10 @@ from typing import Any
 from multicrafter.scoring.evaluate import EvaluateConfig
 from multicrafter.training.pretrain import IDARConfig
 
-from benchmarks import ablation, regime
-from benchmarks.experiment import Budget, Experiment
-from benchmarks.report import Record, cell, compare, forest, markdown_table
-from benchmarks.science import Study, main
+from studies import ablation, regime
+from studies.lab.experiment import Budget, Experiment
+from studies.lab.laboratory import Study, main
+from studies.lab.report import Record, cell, compare, forest, markdown_table
 
 NAMES = ("attributes", "leakage", "leakage_single", "identity", "reward", "swaps", "swaps_by_chance", "count")
 SHORT = {"times": 8, "seed": 5000}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import ablation
-from benchmarks.experiment import Base, Budget, Experiment
-from benchmarks.science import Study, main
+from studies import ablation
+from studies.lab.experiment import Base, Budget, Experiment
+from studies.lab.laboratory import Study, main
 
 
 def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
