@@ -10,7 +10,6 @@ Rank 512, 4 experts, top 1, base in bf16, adapters in fp32, as the recipes compu
 median over rounds of the ratios inside a round, and its spread is the smallest and the largest. Results: benchmarks/results/overhead.json.
 """
 
-
 from __future__ import annotations
 
 import argparse

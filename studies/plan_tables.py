@@ -4,7 +4,6 @@ python -m studies.plan_tables           # plans (a few minutes), then the page
 python -m studies.plan_tables --page    # the page alone, from the JSON files
 """
 
-
 from __future__ import annotations
 
 import argparse
