@@ -1,0 +1,67 @@
+"""``multicrafter align``."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from multicrafter.cli.options import add_command, positive, training_options, writable
+from multicrafter.cli.runs import load, together, tracker
+from multicrafter.config.run_options import add_options
+
+
+def align(arguments: argparse.Namespace) -> int:
+    """Stage 2, on one process or, under torchrun, on several."""
+    return together(arguments, _align)
+
+
+def _align(arguments: argparse.Namespace) -> int:
+    from multicrafter.config import recipes
+    from multicrafter.config.recipes import ModelConfig, Stage2, tiny
+    from multicrafter.config.run_options import annotate, chosen
+    from multicrafter.models.adapters import Adapters
+    from multicrafter.training.distributed import is_main
+    from multicrafter.training.runs import run_align
+    from multicrafter.training.scenes import encode_scenes
+
+    writable(arguments.out)
+    config = tiny(seed=arguments.seed).align
+    assert config is not None
+    flags = {
+        "align.num_steps": arguments.steps,
+        "align.prompts": arguments.prompts,
+        "align.group_size": arguments.group_size,
+    }
+    run = chosen(arguments, Stage2(model=ModelConfig(path=arguments.model, text_tokens=16), align=config), flags)
+    assert isinstance(run, Stage2)
+    pipe, backbone = load(run, arguments)
+    adapters, notes = Adapters.load(pipe.transformer, arguments.adapter, backbone=backbone)
+    number = int(notes.get("num_references", 1))
+    world = replace(run.world, numbers=(number,))
+    run = replace(run, world=world, adapters=adapters.config)
+    if is_main():
+        recipes.save(arguments.out / "recipe.yaml", run)
+    scenes = encode_scenes(pipe, world, run.num_scenes, seed=run.align.seed + 10_000, cache=run.execution.cache)
+    run_align(
+        pipe, adapters, run.align, arguments.out, num_references=number, scenes=scenes, resume=arguments.resume,
+        tracker=tracker(arguments, run),
+    )  # fmt: skip
+    if is_main():
+        annotate(arguments.out, size=world.size, reference_size=world.reference_size, base_model=run.model.path)
+        print(f"adapter: {arguments.out / 'adapter'}")
+    return 0
+
+
+def add_parser(commands: Any) -> None:
+    """Adds ``align`` to the command line."""
+    sub = add_command(commands, "align", align)
+    add_options(sub)
+    sub.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+    sub.add_argument("--adapter", type=Path, required=True, help="stage-1 adapter")
+    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--steps", type=positive)
+    sub.add_argument("--prompts", type=positive)
+    sub.add_argument("--group-size", type=positive)
+    training_options(sub)

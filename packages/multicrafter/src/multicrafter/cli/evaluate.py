@@ -1,0 +1,122 @@
+"""``multicrafter evaluate``: on the drawn world, or with ``--pictures`` pictures of any model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from multicrafter.cli.options import add_command, positive, writable
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Metrics on unseen identities; with --pictures, of any model's pictures."""
+    if arguments.pictures is not None:
+        return score(arguments)
+    from multicrafter.pipeline import MultiCrafterPipeline
+    from multicrafter.scoring.evaluate import METRICS, EvaluateConfig, Judges, cases, summarise, table, write_json
+    from multicrafter.scoring.evaluate import evaluate as run
+    from multicrafter.world import judges
+
+    if arguments.out is not None:
+        writable(arguments.out)
+    loaded = MultiCrafterPipeline.from_pretrained(arguments.model, adapter=arguments.adapter)
+    config = EvaluateConfig(
+        num_cases=arguments.cases, num_references=arguments.references or loaded.max_references, seed=arguments.seed
+    )
+    metrics, _ = run(loaded.pipe, cases(loaded.pipe, config), Judges.load(), config)
+    summary = summarise(metrics)
+    print(table({str(arguments.adapter or "base"): summary}))
+    for judge, measured in judges.accuracy().items():
+        print(f"judge {judge}: " + ", ".join(f"{k} {v:.3f}" for k, v in measured.items()))
+    if arguments.out is not None:
+        write_json(
+            arguments.out, {"summary": summary, "what": METRICS, "cases": {k: v.tolist() for k, v in metrics.items()}}
+        )
+        print(f"written to {arguments.out}")
+    return 0
+
+
+def score(arguments: argparse.Namespace) -> int:
+    """Pictures of any model, scored against a manifest."""
+    from multicrafter.photos.write import replace
+    from multicrafter.scoring.judges import JudgeConfig, Judges
+    from multicrafter.scoring.manifest import find_cases, read_prompts
+    from multicrafter.scoring.pages import number, run_page
+    from multicrafter.scoring.score import score as run
+
+    if arguments.manifest is None or arguments.out is None:
+        raise ValueError("--pictures needs --manifest FILE and --out FOLDER")
+    if arguments.out.suffix or (arguments.out.exists() and not arguments.out.is_dir()):
+        raise ValueError(f"--out must be a folder for scores.json and report.html, got {str(arguments.out)!r}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    kind, prompts = read_prompts(arguments.manifest, format=arguments.format, root=arguments.root)
+    found = find_cases(prompts, arguments.pictures, format=kind)
+    if found.missing and not arguments.allow_missing:
+        raise ValueError(
+            f"--pictures must answer every prompt, but {len(found.missing)} of {len(prompts)} have no picture "
+            f"({', '.join(found.missing[:5])}); say --allow-missing to leave them out"
+        )
+    judges = Judges(
+        JudgeConfig(
+            faces=arguments.faces,
+            clip=arguments.clip,
+            dino=arguments.dino,
+            aesthetics=arguments.aesthetics,
+            vlm=arguments.vlm,
+        )
+    )
+    scores = run(found, judges, name=arguments.name or arguments.pictures.resolve().name, progress=sys.stderr.isatty())
+    for name, e in scores.summary().items():
+        print(f"{name:16} {number(e.mean)} [{number(e.low)}, {number(e.high)}]  {e.cases} pictures, {e.groups} prompts")
+    for problem in scores.problems[:10]:
+        print(f"note: {problem}", file=sys.stderr)
+    if scores.missing:
+        print(f"note: {len(scores.missing)} pictures are missing", file=sys.stderr)
+    print(
+        f"written to {scores.save(arguments.out / 'scores.json')} and {replace(arguments.out / 'report.html', run_page(scores))}"
+    )
+    return 0
+
+
+def add_scoring(evaluate: argparse.ArgumentParser) -> None:
+    """Adds the options for pictures of any model to ``evaluate``, which calls `score` where --pictures is given."""
+    group = evaluate.add_argument_group(
+        "pictures of any model", "with --pictures nothing is generated; --out is then a folder"
+    )
+    group.add_argument(
+        "--pictures",
+        type=Path,
+        metavar="FOLDER",
+        help="pictures named after the manifest's keys: KEY.png or KEY_0.png, ...",
+    )
+    group.add_argument(
+        "--manifest", type=Path, metavar="FILE", help="our manifest, or the prompt list of a published benchmark"
+    )
+    group.add_argument(
+        "--format", default="auto", choices=("auto", "native", "xverse", "multihuman", "multiid", "omnicontext")
+    )
+    group.add_argument(
+        "--root", type=Path, help="folder that the manifest's paths are relative to; default: the manifest's"
+    )
+    group.add_argument("--name", help="of this run; default: the folder's name")
+    group.add_argument("--faces", default="dlib", help="dlib, insightface, tiny, none, ...")
+    group.add_argument("--clip", help="folder of a CLIP (transformers), or tiny")
+    group.add_argument("--dino", help="folder of a DINO or DINOv2 (transformers)")
+    group.add_argument("--aesthetics", default="closed_form", help="closed_form, hps:PATH, none")
+    group.add_argument("--vlm", help="folder of a vision-language model (transformers) that judges as OmniContext does")
+    group.add_argument(
+        "--allow-missing", action="store_true", help="score although prompts have no picture; they are listed"
+    )
+
+
+def add_parser(commands: Any) -> None:
+    """Adds ``evaluate`` to the command line."""
+    sub = add_command(commands, "evaluate", evaluate)
+    sub.set_defaults(seed=1000)
+    sub.add_argument("--adapter", type=Path)
+    sub.add_argument("--cases", type=positive, default=128)
+    sub.add_argument("--references", type=int, choices=(1, 2, 3, 4))
+    sub.add_argument("--out", type=Path, help="JSON")
+    add_scoring(sub)

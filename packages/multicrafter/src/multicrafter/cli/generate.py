@@ -1,0 +1,98 @@
+"""``multicrafter generate``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from multicrafter.cli.options import add_command, positive, writable
+
+
+def number(given: str, text: str) -> float:
+    """The weight after ``--lora FILE=``."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--lora must be FILE or FILE=WEIGHT, got {given!r}") from None
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """Pictures from references."""
+    from id_reward.images import open_image
+    from tqdm import tqdm
+
+    from multicrafter.models.backbones import get_backbone
+    from multicrafter.pipeline import MultiCrafterPipeline
+
+    if not arguments.reference:
+        raise ValueError("--reference must be given at least once, got none")
+    if not arguments.prompt.strip():
+        raise ValueError("--prompt must not be empty")
+    if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--out must end in .png, .jpg or .webp, got {str(arguments.out)!r}")
+    writable(arguments.out)
+    references = [open_image(path) for path in arguments.reference]
+    if arguments.model is not None:
+        from multicrafter.models.loading import get_dtype
+        from multicrafter.plan import require_weights
+
+        require_weights(arguments.model, get_dtype(arguments.dtype), device=arguments.device)
+    pipeline = MultiCrafterPipeline.from_pretrained(
+        arguments.model, adapter=arguments.adapter, dtype=arguments.dtype, device=arguments.device,
+        backbone=get_backbone(arguments.backbone) if arguments.backbone else None,
+    )  # fmt: skip
+    for given in arguments.lora:
+        path, _, weight = given.rpartition("=")
+        pipeline.load_lora(path or weight, weight=number(given, weight) if path else 1.0)
+    if len(references) > pipeline.max_references:
+        what = "the adapter was" if arguments.adapter else "a base without adapter is"
+        print(
+            f"warning: {len(references)} references, but {what} trained for {pipeline.max_references}; expect blending",
+            file=sys.stderr,
+        )
+    with tqdm(total=arguments.steps, desc="generate", disable=not sys.stderr.isatty()) as bar:
+        pictures = pipeline(
+            arguments.prompt, references, num_images=arguments.num_images, num_steps=arguments.steps, seed=arguments.seed,
+            guidance=arguments.guidance, negative_prompt=arguments.negative_prompt, true_guidance=arguments.true_guidance,
+            size=arguments.size, reference_size=arguments.reference_size, progress=lambda _: bar.update(),
+        )  # fmt: skip
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    for index, picture in enumerate(pictures):
+        path = arguments.out if len(pictures) == 1 else arguments.out.with_stem(f"{arguments.out.stem}_{index}")
+        temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
+        picture.save(temporary)
+        os.replace(temporary, path)
+        print(path)
+    return 0
+
+
+def add_parser(commands: Any) -> None:
+    """Adds ``generate`` to the command line."""
+    sub = add_command(commands, "generate", generate)
+    sub.add_argument(
+        "--reference",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PICTURE",
+        help="once per subject; PNG, JPEG or WebP",
+    )
+    sub.add_argument("--prompt", required=True)
+    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--adapter", type=Path, help="folder written by pretrain, align or demo")
+    sub.add_argument("--num-images", type=positive, default=1)
+    sub.add_argument("--steps", type=positive, default=20)
+    sub.add_argument("--guidance", type=float, help="embedded guidance; default: the backbone's")
+    sub.add_argument("--negative-prompt", default="", help="used with --true-guidance")
+    sub.add_argument("--true-guidance", type=float, help="scale of a second, negative pass; default: the backbone's")
+    sub.add_argument("--size", type=positive, help="side of the picture in pixels")
+    sub.add_argument("--reference-size", type=positive, help="side of the references in pixels")
+    sub.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[=WEIGHT]", help="a plain LoRA to mix in; may be repeated"
+    )
+    sub.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+    sub.add_argument("--backbone", metavar="NAME", help="module:class of a backbone of your own")

@@ -1,0 +1,44 @@
+"""What both stages share when they start: the base, the tracker, the processes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+
+def load(run: Any, arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The base of a run, after a look at whether it fits into memory, and its backbone."""
+    from multicrafter.models.backbones import backbone_of, get_backbone
+    from multicrafter.pipeline import load_flux
+    from multicrafter.plan import require_memory
+    from multicrafter.training.distributed import world_size
+
+    own = get_backbone(run.model.backbone) if ":" in run.model.backbone else None
+    if run.model.path is not None:
+        require_memory(run, device=arguments.device, gpus=world_size())
+    pipe = load_flux(run.model.path, dtype=run.execution.torch_dtype, backbone=own)
+    if arguments.device is not None:
+        pipe.to(arguments.device)
+    return pipe, own or backbone_of(pipe)
+
+
+def tracker(arguments: argparse.Namespace, run: Any) -> Any:
+    """The tracker that --tracker names, said before the work if its package is missing; TensorBoard where it is installed."""
+    from dataclasses import asdict
+    from importlib.util import find_spec
+
+    from multicrafter.training.trackers import make_tracker
+
+    kind = arguments.tracker or ("tensorboard" if find_spec("tensorboard") else "none")
+    return make_tracker(kind, arguments.out, config=asdict(run))
+
+
+def together(arguments: argparse.Namespace, function: Callable[[argparse.Namespace], int]) -> int:
+    """Runs a command as one of the processes that torchrun started, on this process's GPU where there is one."""
+    from multicrafter.training.distributed import session
+
+    with session() as device:
+        if device.type != "cpu" and arguments.device is None:
+            arguments.device = str(device)
+        return function(arguments)
