@@ -2,8 +2,11 @@
 
 from typing import Any
 
+from multicrafter import _moved
+
 __version__ = "0.1.0"
 
+_moved.install()
 _HOMES = {
     "MultiCrafterPipeline": "pipeline",
     "tiny": "config.recipes",
