@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from multicrafter.config.settings import write_text
+from multicrafter.files import write_whole
 
 from benchmarks.run import ROOT
 from studies import (
@@ -84,11 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
     for study in STUDIES:
         print(f"{study.name}: {laboratory.publish(study, budget) or 'nothing is recorded yet'}")
-    write_text(laboratory.pages / "science.md", overview(laboratory, budget))
+    write_whole(laboratory.pages / "science.md", overview(laboratory, budget))
     results_index.write(laboratory.pages)
     if not options.smoke:
         path = ROOT / "README.md"
-        write_text(path, with_table(path.read_text(), readme_table(laboratory.results)))
+        write_whole(path, with_table(path.read_text(), readme_table(laboratory.results)))
     return 0
 
 

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from multicrafter.config.settings import write_text
+from multicrafter.files import write_json, write_whole
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import get_backbone
 from multicrafter.models.flux.model import Text
 from multicrafter.plan.steps import build
-from multicrafter.scoring.evaluate import write_json
 from multicrafter.training.precision import ExecutionConfig
 
 from benchmarks.run import ROOT, circumstances
@@ -169,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if not options.page:
         write_json(path, measure(rounds=1 if options.smoke else options.rounds, smoke=options.smoke))
-    write_text(folder / f"{NAME}.md", page(json.loads(path.read_text()), folder))
+    write_whole(folder / f"{NAME}.md", page(json.loads(path.read_text()), folder))
     results_index.write(folder)
     print(f"page: {folder / f'{NAME}.md'}")
     return 0

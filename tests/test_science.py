@@ -10,9 +10,9 @@ import filelock
 import numpy as np
 import pytest
 import torch
+from multicrafter.files import write_json
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.loading import load_flux
-from multicrafter.scoring.evaluate import write_json
 from multicrafter.training.runs import with_execution
 
 from studies import ablation, claims, inference_overhead, ratios, regime, scaling, subjects

@@ -24,17 +24,12 @@ from typing import Any
 import filelock
 import numpy as np
 import torch
-from multicrafter.config.settings import to_dict, write_text
+from multicrafter.config.settings import to_dict
+from multicrafter.files import write_json, write_whole
 from multicrafter.models.adapters import fingerprint
 from multicrafter.models.loading import load_flux
 from multicrafter.pipeline import MultiCrafterPipeline
-from multicrafter.scoring.evaluate import (
-    EvaluateConfig,
-    Judges,
-    generate_cases,
-    score_pictures,
-    write_json,
-)
+from multicrafter.scoring.evaluate import EvaluateConfig, Judges, generate_cases, score_pictures
 from multicrafter.training.pretrain import measure_leakages
 from multicrafter.training.runs import run_align, run_pretrain
 from multicrafter.training.scenes import EncodedScenes, encode_scenes
@@ -310,7 +305,7 @@ class Laboratory:
         write_json(path, summary)
         self.pages.mkdir(parents=True, exist_ok=True)
         content = json.loads(path.read_text())
-        write_text(self.pages / f"{study.name}.md", _page(study, content, self.pages))
+        write_whole(self.pages / f"{study.name}.md", _page(study, content, self.pages))
         results_index.write(self.pages)
         return self.pages / f"{study.name}.md"
 

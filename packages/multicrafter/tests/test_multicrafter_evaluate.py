@@ -7,15 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from multicrafter.scoring.evaluate import (
-    Interval,
-    Judges,
-    bootstrap,
-    difference,
-    score_attributes,
-    score_pictures,
-    write_json,
-)
+from multicrafter.files import write_json
+from multicrafter.scoring.evaluate import Interval, Judges, bootstrap, difference, score_attributes, score_pictures
 from multicrafter.training.scenes import EncodedScenes
 from multicrafter.world import PEOPLE, WorldConfig, make_scenes
 from multicrafter.world.judges.aesthetics import aesthetics, colourfulness, sharpness

@@ -9,7 +9,7 @@ import sys
 
 import multicrafter
 import pytest
-from multicrafter._moved import MOVED
+from multicrafter._moved import MOVED, NAMES
 
 
 @pytest.fixture
@@ -58,11 +58,13 @@ except DeprecationWarning:
     assert done.stdout == "unknown\n", done.stderr
 
 
-def test_what_was_in_the_module_demo():
-    from multicrafter.demo import both_stages
-
-    with pytest.warns(DeprecationWarning, match=r"demo\.DemoConfig is now multicrafter\.demo\.both_stages\.DemoConfig"):
-        from multicrafter.demo import DemoConfig
-    assert DemoConfig is both_stages.DemoConfig
-    with pytest.raises(ImportError):
-        from multicrafter.demo import Nothing  # noqa: F401
+@pytest.mark.parametrize(("module", "name"), [(m, n) for m, names in NAMES.items() for n in names])
+def test_what_moved_out_of_a_module_is_still_there_and_says_so(module, name):
+    home, _, now = f"multicrafter.{NAMES[module][name]}".rpartition(".")
+    old = importlib.import_module(f"multicrafter.{module}")
+    assert name not in vars(old)
+    with pytest.warns(DeprecationWarning, match=rf"multicrafter\.{module}\.{name} is now {home}\.{now};"):
+        found = getattr(old, name)
+    assert found is getattr(importlib.import_module(home), now)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = old.nothing

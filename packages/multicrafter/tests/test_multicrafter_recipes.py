@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multicrafter.cli import main
 from multicrafter.config import recipes, settings
-from multicrafter.config.recipes import Stage1, Stage2, get_recipe, marks, resolve
+from multicrafter.config.provenance import STUDIED, provenance
+from multicrafter.config.recipes import Stage1, Stage2, get_recipe, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ def test_the_papers_numbers():
         assert (adapters.rank, adapters.num_experts, adapters.top_k) == (512, 4, 1)
     window = two.align.window()
     assert (two.align.num_sampling_steps, window.size, window.interval, window.stride) == (16, 2, 50, 1)
-    claimed = {k for run in (one, two) for k, v in marks(run).items() if v == "paper"}
+    claimed = {k for run in (one, two) for k, v in provenance(run).items() if v == "paper"}
     assert claimed == {
         "model.path", "model.backbone", "adapters.rank", "adapters.num_experts", "adapters.top_k", "world.size",
         "world.reference_size", "pretrain.adapters.rank", "pretrain.adapters.num_experts", "pretrain.adapters.top_k",
@@ -93,19 +94,19 @@ def test_the_papers_numbers():
         "align.window_interval",
     }  # fmt: skip
     changed = settings.override(one, ["pretrain.adapters.rank=64"])
-    assert marks(changed)["pretrain.adapters.rank"] == "ours"
+    assert provenance(changed)["pretrain.adapters.rank"] == "ours"
 
 
 def test_values_that_come_from_a_study_name_it():
     """Every study that is named has a page; a value that was changed does not come from it any more."""
     runs = [get_recipe(name) for name in recipes.RECIPES]
-    named = {(k, v.removeprefix("ours, see ")) for run in runs for k, v in marks(run).items() if "see" in v}
-    assert {k for k, _ in named} == set(recipes.STUDIED), "all of them are values of recipes, as they are chosen"
+    named = {(k, v.removeprefix("ours, see ")) for run in runs for k, v in provenance(run).items() if "see" in v}
+    assert {k for k, _ in named} == set(STUDIED), "all of them are values of recipes, as they are chosen"
     pages = Path(__file__).parents[3] / "docs" / "results"
     assert all((pages / f"{study}.md").is_file() for _, study in named)
     changed = settings.override(recipes.tiny_stage1(), ["pretrain.idar.coef=0.3"])
-    assert marks(changed)["pretrain.idar.coef"] == "ours"
-    assert marks(changed)["pretrain.idar.sigma_max"] == "ours, see regime"
+    assert provenance(changed)["pretrain.idar.coef"] == "ours"
+    assert provenance(changed)["pretrain.idar.sigma_max"] == "ours, see regime"
 
 
 def test_overrides():

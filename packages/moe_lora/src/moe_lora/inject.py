@@ -156,7 +156,7 @@ class MoELoRA:
             layer.state.jitter_seed = seed
 
     @contextmanager
-    def token_mask(self, mask: Bool[Tensor, "..."] | Mapping[str, Bool[Tensor, "..."]]) -> Iterator[None]:
+    def token_mask(self, mask: Bool[Tensor, ...] | Mapping[str, Bool[Tensor, ...]]) -> Iterator[None]:
         """Tokens with mask False (padding) are not routed, not computed, not counted inside the context.
 
         With gradient checkpointing, backward belongs inside the context too: it runs forward again.

@@ -47,7 +47,7 @@ class RoutingState:
     def __init__(self, config: MoELoRAConfig) -> None:
         """Nothing masked, nothing kept."""
         self.config = config
-        self.token_mask: Bool[Tensor, "..."] | None = None
+        self.token_mask: Bool[Tensor, ...] | None = None
         self.jitter_seed: int | None = None
         self.override: Override | None = None
         self.observers: list[Observer] = []

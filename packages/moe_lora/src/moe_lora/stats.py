@@ -221,7 +221,7 @@ def _per_row(
 @contextmanager
 def collect(
     handle: MoELoRA,
-    kinds: Int[Tensor, "..."] | Mapping[str, Int[Tensor, "..."]] | None = None,
+    kinds: Int[Tensor, ...] | Mapping[str, Int[Tensor, ...]] | None = None,
     kind_names: Sequence[str] | None = None,
 ) -> Iterator[RoutingLog]:
     """Counts where tokens go in all forward passes inside the context; padding and checkpointing's second passes are not counted.

@@ -1,4 +1,7 @@
-"""Where modules were before 0.2: an old name still imports, as the new module itself, with a DeprecationWarning. Leaves with 0.3."""
+"""Where modules and functions were before 0.2. An old name still works for one version, and a DeprecationWarning says the new one.
+
+A moved module imports as the new module itself. Where only a function moved out of a module, that module asks `moved_out`.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ import importlib.abc
 import importlib.machinery
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 MOVED = {
     "adapters": "models.adapters",
@@ -99,8 +103,27 @@ MOVED = {
     "trackers": "training.trackers",
 }
 """Old name below ``multicrafter`` -> new name below it."""
+NAMES = {
+    "config.recipes": {
+        "PAPER": "config.provenance.PAPER",
+        "STUDIED": "config.provenance.STUDIED",
+        "marks": "config.provenance.provenance",
+    },
+    "config.settings": {"write_text": "files.write_whole"},
+    "demo": {name: f"demo.both_stages.{name}" for name in ("Clock", "DemoConfig", "claims", "run")},
+    "photos.cache": {"fingerprint": "files.content_digest"},
+    "photos.write": {"replace": "files.write_whole"},
+    "scoring.evaluate": {"write_json": "files.write_json"},
+    "scoring.judges": {"hps_scorer": "photos.quality.hps_scorer"},
+}
+"""Module -> name that moved out of it -> its place and name now."""
 GONE = ("data",)
 """Packages that only held others."""
+
+
+def _warn(old: str, new: str) -> None:
+    message = f"{old} is now {new}; the old name leaves with multicrafter 0.3"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
 class _Alias(importlib.abc.Loader):
@@ -109,9 +132,7 @@ class _Alias(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__
         new = f"multicrafter.{MOVED[old.removeprefix('multicrafter.')]}"
-        warnings.warn(
-            f"{old} is now {new}; the old name leaves with multicrafter 0.3", DeprecationWarning, stacklevel=2
-        )
+        _warn(old, new)
         sys.modules[old] = importlib.import_module(new)
 
 
@@ -142,3 +163,18 @@ def install() -> None:
     """Makes the old names importable."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+
+
+def moved_out(module: str) -> Callable[[str], Any]:
+    """A ``__getattr__`` for a module from which `NAMES` moved."""
+    names = NAMES[module.removeprefix("multicrafter.")]
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        new = f"multicrafter.{names[name]}"
+        _warn(f"{module}.{name}", new)
+        home, _, attribute = new.rpartition(".")
+        return getattr(importlib.import_module(home), attribute)
+
+    return get

@@ -11,7 +11,7 @@ from typing import Any
 
 def compare(arguments: argparse.Namespace) -> int:
     """Two runs, case by case: intervals and paired tests."""
-    from multicrafter.photos.write import replace
+    from multicrafter.files import write_whole
     from multicrafter.scoring.leaderboard import compare_runs
     from multicrafter.scoring.pages import compare_page
     from multicrafter.scoring.score import Scores
@@ -40,7 +40,7 @@ def compare(arguments: argparse.Namespace) -> int:
             content = compare_page(a, b, result, notes)
         else:
             raise ValueError(f"--out must end in .html or .json, got {str(arguments.out)!r}")
-        print(f"written to {replace(arguments.out, content)}")
+        print(f"written to {write_whole(arguments.out, content)}")
     return 0
 
 

@@ -14,8 +14,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
     """Metrics on unseen identities; with --pictures, of any model's pictures."""
     if arguments.pictures is not None:
         return score(arguments)
+    from multicrafter.files import write_json
     from multicrafter.pipeline import MultiCrafterPipeline
-    from multicrafter.scoring.evaluate import METRICS, EvaluateConfig, Judges, cases, summarise, table, write_json
+    from multicrafter.scoring.evaluate import METRICS, EvaluateConfig, Judges, cases, summarise, table
     from multicrafter.scoring.evaluate import evaluate as run
     from multicrafter.world import judges
 
@@ -40,7 +41,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def score(arguments: argparse.Namespace) -> int:
     """Pictures of any model, scored against a manifest."""
-    from multicrafter.photos.write import replace
+    from multicrafter.files import write_whole
     from multicrafter.scoring.judges import JudgeConfig, Judges
     from multicrafter.scoring.manifest import find_cases, read_prompts
     from multicrafter.scoring.pages import number, run_page
@@ -75,7 +76,7 @@ def score(arguments: argparse.Namespace) -> int:
     if scores.missing:
         print(f"note: {len(scores.missing)} pictures are missing", file=sys.stderr)
     print(
-        f"written to {scores.save(arguments.out / 'scores.json')} and {replace(arguments.out / 'report.html', run_page(scores))}"
+        f"written to {scores.save(arguments.out / 'scores.json')} and {write_whole(arguments.out / 'report.html', run_page(scores))}"
     )
     return 0
 

@@ -10,7 +10,7 @@ from typing import Any
 
 def leaderboard(arguments: argparse.Namespace) -> int:
     """Several runs in one table."""
-    from multicrafter.photos.write import replace
+    from multicrafter.files import write_whole
     from multicrafter.scoring.leaderboard import as_markdown
     from multicrafter.scoring.leaderboard import leaderboard as make
     from multicrafter.scoring.pages import leaderboard_page
@@ -29,7 +29,7 @@ def leaderboard(arguments: argparse.Namespace) -> int:
             if arguments.out.suffix == ".md"
             else leaderboard_page(arguments.title, board.rows, board.names, board.notes)
         )
-        print(f"written to {replace(arguments.out, whole)}")
+        print(f"written to {write_whole(arguments.out, whole)}")
     return 0
 
 

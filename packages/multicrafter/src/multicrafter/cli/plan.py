@@ -11,7 +11,7 @@ from typing import Any
 def plan(arguments: argparse.Namespace) -> int:
     """Whether a run fits, and what a step takes: memory, arithmetic, traffic, time; without weights."""
     from multicrafter.config.run_options import chosen
-    from multicrafter.config.settings import write_text
+    from multicrafter.files import write_whole
     from multicrafter.plan import CARDS, card_for, measure, predict
     from multicrafter.plan.estimate import rows_of, with_cache
 
@@ -29,7 +29,7 @@ def plan(arguments: argparse.Namespace) -> int:
     name = arguments.recipe or str(arguments.config)
     print(as_markdown(name, plans))
     if arguments.out is not None:
-        write_text(arguments.out, json.dumps({"run": name, "plans": [as_dict(p) for p in plans]}, indent=1) + "\n")
+        write_whole(arguments.out, json.dumps({"run": name, "plans": [as_dict(p) for p in plans]}, indent=1) + "\n")
         print(f"written to {arguments.out}")
     return 0
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from gspo import PolicyConfig
 
+from multicrafter._moved import moved_out
 from multicrafter.config import settings
+from multicrafter.config.provenance import provenance
+from multicrafter.files import write_whole
 from multicrafter.models.adapters import AdapterConfig
 from multicrafter.scoring.evaluate import EvaluateConfig
 from multicrafter.training.align import AlignConfig
@@ -195,47 +198,6 @@ RECIPES: dict[str, Callable[..., Run]] = {
     for f in (tiny_stage1, tiny_stage2, flux1_dev_stage1, flux1_dev_stage2, flux2_klein_stage1, flux2_klein_stage2)
 }
 
-PAPER: dict[str, Any] = {
-    "model.path": "black-forest-labs/FLUX.1-dev",
-    "model.backbone": "flux1_dev",
-    **{
-        f"{prefix}adapters.{k}": v
-        for prefix in ("", "pretrain.")
-        for k, v in (("rank", 512), ("num_experts", 4), ("top_k", 1))
-    },
-    **{f"{prefix}world.{k}": v for prefix in ("", "pretrain.") for k, v in (("size", 512), ("reference_size", 320))},
-    "align.num_sampling_steps": 16,
-    "align.window_size": 2,
-    "align.window_interval": 50,
-}
-"""What the paper publishes, by dotted name; a value that differs, and every other value, is ours."""
-
-STUDIED: dict[str, tuple[str, Any]] = {
-    **{f"pretrain.idar.{k}": ("regime", v) for k, v in settings.to_dict(IDARConfig()).items()},
-    "align.policy.ratio": ("ratios", "sequence"),
-    "align.routing_replay": ("ratios", False),
-    "align.policy.clip_range": ("gspo", "auto"),
-    **{f"align.reward.{k}": ("reward_hacking", v) for k, v in (("convention", "multicrafter"), ("extra_penalty", 0.5))},
-}
-"""The page of docs/results that a value comes from, and that value, by dotted name."""
-
-
-def marks(run: Run) -> dict[str, str]:
-    """For every value of a run: "paper", "ours", or "ours, see" and the study that it comes from.
-
-    >>> found = marks(flux1_dev_stage1())
-    >>> found["pretrain.adapters.rank"], found["pretrain.idar.coef"], found["pretrain.lr"]
-    ('paper', 'ours, see regime', 'ours')
-    """
-
-    def mark(name: str, value: Any) -> str:
-        if name in PAPER and PAPER[name] == value:
-            return "paper"
-        study, chosen = STUDIED.get(name, ("", None))
-        return f"ours, see {study}" if study and chosen == value else "ours"
-
-    return {k: mark(k, v) for k, v in settings.leaves(settings.to_dict(run)).items()}
-
 
 def get_recipe(name: str, *, seed: int = 0) -> Run:
     """A run by its recipe's name.
@@ -271,5 +233,9 @@ def resolve(
 
 def save(path: Path, run: Run) -> Path:
     """Writes a run as YAML, every value with its mark; `resolve` reads it back as it was."""
-    settings.write_text(path, settings.as_yaml(settings.to_dict(run), marks(run)))
+    write_whole(path, settings.as_yaml(settings.to_dict(run), provenance(run)))
     return path
+
+
+if not TYPE_CHECKING:  # what moved elsewhere, for one version
+    __getattr__ = moved_out(__name__)

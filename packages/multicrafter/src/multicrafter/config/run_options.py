@@ -50,10 +50,10 @@ def chosen(arguments: argparse.Namespace, default: Run | None = None, flags: Map
 
 def annotate(out: Path, **notes: Any) -> None:
     """Adds notes (sizes, the base) to the adapters of a finished run, so that they load without being told."""
-    from multicrafter.config.settings import write_text
+    from multicrafter.files import write_whole
 
     for folder in ("adapter", "adapter_ema"):
         path = out / folder / "adapter.json"
         if path.is_file():
             known = {k: v for k, v in notes.items() if v is not None}
-            write_text(path, json.dumps({**json.loads(path.read_text()), **known}, indent=2) + "\n")
+            write_whole(path, json.dumps({**json.loads(path.read_text()), **known}, indent=2) + "\n")

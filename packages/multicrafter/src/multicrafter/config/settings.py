@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from multicrafter._moved import moved_out
 
 Config = TypeVar("Config")
 
@@ -177,14 +178,6 @@ def as_yaml(content: Mapping[str, Any], marks: Mapping[str, str] | None = None) 
     return "\n".join(lines) + "\n"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def read(path: str | Path) -> dict[str, Any]:
     """A YAML (or JSON) file as a dict.
 
@@ -202,3 +195,7 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(content).__name__}")
     return content
+
+
+if not TYPE_CHECKING:  # what moved elsewhere, for one version
+    __getattr__ = moved_out(__name__)

@@ -8,16 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from multicrafter.files import write_json
 from multicrafter.pipeline import load_flux
-from multicrafter.scoring.evaluate import (
-    EvaluateConfig,
-    Judges,
-    cases,
-    generate_cases,
-    score_pictures,
-    summarise,
-    write_json,
-)
+from multicrafter.scoring.evaluate import EvaluateConfig, Judges, cases, generate_cases, score_pictures, summarise
 
 GUIDANCE = 3.5  # what FLUX pipelines sample with by default
 

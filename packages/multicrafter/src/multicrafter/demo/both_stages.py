@@ -15,19 +15,10 @@ import torch
 from multicrafter.config.recipes import ablation
 from multicrafter.demo import figures
 from multicrafter.demo.report import write_report
+from multicrafter.files import write_json
 from multicrafter.models.adapters import Adapters
 from multicrafter.pipeline import MultiCrafterPipeline, load_flux
-from multicrafter.scoring.evaluate import (
-    METRICS,
-    EvaluateConfig,
-    Judges,
-    cases,
-    difference,
-    evaluate,
-    summarise,
-    table,
-    write_json,
-)
+from multicrafter.scoring.evaluate import METRICS, EvaluateConfig, Judges, cases, difference, evaluate, summarise, table
 from multicrafter.training.runs import run_align, run_pretrain
 from multicrafter.training.scenes import encode_scenes
 from multicrafter.world import judges

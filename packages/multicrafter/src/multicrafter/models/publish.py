@@ -10,12 +10,11 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from multicrafter import __version__
-
-if TYPE_CHECKING:
-    from multicrafter.pipeline import MultiCrafterPipeline
+from multicrafter.models.adapters import Adapters
+from multicrafter.models.backbones import Backbone
 
 CARD = """
 # {title}
@@ -41,6 +40,28 @@ picture = pipeline("two people in the park", references=[first, second])[0]
 It draws at most as many subjects as it was trained for ({references}); with more they blend. The licence of the base
 ({licence}) binds what is drawn with it. Pictures of real people are personal data: have their consent.
 """
+
+
+class Publishable(Protocol):
+    """What is saved: a `MultiCrafterPipeline`, or what has the same parts."""
+
+    pipe: Any
+    adapters: Adapters | None
+    notes: dict[str, Any]
+    backbone: Backbone
+    loras: dict[str, float]
+
+    @property
+    def size(self) -> int:
+        """Side of its pictures in pixels."""
+
+    @property
+    def reference_size(self) -> int:
+        """Side of its references in pixels."""
+
+    @property
+    def max_references(self) -> int:
+        """Subjects it was trained for."""
 
 
 def base_of(model: str | Path) -> str | None:
@@ -76,7 +97,7 @@ def _base_on_hub(model: str | Path) -> str | None:
     return str(meta["base_model"]) if meta.get("base_model") else None
 
 
-def save_pretrained(pipeline: MultiCrafterPipeline, folder: Path, *, base: bool = False) -> Path:
+def save_pretrained(pipeline: Publishable, folder: Path, *, base: bool = False) -> Path:
     """Writes ``adapter.json``, ``adapter.safetensors`` and ``README.md``, with ``base`` also the pipeline of diffusers.
 
     Everything appears at once, through a temporary folder; files of an earlier call are replaced, others stay.
@@ -108,15 +129,13 @@ def save_pretrained(pipeline: MultiCrafterPipeline, folder: Path, *, base: bool 
     return folder
 
 
-def _source(pipeline: MultiCrafterPipeline) -> str:
+def _source(pipeline: Publishable) -> str:
     """Where the base came from: diffusers remembers it; else where the backbone's weights are."""
     return str(getattr(pipeline.pipe, "name_or_path", "") or pipeline.backbone.hub_id)
 
 
-def _save_base(pipeline: MultiCrafterPipeline, folder: Path) -> None:
+def _save_base(pipeline: Publishable, folder: Path) -> None:
     """The pipeline without adapters: they come off for the moment and go on again."""
-    from multicrafter.models.adapters import Adapters
-
     if pipeline.loras:
         raise ValueError(f"base can only be saved without mixed-in LoRAs, got {sorted(pipeline.loras)}")
     adapters = pipeline.adapters
@@ -132,7 +151,7 @@ def _save_base(pipeline: MultiCrafterPipeline, folder: Path) -> None:
         pipeline.adapters.load_state_dict(state)
 
 
-def adapter_card(pipeline: MultiCrafterPipeline, title: str) -> str:
+def adapter_card(pipeline: Publishable, title: str) -> str:
     """The model card (Markdown with the hub's YAML header), from adapter.json and the run beside it."""
     from huggingface_hub import ModelCardData
 
@@ -187,7 +206,7 @@ def _run_section(folder: Any) -> str:
 
 
 def push_to_hub(
-    pipeline: MultiCrafterPipeline,
+    pipeline: Publishable,
     repo_id: str,
     *,
     base: bool = False,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from multicrafter import __version__
+from multicrafter.files import write_whole
 from multicrafter.photos import select, stages, write
 from multicrafter.photos.cache import Cache
 from multicrafter.photos.config import BuildConfig
@@ -100,7 +101,7 @@ def build(
         json.dumps({k: v for k, v in d._asdict().items() if v not in (None, "")} | {"path": printable(d.path)}) + "\n"
         for d in run.drops
     )
-    write.replace(out / "dropped.jsonl", "".join(lines))
+    write_whole(out / "dropped.jsonl", "".join(lines))
     whole = write.write_dataset(out, splits, config.write, about, files=files)
     write_report(out, whole, splits, kept, masks, files)
     if files != out:

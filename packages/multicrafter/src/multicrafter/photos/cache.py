@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from multicrafter._moved import moved_out
 
 Result = dict[str, Any]
-
-
-def fingerprint(content: object) -> str:
-    """Sixteen hexadecimal digits of a JSON value's SHA-256, the same for equal values.
-
-    >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
-    True
-    """
-    text = json.dumps(content, sort_keys=True, default=str, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Cache:
@@ -110,3 +101,7 @@ class _Transaction:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.file.execute("ROLLBACK" if kind is not None else "COMMIT")
+
+
+if not TYPE_CHECKING:  # what moved elsewhere, for one version
+    __getattr__ = moved_out(__name__)

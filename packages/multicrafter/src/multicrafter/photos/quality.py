@@ -39,10 +39,15 @@ def aesthetics_scorer(name: str) -> Scorer | None:
     if kind == "none":
         return None
     if kind == "hps":
-        from multicrafter.scoring.judges import hps_scorer
-
         return hps_scorer(path)
     return closed_form
+
+
+def hps_scorer(path: str) -> Scorer:
+    """HPSv2 or v2.1 from a local checkpoint (HPS_v2.1_compressed.pt), by id_reward."""
+    from id_reward.backends.aesthetics import HPSv2Scorer
+
+    return HPSv2Scorer.from_pretrained(path)
 
 
 def closed_form(

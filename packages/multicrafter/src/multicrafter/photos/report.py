@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from multicrafter.files import write_whole
 from multicrafter.photos.cache import Result
 from multicrafter.photos.pictures import unpack_masks
 from multicrafter.photos.select import Photo
-from multicrafter.photos.write import Record, replace
+from multicrafter.photos.write import Record
 
 PAPER_AESTHETICS = 0.2552  # mean HPSv2 score of the paper's data (arXiv 2509.21953, Fig. 1)
 COLOURS = (
@@ -87,7 +88,7 @@ def histograms(path: Path, kept: Sequence[Photo], records: Sequence[Record], sco
         axis.tick_params(labelsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
-    return replace(path, buffer.getvalue())
+    return write_whole(path, buffer.getvalue())
 
 
 def overlay(picture: Any, planes: np.ndarray, subjects: Sequence[Mapping[str, Any]]) -> Any:
@@ -155,7 +156,7 @@ def write_report(
         name = f"sheet_{index // PER_SHEET}.jpg"
         buffer = io.BytesIO()
         contact_sheet(chosen[index : index + PER_SHEET], files).save(buffer, "JPEG", quality=88)
-        replace(out / "report" / name, buffer.getvalue())
+        write_whole(out / "report" / name, buffer.getvalue())
         sheets.append(name)
     subjects = [s for r in records for s in r["subjects"]]
     augmented = sum(s["references"][0]["augmented"] for s in subjects)
@@ -199,4 +200,4 @@ def write_report(
 {sheet_tags}
 <h2>Time</h2>{table(["stage", "photos", "computed now", "failed", "seconds", "ms per photo"], timing)}</html>
 """
-    return replace(out / "report.html", page)
+    return write_whole(out / "report.html", page)

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from multicrafter.files import content_digest
 from multicrafter.photos import captions, identities, people, pictures, select, stages
-from multicrafter.photos.cache import Cache, Result, fingerprint
+from multicrafter.photos.cache import Cache, Result
 from multicrafter.photos.config import BuildConfig
 from multicrafter.photos.engines import Engine, Job, Stage
 from multicrafter.photos.scan import Found, PhotoNote, Skipped, printable, read_notes, walk
@@ -36,7 +37,7 @@ class Run:
 
     def stage(self, stage: Stage, jobs: Sequence[Job], *, upstream: str = "") -> tuple[dict[str, Result], str]:
         """Results by key, computed where the cache has none; failures are dropped and not cached. Also the stage's fingerprint."""
-        name = f"{stage.name}:{fingerprint([stage.settings(), upstream])}"
+        name = f"{stage.name}:{content_digest([stage.settings(), upstream])}"
         known = self.cache.known(name)
         todo = [job for job in {j.key: j for j in jobs}.values() if job.key not in known]
         started, failed, done = time.perf_counter(), 0, 0
@@ -201,7 +202,7 @@ class Run:
     def mask(self, targets: list[Photo], upstream: str) -> dict[str, Result]:
         """Masks by stem."""
         jobs = {p.stem: Job(
-            f"{p.stem}.{fingerprint([f.number for f in p.usable])}", self.where(p),
+            f"{p.stem}.{content_digest([f.number for f in p.usable])}", self.where(p),
             {"faces": [f.box for f in p.usable], "bodies": [f.body for f in p.usable]},
         ) for p in targets}  # fmt: skip
         side = min(self.config.detect_side, self.config.write.max_side)
@@ -244,14 +245,14 @@ class Run:
                     for c in wanted
                 ],
             }  # fmt: skip
-            jobs[photo.stem] = Job(f"{photo.stem}.{fingerprint(inputs)}", self.where(photo), inputs)
+            jobs[photo.stem] = Job(f"{photo.stem}.{content_digest(inputs)}", self.where(photo), inputs)
         self._forget_missing(stage, jobs.values(), files)
         results, _ = self.stage(stage, list(jobs.values()))
         return {stem: results[job.key] for stem, job in jobs.items() if job.key in results}
 
     def _forget_missing(self, stage: Stage, jobs: Any, files: Path) -> None:
         """A cached result whose files are gone or cut short is no result."""
-        name = f"{stage.name}:{fingerprint([stage.settings(), ''])}"
+        name = f"{stage.name}:{content_digest([stage.settings(), ''])}"
         for key, result in self.cache.items(name, [j.key for j in jobs]):
             paths = result["files"].items()
             if not all((files / p).is_file() and (files / p).stat().st_size == size for p, size in paths):

@@ -165,13 +165,13 @@ def choose_references(photos: Sequence[Photo], config: ReferenceConfig) -> dict[
 
 def name_identities(faces: Sequence[tuple[str, int]], labels: Sequence[int]) -> dict[tuple[str, int], str]:
     """A name for every face's identity, made of the group's smallest face: the same from build to build."""
-    from multicrafter.photos.cache import fingerprint
+    from multicrafter.files import content_digest
 
     smallest: dict[int, tuple[str, int]] = {}
     for face, label in sorted(zip(faces, np.asarray(labels).tolist(), strict=True)):
         smallest.setdefault(label, face)
     return {
-        face: f"id_{fingerprint(smallest[label])[:12]}"
+        face: f"id_{content_digest(smallest[label])[:12]}"
         for face, label in zip(faces, np.asarray(labels).tolist(), strict=True)
     }
 

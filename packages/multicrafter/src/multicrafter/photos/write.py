@@ -9,21 +9,14 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from multicrafter._moved import moved_out
+from multicrafter.files import write_whole
 from multicrafter.photos import schema
 from multicrafter.photos.config import WriteConfig
 
 Record = dict[str, Any]
-
-
-def replace(path: Path, content: bytes | str) -> Path:
-    """Writes a file through a temporary name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    os.replace(temporary, path)
-    return path
 
 
 def _chunks(records: Sequence[Record], size: int) -> list[Sequence[Record]]:
@@ -41,7 +34,7 @@ def write_parquet(folder: Path, split: str, records: Sequence[Record], config: W
         name = f"manifest/{split}-{index:05d}-of-{len(parts):05d}.parquet"
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(list(part), schema=schema.arrow_schema()), buffer)
-        replace(folder / name, buffer.getvalue())
+        write_whole(folder / name, buffer.getvalue())
         names.append(name)
     return names
 
@@ -52,7 +45,7 @@ def write_jsonl(folder: Path, split: str, records: Sequence[Record], config: Wri
     parts = _chunks(records, config.shard_size)
     for index, part in enumerate(parts):
         name = f"manifest/{split}-{index:05d}-of-{len(parts):05d}.jsonl"
-        replace(folder / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in part))
+        write_whole(folder / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in part))
         names.append(name)
     return names
 
@@ -152,8 +145,8 @@ def write_dataset(
         "schema": schema.VERSION, "format": config.format, "splits": {s: len(r) for s, r in splits.items()},
         "files": named, "pattern": pattern, **about,
     }  # fmt: skip
-    replace(folder / "README.md", card(folder.name, whole))
-    replace(folder / "dataset.json", json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    write_whole(folder / "README.md", card(folder.name, whole))
+    write_whole(folder / "dataset.json", json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     keep = {name for names in named.values() for name in names}
     if config.format != "webdataset":
         keep |= {path for records in splits.values() for record in records for path in record_files(record)}
@@ -184,3 +177,7 @@ def remove_others(folder: Path, keep: set[str]) -> int:
         if (folder / part).is_dir() and not any((folder / part).iterdir()):
             shutil.rmtree(folder / part)
     return gone
+
+
+if not TYPE_CHECKING:  # what moved elsewhere, for one version
+    __getattr__ = moved_out(__name__)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +13,7 @@ import torch
 from id_reward import IdentityScorer, match
 from torch import Tensor
 
+from multicrafter._moved import moved_out
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.flux.model import sample
 from multicrafter.training.pretrain import measure_leakage
@@ -260,21 +259,5 @@ def table(rows: Mapping[str, Mapping[str, Interval]]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: Path, content: object) -> None:
-    """Writes JSON through a temporary name; NaN becomes null."""
-
-    def clean(x: object) -> object:
-        if isinstance(x, tuple) and hasattr(x, "_asdict"):
-            return clean(x._asdict())
-        if isinstance(x, Mapping):
-            return {str(k): clean(v) for k, v in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [clean(v) for v in x]
-        if isinstance(x, float):
-            return x if np.isfinite(x) else None
-        return x
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(clean(content), indent=1) + "\n")
-    os.replace(temporary, path)
+if not TYPE_CHECKING:  # what moved elsewhere, for one version
+    __getattr__ = moved_out(__name__)

@@ -14,6 +14,8 @@ from id_reward import FaceBackend, Scorer
 from id_reward.backends.loading import load
 from jaxtyping import Float
 
+from multicrafter._moved import moved_out
+
 if TYPE_CHECKING:
     from id_reward.backends.text import ClipEncoder
     from PIL import Image
@@ -105,13 +107,6 @@ def dino_embedder(folder: str) -> Embed:
     return DinoEmbedder.from_pretrained(folder).embed
 
 
-def hps_scorer(path: str) -> Scorer:
-    """HPSv2 or v2.1 from a local checkpoint (HPS_v2.1_compressed.pt), by id_reward."""
-    from id_reward.backends.aesthetics import HPSv2Scorer
-
-    return HPSv2Scorer.from_pretrained(path)
-
-
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
     """Which models score; a metric whose model is not given is left out.
@@ -179,3 +174,7 @@ def _identity(value: str) -> str:
         if file.suffix == ".json":
             digest.update(json.dumps(json.loads(file.read_text(encoding="utf-8")), sort_keys=True).encode())
     return f"{kind}:{folder.name}@{digest.hexdigest()[:10]}".lstrip(":")
+
+
+if not TYPE_CHECKING:  # what moved elsewhere, for one version
+    __getattr__ = moved_out(__name__)

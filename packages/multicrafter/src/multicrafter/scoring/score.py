@@ -15,8 +15,7 @@ from id_reward import Faces, cosine_similarity, score_similarity
 from id_reward.images import open_image
 from tqdm import tqdm
 
-from multicrafter.photos.cache import fingerprint
-from multicrafter.photos.write import replace
+from multicrafter.files import content_digest, write_whole
 from multicrafter.scoring import metrics
 from multicrafter.scoring.judges import Judges
 from multicrafter.scoring.manifest import Benchmark, Case, Reference
@@ -97,7 +96,7 @@ class Scores:
             "by_category": {c: {n: _clean(e._asdict()) for n, e in part.items()} for c, part in self.by_category().items()},
             "what": {n: metrics.METRICS[n].text for n in self.names}, "cases": self.cases,
         }  # fmt: skip
-        return replace(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        return write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Scores:
@@ -183,7 +182,11 @@ def _thumbnail(picture: Image.Image, side: int = 160) -> Image.Image:
 def score(benchmark: Benchmark, judges: Judges, *, name: str, batch: int = 8, progress: bool = True) -> Scores:
     """Scores every case; a picture that cannot be read is a problem of its own and counts as missing."""
     prompts = sorted({(c.group, c.prompt.prompt) for c in benchmark.cases} | {(k, "") for k in benchmark.missing})
-    about = {"judges": judges.describe(), "format": benchmark.format, "prompts": fingerprint([g for g, _ in prompts])}
+    about = {
+        "judges": judges.describe(),
+        "format": benchmark.format,
+        "prompts": content_digest([g for g, _ in prompts]),
+    }
     scores = Scores(name, about, [], list(benchmark.missing))
     references = _References(judges, scores.problems)
     with tqdm(total=len(benchmark.cases), desc="score", unit="picture", disable=not progress, file=sys.stderr) as bar:
