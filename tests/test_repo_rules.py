@@ -39,6 +39,14 @@ def test_source_never_imports_tests_or_tools():
     assert {str(path): found for path in SOURCES if (found := imported(path) & forbidden)} == {}
 
 
+def test_benchmarks_of_a_leaf_need_the_leaf_alone():
+    """Packages keep timings of their own; what imports multicrafter to learn something is a study, in studies/."""
+    leaves = [p for p in ROOT.glob("packages/*/benchmarks/**/*.py") if "multicrafter" not in p.parts]
+    assert leaves and [p for p in leaves if imported(p) & {"multicrafter", "studies", "benchmarks"}] == []
+    timings = ROOT.glob("packages/multicrafter/benchmarks/*.py")
+    assert [p for p in timings if not p.name.startswith(("bench_", "results_"))] == []
+
+
 def test_nothing_is_unpickled():
     for path in SOURCES:
         assert not imported(path) & {"pickle", "dill", "joblib", "shelve", "marshal"}, path
