@@ -87,8 +87,10 @@ def test_operators_keep_their_contract(direction: str) -> None:
     from idar import streaming
 
     q, k = (torch.randn(1, 9, 2, 4, dtype=torch.float64).transpose(1, 2).requires_grad_() for _ in "qk")
+    bias = torch.zeros(1, 1, 9, 9, dtype=torch.float64)
+    bias[..., 1:3, 7:] = bias[..., 7:, 1:3] = -torch.inf
     if direction == "reference_to_image":
         rows = [torch.arange(5, 7), torch.arange(7, 9)]
-        torch.library.opcheck(streaming.reference_to_image, (q, k, rows, [1, 5], None, 0.5, 8))
+        torch.library.opcheck(streaming.reference_to_image, (q, k, rows, [1, 5], None, bias, 0.5, 8))
     else:
-        torch.library.opcheck(streaming.image_to_reference, (q, k, [1, 5], [5, 7, 7, 9], None, 0.5, 8))
+        torch.library.opcheck(streaming.image_to_reference, (q, k, [1, 5], [5, 7, 7, 9], None, bias, 0.5, 8))

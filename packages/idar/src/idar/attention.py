@@ -53,6 +53,7 @@ def subject_attention(
     chunk_size: int | None = None,
     scale: float | None = None,
     key_mask: Bool[Tensor, "b n"] | None = None,
+    bias: Float[Tensor, "_b _h n n"] | None = None,
     num_samples: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "b s m"]:
@@ -77,6 +78,8 @@ def subject_attention(
         chunk_size: Scores held at a time, at least 1; by default 2^20 on CPU (4 MiB in fp32), 2^22 elsewhere.
         scale: Factor of the scores, in place of ``d ** -0.5``.
         key_mask: False where a key takes no part (padding of the text).
+        bias: Added to the scores, (b or 1, h or 1, n, n), such as `idar.separation_bias`; -inf forbids an arrow. No gradient flows
+            into it. The map of a reference that may look nowhere in the picture is 0.
         num_samples: Estimate from so many queries of each reference instead of all ("reference_to_image" only), see
             `stratified_subset`. Unbiased. With f_q the map of query q alone, the variance of every entry is
             ``(1 / num_samples^2) * sum over strata of Var_stratum(f_q)``, at most ``Var(f_q) / num_samples``.
@@ -104,9 +107,13 @@ def subject_attention(
         raise ValueError(f"key_mask must be (b, n) = {(query.shape[0], query.shape[2])}, got {tuple(key_mask.shape)}")
     if key_mask is not None and not bool(key_mask[:, slice(*image_span)].any(1).all()):
         raise ValueError("key_mask must leave at least one image token to every sample, got one that hides them all")
+    if bias is not None:
+        b, h, n, _ = query.shape
+        if bias.dim() != 4 or bias.shape[0] not in (1, b) or bias.shape[1] not in (1, h) or bias.shape[2:] != (n, n):
+            raise ValueError(f"bias must be ({b} or 1, {h} or 1, {n}, {n}), got {tuple(bias.shape)}")
     rows = draw_queries(subject_spans, direction, num_samples, generator)
     maps = streaming_maps(
-        query, key, rows, subject_spans, image_span, image_span, direction, chunk_size, scale, key_mask
+        query, key, rows, subject_spans, image_span, image_span, direction, chunk_size, scale, key_mask, bias
     )
     if not bool(torch.isfinite(maps.detach()).all()):
         raise ValueError("query and key must be finite, got NaN or infinity where subjects and image meet")
@@ -140,16 +147,17 @@ def streaming_maps(
     chunk_size: int | None = None,
     scale: float | None = None,
     key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`subject_attention` without its checks; image tokens may have other places among the queries than among the keys."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     chunk = chunk_size or (1 << 20 if query.device.type == "cpu" else 1 << 22)
     if direction == "reference_to_image":
         rows = [r.to(query.device) for r in rows]
-        looks: Tensor = streaming.reference_to_image(query, key, rows, list(image_keys), key_mask, scale, chunk)
+        looks: Tensor = streaming.reference_to_image(query, key, rows, list(image_keys), key_mask, bias, scale, chunk)
         return looks
     spans = [edge for span in subject_spans for edge in span]
-    takes: Tensor = streaming.image_to_reference(query, key, list(image_queries), spans, key_mask, scale, chunk)
+    takes: Tensor = streaming.image_to_reference(query, key, list(image_queries), spans, key_mask, bias, scale, chunk)
     return takes
 
 

@@ -1,91 +1,23 @@
 """Watches the attention of chosen modules while a model runs, and aggregates subject maps over them.
 
-Nothing in the model is replaced but the entry of each watched module: inside it, the call of
-``torch.nn.functional.scaled_dot_product_attention`` is seen on its way, with the very queries and keys (normalised, rotated) that the
-model uses. So outputs stay bit-equal, no rotary embedding has to be known, and the backward keeps no tensor that attention does
-not keep anyway.
+Modules are met at their entry (`idar.intercept`): outputs stay bit-equal, no rotary embedding has to be known, and the backward keeps
+no tensor that attention does not keep anyway. What `separate_subjects` forbids is forbidden in the maps too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from idar.attention import Direction, Span, check_direction, check_spans, draw_queries, streaming_maps
-
-_ATTENTION = torch.nn.functional.scaled_dot_product_attention
-
-
-@dataclass(frozen=True, kw_only=True)
-class SubjectLayout:
-    """Where things are in the joint sequence of attention.
-
-    Attributes:
-        num_text: Text tokens.
-        image_span: (start, stop) of the image tokens in the joint sequence.
-        subject_spans: (start, stop) of every reference in the joint sequence.
-    """
-
-    num_text: int
-    image_span: Span
-    subject_spans: tuple[Span, ...]
-
-    def __post_init__(self) -> None:
-        check_spans(self.stop, self.subject_spans, self.image_span)
-        if self.num_text < 0:
-            raise ValueError(f"num_text must not be negative, got {self.num_text}")
-
-    @property
-    def stop(self) -> int:
-        """The first position after the image and all references."""
-        return max(stop for _, stop in [self.image_span, *self.subject_spans])
-
-    @property
-    def num_image(self) -> int:
-        """Image tokens."""
-        return self.image_span[1] - self.image_span[0]
-
-    @classmethod
-    def in_order(
-        cls, num_text: int, num_image: int, num_references: Sequence[int], *, text: Literal["first", "last"] = "first"
-    ) -> SubjectLayout:
-        """The layout ``[text | image | reference_1 | ...]`` of FLUX and Qwen-Image, or with the text last as in SD3.
-
-        >>> SubjectLayout.in_order(4, 8, [2, 2]).subject_spans
-        ((12, 14), (14, 16))
-        """
-        if text not in ("first", "last"):
-            raise ValueError(f"text must be 'first' or 'last', got {text!r}")
-        begin = num_text if text == "first" else 0
-        spans, start = [], begin + num_image
-        for count in num_references:
-            spans.append((start, start + count))
-            start += count
-        return cls(num_text=num_text, image_span=(begin, begin + num_image), subject_spans=tuple(spans))
-
-
-class _Watch(TorchFunctionMode):
-    """Remembers the first attention call that holds every key of the layout."""
-
-    def __init__(self, num_keys: int) -> None:
-        super().__init__()
-        self.num_keys = num_keys
-        self.seen: dict[str, Any] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is _ATTENTION and not self.seen:
-            call = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
-            if call["key"].shape[2] >= self.num_keys:
-                self.seen = call
-        return func(*args, **kwargs)
+from idar.attention import Direction, check_direction, draw_queries, streaming_maps
+from idar.intercept import Call, Visitor, additive, meet
+from idar.layout import SubjectLayout
 
 
 class _Block:
@@ -125,7 +57,7 @@ class CapturedMaps:
         for block in self._blocks:
             block.done, block.maps = False, None
 
-    def _add(self, block: _Block, call: dict[str, Any]) -> None:
+    def _add(self, block: _Block, call: Call) -> None:
         maps = _maps_of_call(call, self)
         again = block.done
         if again and maps.requires_grad and not block.differentiable:
@@ -166,7 +98,7 @@ def stack_blocks(captured: CapturedMaps) -> Float[Tensor, "k b s n"]:
     return torch.stack(list(captured.blocks.values()))
 
 
-def _maps_of_call(call: dict[str, Any], captured: CapturedMaps) -> Tensor:
+def _maps_of_call(call: Call, captured: CapturedMaps) -> Tensor:
     """Maps from the arguments of an attention call."""
     layout = captured.layout
     query, key = call["query"], call["key"]
@@ -182,6 +114,7 @@ def _maps_of_call(call: dict[str, Any], captured: CapturedMaps) -> Tensor:
             )
         before = sum(stop - start for start, stop in layout.subject_spans if stop <= image[0])
         image = (image[0] - before, image[1] - before)
+    key_mask, bias = _split_mask(call.get("attn_mask"), query, key)
     return streaming_maps(
         query,
         key,
@@ -192,33 +125,22 @@ def _maps_of_call(call: dict[str, Any], captured: CapturedMaps) -> Tensor:
         captured.direction,
         captured.chunk_size,
         call.get("scale"),
-        _key_mask(call.get("attn_mask"), key),
+        key_mask,
+        bias,
     )
 
 
-def _key_mask(mask: Tensor | None, key: Tensor) -> Tensor | None:
-    """The (b, n) form of a mask that hides keys from all queries alike."""
+def _split_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The mask of an attention call as (b, n) over keys, where it hides keys from all queries alike, else as a bias (b, h, q, k)."""
     if mask is None:
-        return None
-    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != 1:
-        raise ValueError(f"the attention mask must be boolean (b, 1, 1, n), got {mask.dtype} {tuple(mask.shape)}")
-    return mask[:, 0, 0].expand(key.shape[0], -1)
-
-
-def _watched(forward: Callable[..., Any], block: _Block, captured: CapturedMaps) -> Callable[..., Any]:
-    def watched_forward(*args: Any, **kwargs: Any) -> Any:
-        watch = _Watch(captured.layout.stop)
-        with watch:
-            output = forward(*args, **kwargs)
-        if not watch.seen:
-            raise ValueError(
-                f"{block.name} must call torch's scaled_dot_product_attention (diffusers' 'native' attention backend) on a sequence "
-                f"that holds the layout's {captured.layout.stop} tokens, got no such call"
-            )
-        captured._add(block, watch.seen)
-        return output
-
-    return watched_forward
+        return None, None
+    if mask.dim() != 4:
+        raise ValueError(f"the attention mask must be (b, h or 1, q or 1, n), got {tuple(mask.shape)}")
+    if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
+        return mask[:, 0, 0].expand(key.shape[0], -1), None
+    bias = additive(mask, query)
+    assert bias is not None
+    return None, bias.detach().expand(-1, -1, query.shape[2], -1)
 
 
 @contextmanager
@@ -254,21 +176,20 @@ def capture_attention(
     check_direction(direction)
     fixed = layout if isinstance(layout, SubjectLayout) else SubjectLayout.in_order(0, 1, [1])
     captured = CapturedMaps(direction, fixed, keep_blocks, num_samples, generator, chunk_size)
-    captured._blocks = [_Block(name) for name in modules]
+    blocks = {name: _Block(name) for name in modules}
+    captured._blocks = list(blocks.values())
     captured.start()
 
     def begin(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         captured.start(None if isinstance(layout, SubjectLayout) else layout(kwargs))
 
+    def visitor_of(name: str) -> Visitor:
+        block = blocks[name]  # a cell of its own: torch.compile must not see the name, or it compiles every block anew
+        return Visitor(num_keys=lambda: captured.layout.stop, watch=lambda call: captured._add(block, call))
+
     hook = model.register_forward_pre_hook(begin, with_kwargs=True)
-    before = {name: module.__dict__.get("forward") for name, module in modules.items()}
     try:
-        for block, module in zip(captured._blocks, modules.values(), strict=True):
-            module.forward = _watched(module.forward, block, captured)
-        yield captured
+        with meet(modules, visitor_of):
+            yield captured
     finally:
         hook.remove()
-        for name, module in modules.items():
-            module.__dict__.pop("forward", None)
-            if before[name] is not None:
-                module.__dict__["forward"] = before[name]

@@ -64,6 +64,77 @@ def token_masks(
     return torch.einsum("ry,bsyx,cx->bsrc", rows, masks, columns).flatten(2).clamp_(0, 1)
 
 
+def owner_masks(coverage: Float[Tensor, "b s n"], *, threshold: float = 0.15) -> Float[Tensor, "b s n"]:
+    """Each token goes to the subject that covers most of it, if that is at least ``threshold``; 1 for its owner, else 0.
+
+        owner(j) = argmax_i C_ij   where max_i C_ij >= threshold, else nobody
+
+    Args:
+        coverage: Share of each token that each subject covers (`token_masks`), or any score to be compared.
+        threshold: Tokens that are covered less belong to nobody; positive.
+
+    Raises:
+        ValueError: The threshold is not positive, or coverage is not finite.
+
+    >>> owner_masks(torch.tensor([[[0.9, 0.3, 0.1], [0.1, 0.4, 0.0]]])).tolist()
+    [[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]
+    """
+    if coverage.dim() != 3 or not bool(torch.isfinite(coverage).all()):
+        raise ValueError(f"coverage must be finite and (b, s, n), got {tuple(coverage.shape)}")
+    if not threshold > 0:
+        raise ValueError(f"threshold must be positive, got {threshold}")
+    best = coverage.max(1, keepdim=True)
+    ones = torch.zeros_like(coverage, dtype=torch.float32).scatter_(1, best.indices, 1.0)
+    return ones * (best.values >= threshold)
+
+
+def box_masks(
+    boxes: Float[Tensor, "b s 4"],
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    *,
+    margin: float = 2.0,
+) -> Float[Tensor, "b s n"]:
+    """Tokens of each subject from its box: those whose centre lies in the box; where boxes overlap, the nearer one's.
+
+        score_ij = 1 - d_ij / 2 inside box i, else 0,   d_ij = max(|x_j - cx_i| / w_i, |y_j - cy_i| / h_i) * 2
+
+    Args:
+        boxes: (left, top, right, bottom) in pixels of the picture; NaN where a subject was not found (it gets no token).
+        grid: Token rows and columns of the picture.
+        size: Height and width of the picture in pixels.
+        margin: Pixels added on each side of a box.
+
+    Returns:
+        (b, s, rows * columns), 1 for the owner of a token, else 0.
+
+    Raises:
+        ValueError: Shapes or sizes do not fit, or a box ends before it begins.
+
+    >>> box_masks(torch.tensor([[[0.0, 0.0, 8.0, 16.0]]]), (2, 2), (16, 16), margin=0.0).tolist()
+    [[[1.0, 0.0, 1.0, 0.0]]]
+    """
+    if boxes.dim() != 3 or boxes.shape[2] != 4:
+        raise ValueError(f"boxes must be (b, s, 4), got {tuple(boxes.shape)}")
+    if min(grid) < 1 or min(size) < 1 or not 0 <= margin < float("inf"):
+        raise ValueError(f"grid and size must be positive and margin at least 0, got {grid}, {size} and {margin}")
+    left, top, right, bottom = boxes.float().unbind(2)
+    if bool((right < left).any() or (bottom < top).any()):
+        raise ValueError("boxes must be (left, top, right, bottom), got one that ends before it begins")
+    y = (torch.arange(grid[0], device=boxes.device) + 0.5) * size[0] / grid[0]
+    x = (torch.arange(grid[1], device=boxes.device) + 0.5) * size[1] / grid[1]
+    y, x = (part.reshape(1, 1, -1) for part in torch.meshgrid(y, x, indexing="ij"))
+
+    def away(at: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Distance to the middle, in half widths."""
+        half = ((high - low) / 2 + margin).clamp_min(1e-6)[..., None]
+        return (at - ((low + high) / 2)[..., None]).abs() / half
+
+    distance = torch.maximum(away(x, left, right), away(y, top, bottom))
+    score = torch.where(distance <= 1, 1 - distance / 2, torch.zeros_like(distance))
+    return owner_masks(score.nan_to_num(0.0), threshold=1e-6)
+
+
 def _overlaps(pixels: int, tokens: int, scale: float, start: float) -> Float[Tensor, "tokens pixels"]:
     """Share of token ``[start + t * scale, start + (t + 1) * scale)`` that pixel ``[p, p + 1)`` fills."""
     edges = start + scale * torch.arange(tokens + 1, dtype=torch.float64)

@@ -61,15 +61,22 @@ class _Scratch:
             return torch.bmm(a, b, out=out)
         return torch.ops.aten.bmm.dtype_out(a, b, self.wide, out=out)  # type: ignore[no-any-return]
 
-    def exponentials(self, query: Tensor, key: Tensor, scale: float, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``e = exp(scale * Q K^T - row maximum)`` (h, q, k) and its row sums r (h, q, 1); query comes scaled where it is wide."""
+    def exponentials(
+        self, query: Tensor, key: Tensor, scale: float, hidden: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """``e = exp(scale * Q K^T + bias - row maximum)`` (h, q, k) and its row sums r (h, q, 1); query comes scaled where it is wide.
+
+        A row whose keys are all forbidden is zero, and its sum the smallest number that may divide.
+        """
         scores = self.matmul("scores", query, key.transpose(1, 2))
         if self.narrow != self.wide:
             scores.mul_(scale)
+        if bias is not None:
+            scores.add_(bias)
         if hidden is not None:
             scores.masked_fill_(hidden, -math.inf)
-        scores.sub_(scores.amax(-1, keepdim=True)).exp_()
-        return scores, scores.sum(-1, keepdim=True)
+        scores.sub_(scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(self.wide).min)).exp_()
+        return scores, scores.sum(-1, keepdim=True).clamp_min_(torch.finfo(self.wide).tiny)
 
     def gradients(
         self, d_scores: Tensor, query: Tensor, key: Tensor, total: Tensor, scale: float, d_key: Tensor
@@ -87,9 +94,24 @@ def _hidden(key_mask: Tensor | None, sample: int, keys: slice) -> Tensor | None:
     return None if key_mask is None else ~key_mask[sample, keys]
 
 
+def _bias(bias: Tensor | None, sample: int, heads: slice, rows: Tensor | slice, keys: slice) -> Tensor | None:
+    """Slice (heads or 1, rows, keys) of a bias (b or 1, h or 1, q, k)."""
+    if bias is None:
+        return None
+    chosen = bias[sample if bias.shape[0] > 1 else 0]
+    return chosen[heads if chosen.shape[0] > 1 else slice(None)][:, rows, keys]
+
+
 @torch.library.custom_op("idar::reference_to_image", mutates_args=())
 def reference_to_image(
-    query: Tensor, key: Tensor, rows: list[Tensor], image: list[int], key_mask: Tensor | None, scale: float, chunk: int
+    query: Tensor,
+    key: Tensor,
+    rows: list[Tensor],
+    image: list[int],
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    chunk: int,
 ) -> Tensor:
     """Maps (b, s, m): ``mean over h and q in rows[s] of softmax_j(scale * Q_q K_j^T)``, j in the image."""
     b, h, _, _ = query.shape
@@ -104,7 +126,7 @@ def reference_to_image(
             for s, positions in enumerate(rows):
                 for part in torch.split(positions, step):
                     q = buffers.query(query[i, heads].index_select(1, part), scale)
-                    e, total = buffers.exponentials(q, k, scale, hidden)
+                    e, total = buffers.exponentials(q, k, scale, hidden, _bias(bias, i, heads, part, keys))
                     maps[i, s] += torch.bmm(total.reciprocal_().transpose(1, 2), e).sum((0, 1)) / (h * len(positions))
     return maps
 
@@ -117,6 +139,7 @@ def _reference_to_image_backward(
     rows: list[Tensor],
     image: list[int],
     key_mask: Tensor | None,
+    bias: Tensor | None,
     scale: float,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
@@ -133,7 +156,7 @@ def _reference_to_image_backward(
                 g = grad[i, s].to(buffers.wide) / (h * len(positions))
                 for part in torch.split(positions, step):
                     q = buffers.query(query[i, heads].index_select(1, part), scale)
-                    e, total = buffers.exponentials(q, k, scale, hidden)
+                    e, total = buffers.exponentials(q, k, scale, hidden, _bias(bias, i, heads, part, keys))
                     c = (e @ g)[..., None].div_(total)
                     for e_head, c_head in zip(e, c, strict=True):
                         e_head.mul_(torch.sub(g, c_head, out=buffers.get("difference", *e_head.shape)))
@@ -145,7 +168,14 @@ def _reference_to_image_backward(
 
 @torch.library.custom_op("idar::image_to_reference", mutates_args=())
 def image_to_reference(
-    query: Tensor, key: Tensor, image: list[int], spans: list[int], key_mask: Tensor | None, scale: float, chunk: int
+    query: Tensor,
+    key: Tensor,
+    image: list[int],
+    spans: list[int],
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    chunk: int,
 ) -> Tensor:
     """Maps (b, s, m): ``mean over h of sum over k in span s of softmax_k(scale * Q_j K_k^T)``, k over all keys, j in the image."""
     b, h, _, _ = query.shape
@@ -159,8 +189,9 @@ def image_to_reference(
             k, hidden = buffers.copy("key", key[i, heads]), _hidden(key_mask, i, slice(None))
             for first in range(0, count, step):
                 part = slice(first, min(first + step, count))
-                q = buffers.query(query[i, heads, image[0] + part.start : image[0] + part.stop], scale)
-                e, total = buffers.exponentials(q, k, scale, hidden)
+                where = slice(image[0] + part.start, image[0] + part.stop)
+                q = buffers.query(query[i, heads, where], scale)
+                e, total = buffers.exponentials(q, k, scale, hidden, _bias(bias, i, heads, where, slice(None)))
                 for s, (start, stop) in enumerate(pairs):
                     maps[i, s, part] += e[..., start:stop].sum(-1).div_(total[..., 0]).sum(0)
     return maps.div_(h)
@@ -174,6 +205,7 @@ def _image_to_reference_backward(
     image: list[int],
     spans: list[int],
     key_mask: Tensor | None,
+    bias: Tensor | None,
     scale: float,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
@@ -190,7 +222,7 @@ def _image_to_reference_backward(
                 part = slice(first, min(first + step, image[1] - image[0]))
                 where = slice(image[0] + part.start, image[0] + part.stop)
                 q = buffers.query(query[i, heads, where], scale)
-                e, total = buffers.exponentials(q, k, scale, hidden)
+                e, total = buffers.exponentials(q, k, scale, hidden, _bias(bias, i, heads, where, slice(None)))
                 c = torch.zeros_like(total)
                 for s, (start, stop) in enumerate(pairs):
                     c += e[..., start:stop].sum(-1, keepdim=True).mul_(g[s, part])
@@ -225,19 +257,19 @@ def _(grad: Tensor, query: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, Tensor
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, where, spans, key_mask, ctx.scale, ctx.chunk = inputs
+    query, key, where, spans, key_mask, bias, ctx.scale, ctx.chunk = inputs
     ctx.sampled = isinstance(where[0], Tensor)
     ctx.where, ctx.spans = (len(where) if ctx.sampled else where), spans
-    ctx.save_for_backward(query, key, key_mask, *(where if ctx.sampled else ()))
+    ctx.save_for_backward(query, key, key_mask, bias, *(where if ctx.sampled else ()))
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    query, key, key_mask, *rows = ctx.saved_tensors
+    query, key, key_mask, bias, *rows = ctx.saved_tensors
     if ctx.sampled:
-        found = _reference_to_image_backward(grad, query, key, rows, ctx.spans, key_mask, ctx.scale, ctx.chunk)
-        return *found, [None] * len(rows), None, None, None, None
-    found = _image_to_reference_backward(grad, query, key, ctx.where, ctx.spans, key_mask, ctx.scale, ctx.chunk)
-    return *found, None, None, None, None, None
+        found = _reference_to_image_backward(grad, query, key, rows, ctx.spans, key_mask, bias, ctx.scale, ctx.chunk)
+        return *found, [None] * len(rows), None, None, None, None, None
+    found = _image_to_reference_backward(grad, query, key, ctx.where, ctx.spans, key_mask, bias, ctx.scale, ctx.chunk)
+    return *found, None, None, None, None, None, None
 
 
 reference_to_image.register_autograd(_differentiate, setup_context=_keep)

@@ -1,4 +1,4 @@
-"""Capture of subject attention on diffusers' MM-DiTs: FLUX.1, FLUX.1-Kontext, FLUX.2, Qwen-Image(-Edit), SD3 and relatives."""
+"""Capture and separation of subject attention on diffusers' MM-DiTs: FLUX.1, FLUX.1-Kontext, FLUX.2, Qwen-Image(-Edit), SD3 and relatives."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from idar.attention import Direction
-from idar.capture import CapturedMaps, SubjectLayout, capture_attention
+from idar.capture import CapturedMaps, capture_attention
+from idar.layout import SubjectLayout
+from idar.separate import Backend, Layouts, Router, Separation, Strength, separate_attention
+from idar.separation import SUBJECT_ARROWS, Arrow, Background
 
 Layout = SubjectLayout | Callable[[dict[str, Any]], SubjectLayout]
 
@@ -91,6 +95,69 @@ def capture_subject_attention(
         chunk_size=chunk_size,
     ) as captured:
         yield captured
+
+
+@contextmanager
+def separate_subjects(
+    transformer: nn.Module,
+    layout: Layouts,
+    masks: Float[Tensor, "b s m"] | Router | None,
+    *,
+    strength: Strength = 1.0,
+    blocks: Callable[[str], bool] | Sequence[str] | None = None,
+    heads: Sequence[int] | None = None,
+    background: Background = "none",
+    arrows: Sequence[Arrow] = SUBJECT_ARROWS,
+    backend: Backend = "auto",
+) -> Iterator[Separation]:
+    """Keeps the attention of different subjects apart in all blocks of a transformer, during its forward passes.
+
+    Image tokens of subject i may not attend to reference k and the other way round, references not to each other, and tokens of
+    nobody to no reference (`idar.separation_bias` has the formula). Where nothing is forbidden, outputs are bit-equal to those without.
+    It works in training (gradients, gradient checkpointing, autocast, torch.compile of the blocks, DDP) and together with
+    `capture_subject_attention`, whose maps are then those of the separated attention.
+
+    Args:
+        transformer: As in `capture_subject_attention`.
+        layout: As there; or one `SubjectLayout` per row.
+        masks: Where each subject is in the picture, (b, s, m) in [0, 1] at token resolution: `owner_masks` of true masks, `box_masks`
+            of boxes that a detector found in a draft, soft masks. A batch that guidance doubles may have the rows of one half.
+            Or a function of each block's own queries and keys (`idar.attention_owners`). None separates nothing until
+            ``separation.masks`` is set.
+        strength: 1 forbids, 0 changes nothing, between them arrows are weighed down; one number, one per row, or a function from the
+            rows' noise levels (b,) in [0, 1] to strengths.
+        blocks: Names of attention modules, or a predicate on them; all blocks by default, single-stream ones included.
+        heads: Only these heads; all by default.
+        background: Whether tokens of nobody look at no reference ("none") or at all of them ("all").
+        arrows: Which arrows are separated, see `idar.ARROWS`.
+        backend: "mask" adds a bias to torch's attention; "flex" uses FlexAttention, which skips what is forbidden; "auto" takes
+            "flex" on a GPU.
+
+    Yields:
+        The `idar.Separation`; its masks and strength may be changed between passes.
+
+    Raises:
+        ValueError: The transformer has no such blocks, or masks and layout do not fit.
+    """
+    levels = 1000.0 if type(transformer).__name__ == "SD3Transformer2DModel" else 1.0
+
+    def sigma_of(kwargs: dict[str, Any]) -> Tensor | None:
+        timestep = kwargs.get("timestep")
+        return None if timestep is None else torch.as_tensor(timestep).float().reshape(-1) / levels
+
+    with separate_attention(
+        transformer,
+        attention_blocks(transformer, (lambda _: True) if blocks is None else blocks),
+        layout,
+        masks,
+        strength=strength,
+        background=background,
+        arrows=arrows,
+        heads=heads,
+        backend=backend,
+        sigma_of=sigma_of,
+    ) as separation:
+        yield separation
 
 
 def flux_layout(kwargs: dict[str, Any]) -> SubjectLayout:

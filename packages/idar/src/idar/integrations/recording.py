@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from idar.attention import DIRECTIONS, Direction
-from idar.capture import CapturedMaps, SubjectLayout
+from idar.capture import CapturedMaps
 from idar.integrations.diffusers import Layout, capture_subject_attention, flux_layout, qwen_layout
+from idar.layout import SubjectLayout
 
 # how references reach the model, and how many at most
 SUPPORTED: dict[str, tuple[str, int | None]] = {

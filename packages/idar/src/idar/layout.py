@@ -1,0 +1,57 @@
+"""Where text, image and references are in the joint sequence of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from idar.attention import Span, check_spans
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectLayout:
+    """Where things are in the joint sequence of attention.
+
+    Attributes:
+        num_text: Text tokens.
+        image_span: (start, stop) of the image tokens in the joint sequence.
+        subject_spans: (start, stop) of every reference in the joint sequence.
+    """
+
+    num_text: int
+    image_span: Span
+    subject_spans: tuple[Span, ...]
+
+    def __post_init__(self) -> None:
+        check_spans(self.stop, self.subject_spans, self.image_span)
+        if self.num_text < 0:
+            raise ValueError(f"num_text must not be negative, got {self.num_text}")
+
+    @property
+    def stop(self) -> int:
+        """The first position after the image and all references."""
+        return max(stop for _, stop in [self.image_span, *self.subject_spans])
+
+    @property
+    def num_image(self) -> int:
+        """Image tokens."""
+        return self.image_span[1] - self.image_span[0]
+
+    @classmethod
+    def in_order(
+        cls, num_text: int, num_image: int, num_references: Sequence[int], *, text: Literal["first", "last"] = "first"
+    ) -> SubjectLayout:
+        """The layout ``[text | image | reference_1 | ...]`` of FLUX and Qwen-Image, or with the text last as in SD3.
+
+        >>> SubjectLayout.in_order(4, 8, [2, 2]).subject_spans
+        ((12, 14), (14, 16))
+        """
+        if text not in ("first", "last"):
+            raise ValueError(f"text must be 'first' or 'last', got {text!r}")
+        begin = num_text if text == "first" else 0
+        spans, start = [], begin + num_image
+        for count in num_references:
+            spans.append((start, start + count))
+            start += count
+        return cls(num_text=num_text, image_span=(begin, begin + num_image), subject_spans=tuple(spans))

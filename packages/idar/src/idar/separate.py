@@ -1,0 +1,291 @@
+"""Keeps the attention of different subjects apart while a model runs; any torch model will do."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from idar.intercept import ATTENTION, Call, Visitor, additive, meet
+from idar.layout import SubjectLayout
+from idar.separation import (
+    SUBJECT_ARROWS,
+    Arrow,
+    Background,
+    TokenRoles,
+    check_separation,
+    separates_nothing,
+    separation_bias,
+)
+
+Backend = Literal["auto", "mask", "flex"]
+Strength = float | Tensor | Callable[[Tensor], Tensor]
+Layouts = SubjectLayout | Sequence[SubjectLayout] | Callable[[dict[str, Any]], SubjectLayout]
+Router = Callable[[Tensor, Tensor, SubjectLayout], Tensor]
+"""(query, key, layout) of one attention call to masks (b, s, m): who owns a token is read off the attention itself."""
+
+
+@dataclass(kw_only=True)
+class Separation:
+    """What is kept apart in the next pass; everything but the backend may be changed between passes (binding in flight).
+
+    Attributes:
+        masks: (b, s, m) in [0, 1], a `Router`, or None: nothing is separated.
+        strength: One number, one per row, or a function of the noise levels (b,) of the rows.
+        background: See `separation_bias`.
+        arrows: See `separation_bias`.
+        heads: Only these heads; None is all of them.
+        backend: "mask" adds a bias to torch's attention, "flex" skips what is forbidden (FlexAttention), "auto" takes flex on a GPU.
+        layout: Of the last pass.
+    """
+
+    masks: Tensor | Router | None
+    strength: Strength = 1.0
+    background: Background = "none"
+    arrows: Sequence[Arrow] = SUBJECT_ARROWS
+    heads: Sequence[int] | None = None
+    backend: Backend = "auto"
+    layout: SubjectLayout | list[SubjectLayout] | None = None
+    _power: Tensor | float = field(default=0.0, repr=False)
+    _bias: Tensor | None = field(default=None, repr=False)
+    _roles: TokenRoles | None = field(default=None, repr=False)
+    _active: bool = field(default=False, repr=False)
+    _hard: bool = field(default=False, repr=False)
+    _of: tuple[Any, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("auto", "mask", "flex"):
+            raise ValueError(f"backend must be 'auto', 'mask' or 'flex', got {self.backend!r}")
+        if self.heads is not None and (not len(self.heads) or min(self.heads) < 0):
+            raise ValueError(f"heads must be at least one number from 0 on, got {self.heads}")
+
+    @property
+    def num_keys(self) -> int:
+        """Keys that a call must hold at least."""
+        layouts = self.layout if isinstance(self.layout, list) else [self.layout]
+        return max(one.stop for one in layouts if one is not None)
+
+    def start(self, layout: SubjectLayout | Sequence[SubjectLayout], sigma: Tensor | None = None) -> None:
+        """Before each pass: what holds in it. Called by the model's forward.
+
+        Raises:
+            ValueError: Masks, strength or layout do not fit, or the strength depends on noise levels that are unknown.
+        """
+        self.layout = layout if isinstance(layout, SubjectLayout) else list(layout)
+        if self.masks is None:
+            self._active = False
+            return
+        power = self.strength
+        if not isinstance(power, (int, float, Tensor)):
+            if sigma is None:
+                raise ValueError("strength must be a number where the model's forward has no timestep, got a function")
+            power = power(sigma)
+        self._power = power
+        if not isinstance(self.masks, Tensor):
+            self._active = bool((torch.as_tensor(power) > 0).any()) and len(self.arrows) > 0
+            self._bias, self._roles = None, None
+            return
+        of = (self.masks, self.masks._version, self.layout, self.background, tuple(self.arrows), power)
+        if len(self._of) == len(of) and all(
+            a is b or (not isinstance(a, Tensor) and a == b) for a, b in zip(self._of, of)
+        ):
+            return
+        layouts = check_separation(self.layout, self.masks, power, self.background, self.arrows)
+        self._of = of
+        self._active = not separates_nothing(power, self.masks, self.background, self.arrows)
+        self._bias, self._roles = None, None
+        if not self._active:
+            return
+        given = torch.as_tensor(power, dtype=torch.float32)
+        self._hard = bool(((self.masks == 0) | (self.masks == 1)).all()) and bool(((given == 0) | (given == 1)).all())
+        if self.backend == "flex" or (self.backend == "auto" and self.masks.is_cuda):
+            self._roles = TokenRoles(layouts, self.masks, self.background, self.arrows, self.num_keys)
+        else:
+            self._bias = separation_bias(
+                self.layout, self.masks, strength=power, background=self.background, arrows=self.arrows
+            )
+
+    def change(self, call: Call) -> Call:
+        """The attention call with the arrows between subjects weighed."""
+        if not self._active:
+            return call
+        query, key = call["query"], call["key"]
+        if self._roles is not None and _flex_can(call):
+            return self._flex(call, self._roles)
+        bias = self._bias
+        if not isinstance(self.masks, Tensor):
+            assert self.masks is not None and isinstance(self.layout, SubjectLayout)
+            with torch.no_grad():
+                routed = self.masks(query.detach(), key.detach(), self.layout)
+                bias = separation_bias(
+                    self.layout, routed, strength=self._power, background=self.background, arrows=self.arrows
+                )
+        elif bias is None:
+            assert self.layout is not None
+            bias = separation_bias(
+                self.layout, self.masks, strength=self._power, background=self.background, arrows=self.arrows
+            )
+        assert bias is not None
+        bias = _fitted(bias, query, key, self.layout)
+        if self.heads is not None:
+            chosen = torch.zeros(query.shape[1], dtype=torch.bool, device=query.device)
+            chosen[list(self.heads)] = True
+            bias = torch.where(chosen[None, :, None, None], bias, torch.zeros_like(bias))
+        there = additive(call.get("attn_mask"), query)
+        return {**call, "attn_mask": bias if there is None else bias + there}
+
+    def _flex(self, call: Call, roles: TokenRoles) -> Call:
+        """The call through FlexAttention, which skips blocks of forbidden arrows and weighs the others."""
+        query, key = call["query"], call["key"]
+        rows, length = query.shape[0], key.shape[2]
+        repeats = rows // len(roles.masks) if rows % len(roles.masks) == 0 else 0
+        if not repeats:
+            raise ValueError(f"masks must have one row per sample ({rows}) or divide them, got {len(roles.masks)}")
+        power = torch.as_tensor(self._power, dtype=torch.float32, device=query.device).reshape(-1)
+        power = power.expand(len(roles.masks)) if len(power) == 1 else power
+        heads = None
+        if self.heads is not None:
+            heads = torch.zeros(query.shape[1], dtype=torch.bool, device=query.device)
+            heads[list(self.heads)] = True
+        stop = roles.subject.shape[1]
+
+        def weight(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            row = b % len(roles.masks)
+            inside = (q < stop) & (k < stop)
+            w = 1 - power[row] * (1 - roles.allowed(row, q.clamp(max=stop - 1), k.clamp(max=stop - 1)))
+            return torch.where(inside if heads is None else inside & heads[h], w, torch.ones_like(w))
+
+        attend = functools.partial(_flex_attend, weight=weight, hard=self._hard, per_head=heads is not None)
+        return {**call, "attend": attend, "rows": rows, "length": length}
+
+
+def _flex_can(call: Call) -> bool:
+    """Whether FlexAttention can take the call: as many queries as keys, no mask of the model's own, no dropout."""
+    return (
+        call["query"].shape[2] == call["key"].shape[2]
+        and call.get("attn_mask") is None
+        and not call.get("is_causal")
+        and not call.get("dropout_p")
+    )
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def _flex_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    weight: Callable[..., Tensor],
+    hard: bool,
+    per_head: bool,
+    rows: int,
+    length: int,
+    scale: float | None = None,
+    **_: Any,
+) -> Tensor:
+    """``softmax(log w + scale Q K^T) V`` with blocks of ``w = 0`` left out."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    block_mask = create_block_mask(
+        lambda b, h, q, k: weight(b, h, q, k) > 0,
+        B=rows, H=query.shape[1] if per_head else None, Q_LEN=length, KV_LEN=length, device=str(query.device),
+    )  # fmt: skip
+    score_mod = None if hard else (lambda score, b, h, q, k: score + weight(b, h, q, k).log().to(score.dtype))
+    plain: Any = flex_attention
+    attend = _compiled_flex() if query.is_cuda else plain
+    result: Tensor = attend(query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale)
+    return result
+
+
+def _fitted(
+    bias: Tensor, query: Tensor, key: Tensor, layout: SubjectLayout | list[SubjectLayout] | None
+) -> Float[Tensor, "b 1 q k"]:
+    """The bias for the rows, queries and keys of a call, in its type."""
+    rows, extra = query.shape[0], key.shape[2] - bias.shape[-1]
+    if rows % len(bias):
+        raise ValueError(f"masks must have one row per sample ({rows}) or divide them, got {len(bias)}")
+    if extra:  # text that comes last
+        bias = nn.functional.pad(bias, (0, extra, 0, extra))
+    if query.shape[2] != key.shape[2]:  # FLUX.2-klein-KV: the references' queries are elsewhere
+        assert isinstance(layout, SubjectLayout)
+        kept = torch.ones(key.shape[2], dtype=torch.bool)
+        for start, stop in layout.subject_spans:
+            kept[start:stop] = False
+        if int(kept.sum()) != query.shape[2]:
+            raise ValueError(
+                f"attention must hold a query for every key or for all but the references', got {query.shape[2]} and {key.shape[2]}"
+            )
+        bias = bias[:, :, kept.to(bias.device)]
+    return bias.repeat(rows // len(bias), 1, 1, 1).to(device=query.device, dtype=query.dtype)
+
+
+@contextmanager
+def separate_attention(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    layout: Layouts,
+    masks: Float[Tensor, "b s m"] | Router | None,
+    *,
+    strength: Strength = 1.0,
+    background: Background = "none",
+    arrows: Sequence[Arrow] = SUBJECT_ARROWS,
+    heads: Sequence[int] | None = None,
+    backend: Backend = "auto",
+    sigma_of: Callable[[dict[str, Any]], Tensor | None] = lambda _: None,
+) -> Iterator[Separation]:
+    """Weighs arrows between subjects in the attention of ``modules`` during the forward passes of ``model``.
+
+    The model is restored on exit, also after an exception. Where gradient checkpointing is on, call ``backward`` inside the context:
+    the blocks run again there. Contexts may be nested (another strength for other blocks); their weights multiply.
+
+    Args:
+        model: What a pass is a pass of.
+        modules: Modules of it, by name, whose forward calls ``torch.nn.functional.scaled_dot_product_attention``.
+        layout: Where everything is in the joint sequence; one, one per row, or a function of the keyword arguments of the model's forward.
+        masks: Where each subject is in the picture, for every row or for rows that repeat (guidance doubles the batch); or a `Router`.
+        strength: See `separation_bias`; or a function from the rows' noise levels (b,) to strengths (b,).
+        background: See `separation_bias`.
+        arrows: See `separation_bias`.
+        heads: Only these heads.
+        backend: See `Separation`.
+        sigma_of: Noise levels of the rows, from the keyword arguments of the model's forward.
+
+    Yields:
+        The `Separation`; change its masks or strength between passes.
+
+    Raises:
+        ValueError: Something does not fit; at entry where it can be known, else in the pass.
+    """
+    state = Separation(
+        masks=masks, strength=strength, background=background, arrows=tuple(arrows), heads=heads, backend=backend,
+        layout=SubjectLayout.in_order(0, 1, [1]),
+    )  # fmt: skip
+    if not callable(layout) and isinstance(masks, Tensor):
+        check_separation(
+            layout, masks, strength if isinstance(strength, (int, float, Tensor)) else 1.0, background, arrows
+        )
+
+    def begin(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state.start(layout(kwargs) if callable(layout) else layout, sigma_of(kwargs))
+
+    hook = model.register_forward_pre_hook(begin, with_kwargs=True)
+    try:
+        with meet(modules, lambda _: Visitor(num_keys=lambda: state.num_keys, change=state.change)):
+            yield state
+    finally:
+        hook.remove()
+
+
+__all__ = ["ATTENTION", "Backend", "Router", "Separation", "Strength", "separate_attention"]
