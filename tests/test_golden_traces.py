@@ -29,7 +29,7 @@ from gspo import PolicyConfig
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.photos import BuildConfig, FilterConfig, ReferenceConfig, WriteConfig, build
 from multicrafter.pipeline import MultiCrafterPipeline
-from multicrafter.scoring.evaluate import EvaluateConfig, Judges, cases, evaluate
+from multicrafter.scoring.evaluate import EvaluateConfig, Judges, evaluate
 from multicrafter.training.align import Align, AlignConfig
 from multicrafter.training.precision import ExecutionConfig
 from multicrafter.training.pretrain import IDARConfig, Pretrain, PretrainConfig
@@ -250,7 +250,8 @@ def trace_evaluation(folder: Path) -> Trace:
         num_cases=4, num_references=2, family="people", split="test", size=64, reference_size=32, shared_attributes=4,
         num_sampling_steps=4, guidance=2.5, seed=1000,
     )  # fmt: skip
-    metrics, pictures = evaluate(pipe, cases(pipe, config), Judges.load(), config)
+    scenes = encode_scenes(pipe, config.world(), config.num_cases, seed=config.seed)
+    metrics, pictures = evaluate(pipe, scenes, Judges.load(), config)
     return {
         **{name: [float(v) for v in values] for name, values in sorted(metrics.items())},
         "mean": [float(pictures.mean())],

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from idar import owner_masks, token_masks
 from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.backbones import Backbone, ReferenceCache, backbone_of
-from multicrafter.models.flux.model import Text, sample
+from multicrafter.models.binding import (
+    Binding,
+    BindingConfig,
+    Finder,
+    MapFinder,
+    Mode,
+    Places,
+    sample_bound,
+    separable,
+)
+from multicrafter.models.flux.model import Text
 from multicrafter.models.flux.packing import Grid
 from multicrafter.models.loading import load_flux, resolve_adapter
 from multicrafter.models.publish import base_of, push_to_hub, save_pretrained
@@ -48,10 +60,29 @@ class MultiCrafterPipeline:
         notes: dict[str, Any] | None = None,
         *,
         backbone: Backbone | None = None,
+        separation: Mode | BindingConfig = "none",
+        finder: Finder | None = None,
     ) -> None:
-        """Takes a loaded pipeline, with adapters already attached."""
+        """Takes a loaded pipeline, with adapters already attached.
+
+        Args:
+            pipe: Of diffusers.
+            adapters: On its transformer.
+            notes: Of the adapter.
+            backbone: Yours, if it is none of `multicrafter.models.backbones.BACKBONES`.
+            separation: How subjects are kept apart while a picture is drawn: "none", "draft", "in-flight", "masks", or a
+                `BindingConfig` with its numbers.
+            finder: Finds subjects in drafts, such as ``IdentityFinder(backend=id_reward.get_face_backend("dlib"))``; by default
+                the attention of the draft alone says where they are (`MapFinder`).
+
+        Raises:
+            ValueError: The separation is unknown.
+        """
         self.pipe, self.adapters, self.notes = pipe, adapters, notes or {}
         self.backbone = backbone or backbone_of(pipe)
+        self.separation = binding_config(separation)
+        self.finder: Finder = finder or MapFinder()
+        self.bindings: list[Binding] = []
         self.loras: dict[str, float] = {}
         self.interrupt = False
 
@@ -64,6 +95,8 @@ class MultiCrafterPipeline:
         dtype: str | torch.dtype = torch.float32,
         backbone: Backbone | None = None,
         device: str | torch.device | None = None,
+        separation: Mode | BindingConfig = "none",
+        finder: Finder | None = None,
         **options: Any,
     ) -> MultiCrafterPipeline:
         """Loads a base and an adapter, or what `save_pretrained` wrote.
@@ -75,6 +108,8 @@ class MultiCrafterPipeline:
             dtype: Of the base; adapters keep theirs.
             backbone: Yours, if it is none of `multicrafter.models.backbones.BACKBONES`.
             device: Where to run.
+            separation: See the class.
+            finder: See the class.
             options: For ``from_pretrained`` of diffusers: ``revision``, ``token``, ``quantization_config``, ...
 
         Raises:
@@ -85,13 +120,14 @@ class MultiCrafterPipeline:
         pipe = load_flux(model, dtype=dtype, backbone=backbone, **options)
         if device is not None:
             pipe.to(device)
+        kept_apart: dict[str, Any] = {"separation": separation, "finder": finder}
         if adapter is None:
-            return cls(pipe, backbone=backbone)
+            return cls(pipe, backbone=backbone, **kept_apart)
         backbone = backbone or backbone_of(pipe)
         folder = resolve_adapter(adapter)
         adapters, notes = Adapters.load(pipe.transformer, folder, backbone=backbone)
         notes = {**notes, "folder": str(folder), "base_model": str(model) if model is not None else None}
-        return cls(pipe, adapters, notes, backbone=backbone)
+        return cls(pipe, adapters, notes, backbone=backbone, **kept_apart)
 
     def save_pretrained(self, folder: str | Path, *, base: bool = False) -> Path:
         """Writes adapter and model card into ``folder``, with ``base`` also the pipeline itself; see `multicrafter.models.publish`."""
@@ -197,6 +233,8 @@ class MultiCrafterPipeline:
         size: int | tuple[int, int] | None = None,
         reference_size: int | None = None,
         cache_references: bool | None = None,
+        separation: Mode | BindingConfig | None = None,
+        masks: Sequence[Any] | Tensor | None = None,
         progress: Callable[[int], object] | None = None,
         callback_on_step_end: Callable[[MultiCrafterPipeline, int, float, dict[str, Any]], dict[str, Any] | None]
         | None = None,
@@ -218,6 +256,11 @@ class MultiCrafterPipeline:
             size: Side, or (height, width), in pixels; multiples of a token's side.
             reference_size: Side of the references, at most the picture's.
             cache_references: Keep keys and values of the references between steps. Default: where that is exact.
+            separation: How subjects are kept apart, in place of the pipeline's own. What was bound is in ``pipeline.bindings``,
+                one a prompt, afterwards. Where a draft does not show every subject, a warning says so, and the missing ones
+                may be drawn anywhere where the others are not.
+            masks: For separation "masks": where each reference's subject is to be, one black and white picture (PIL, or a tensor
+                (H, W) in [0, 1]) per reference; with several prompts, one list per prompt.
             progress: Called with the number of steps done (of the current group of prompts).
             callback_on_step_end: As in diffusers: ``(pipeline, step, timestep, {"latents": ..., "rows": ...})``, where rows are the
                 prompts of the latents; may return ``{"latents": ...}`` and may set ``pipeline.interrupt``.
@@ -243,13 +286,20 @@ class MultiCrafterPipeline:
             raise ValueError(
                 f"cache_references must be off: the reference keys of {self.backbone.name} depend on sigma"
             )
+        binding = self.separation if separation is None else binding_config(separation)
+        places = _mask_lists(masks, lists, grid) if binding.mode == "masks" else None
+        if masks is not None and places is None:
+            raise ValueError(f"masks are for separation 'masks', got separation {binding.mode!r}")
         self.interrupt = False
+        self.bindings = []
         results: dict[int, list[Any]] = {}
+        bound: dict[int, Binding] = {}
         for count in sorted({len(x) for x in lists}):
             rows = [i for i, x in enumerate(lists) if len(x) == count]
             sampler = _Sampler(
                 self, grid, reference_grid, num_images=num_images, num_steps=num_steps, guidance=guidance, scale=scale, keep=keep,
-                negative_prompt=negative_prompt,
+                negative_prompt=negative_prompt, binding=binding,
+                masks=None if places is None else torch.stack([places[i] for i in rows]),
             )  # fmt: skip
             tokens = sampler.run(
                 rows,
@@ -261,6 +311,9 @@ class MultiCrafterPipeline:
             )
             for i, group in zip(rows, tokens.unflatten(0, (len(rows), num_images)), strict=True):
                 results[i] = self._finish(group, grid, output_type)
+            bound.update(zip(rows, _per_prompt(sampler.bound, len(rows)), strict=True))
+        self.bindings = [bound[i] for i in range(len(prompts))]
+        _say_missing(self.bindings)
         return [picture for i in range(len(prompts)) for picture in results[i]]
 
     def _finish(self, tokens: Tensor, grid: Grid, output_type: str) -> list[Any]:
@@ -307,17 +360,82 @@ def _reference_lists(prompts: list[str], references: References | Sequence[Refer
     return lists
 
 
+def binding_config(separation: Mode | BindingConfig) -> BindingConfig:
+    """A mode with its default numbers.
+
+    Raises:
+        ValueError: There is no such mode.
+    """
+    return separation if isinstance(separation, BindingConfig) else BindingConfig(mode=separation)
+
+
+def _mask_lists(masks: Any, lists: list[list[Image.Image]], grid: Grid) -> list[Tensor]:
+    """Owners (s, n) of the tokens for every prompt."""
+    if masks is None:
+        raise ValueError("masks must be given for separation 'masks', got none")
+    given = list(masks)
+    nested = bool(given) and isinstance(given[0], (list, tuple))
+    rows = [list(row) for row in given] if nested else [given] * len(lists)
+    if [len(row) for row in rows] != [len(row) for row in lists]:
+        raise ValueError(
+            f"masks must be one per reference, {[len(r) for r in lists]}, got {[len(r) for r in rows]} masks"
+        )
+    return [
+        owner_masks(torch.stack([token_masks(_coverage(m)[None, None], grid)[0, 0] for m in row])[None])[0]
+        for row in rows
+    ]
+
+
+def _coverage(mask: Any) -> Float[Tensor, "H W"]:
+    if isinstance(mask, Image.Image):
+        return torch.from_numpy(np.array(mask.convert("L"), np.float32) / 255)
+    values = torch.as_tensor(np.asarray(mask)).float()
+    if values.dim() != 2:
+        raise ValueError(f"masks must be pictures or (H, W), got {tuple(values.shape)}")
+    return values
+
+
+def _per_prompt(binding: Binding, count: int) -> list[Binding]:
+    """The rows of each prompt."""
+
+    def rows(value: Tensor | None) -> list[Any]:
+        return [None] * count if value is None else list(value.chunk(count))
+
+    places = (
+        [None] * count
+        if binding.places is None
+        else [Places(*pair) for pair in zip(*(x.chunk(count) for x in binding.places), strict=True)]
+    )
+    return [
+        Binding(m, p, c, binding.num_function_evaluations)
+        for m, p, c in zip(rows(binding.masks), places, rows(binding.complete), strict=True)
+    ]
+
+
+def _say_missing(bindings: list[Binding]) -> None:
+    for index, binding in enumerate(bindings):
+        if binding.places is not None and not bool(binding.complete.all()):
+            found = (~binding.places.boxes.isnan().any(-1)).sum(-1)
+            warnings.warn(
+                f"prompt {index}: the draft shows {', '.join(str(int(n)) for n in found)} of "
+                f"{binding.places.boxes.shape[1]} subjects; the others may be drawn where these are not",
+                stacklevel=3,
+            )
+
+
 class _Sampler:
     """One group of prompts with equally many references."""
 
     def __init__(
         self, owner: MultiCrafterPipeline, grid: Grid, reference_grid: Grid, *, num_images: int, num_steps: int,
-        guidance: float, scale: float, keep: bool, negative_prompt: str,
+        guidance: float, scale: float, keep: bool, negative_prompt: str, binding: BindingConfig, masks: Tensor | None,
     ) -> None:  # fmt: skip
         self.owner, self.backbone, self.pipe = owner, owner.backbone, owner.pipe
         self.grid, self.reference_grid, self.num_images, self.num_steps = grid, reference_grid, num_images, num_steps
         self.guidance, self.scale, self.negative_prompt = guidance, scale, negative_prompt
+        self.keep, self.binding, self.masks = keep, binding, masks
         self.caches = [ReferenceCache(), ReferenceCache()] if keep else [None, None]
+        self.bound, self.passes = Binding(None, None, torch.ones(0, dtype=torch.bool), 0), 0
 
     def run(
         self, rows: list[int], prompts: list[str], lists: list[list[Image.Image]], seeds: list[int],
@@ -339,7 +457,11 @@ class _Sampler:
         self.negative = self._encode([self.negative_prompt] * len(repeated), dtype) if self.scale != 1 else None
         shape = (self.num_images, self.grid[0] * self.grid[1], encoded.shape[-1])
         noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
-        sigmas = self.backbone.sigmas(self.pipe, self.num_steps, shape[1])
+
+        def schedule(steps: int) -> Tensor:
+            return self.backbone.sigmas(self.pipe, steps, shape[1])
+
+        sigmas = schedule(self.num_steps)
 
         def after(step: int, x: Tensor) -> Tensor | None:
             if progress is not None:
@@ -349,7 +471,17 @@ class _Sampler:
                 x = (changed or {}).get("latents", x)
             return None if owner.interrupt else x
 
-        return sample(self._velocity, noise, sigmas, after=after)
+        grids = [self.reference_grid] * len(self.references)
+        masks = None if self.masks is None else self.masks.repeat_interleave(self.num_images, 0).to(device)
+        with separable(self.pipe.transformer, self.backbone, self.grid, grids, self.binding) as separation:
+            tokens, bound = sample_bound(
+                self._velocity, noise, schedule, self.num_steps, config=self.binding, separation=separation, masks=masks,
+                decode=lambda x: self.backbone.decode_pictures(self.pipe, x, self.grid), finder=owner.finder, grid=self.grid,
+                references=[references for references in lists for _ in range(self.num_images)],
+                watch=(self.pipe.transformer, self.backbone, grids), after=after,
+            )  # fmt: skip
+        self.bound = bound._replace(num_function_evaluations=self.passes)
+        return tokens
 
     def _encode(self, prompts: list[str], dtype: torch.dtype) -> Text:
         text = self.backbone.encode_prompts(self.pipe, prompts)
@@ -365,6 +497,7 @@ class _Sampler:
 
     def _pass(self, x: Tensor, sigma: Tensor, text: Text, cache: ReferenceCache | None) -> Tensor:
         """The model works in its dtype, the sampler in fp32."""
+        self.passes += 1
         velocity = self.backbone.velocity(
             self.pipe.transformer, x.to(self.pipe.transformer.dtype), sigma.to(x.device), text, image_grid=self.grid,
             references=self.references, reference_grids=[self.reference_grid] * len(self.references), guidance=self.guidance,

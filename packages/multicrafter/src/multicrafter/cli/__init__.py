@@ -17,6 +17,8 @@ ROWS = (
     "idar_paper",
     "moe",
     "ippo",
+    "separation",
+    "full",
 )  # keys of `recipes.ablation`, which is not imported for --help alone
 
 

@@ -18,10 +18,11 @@ from multicrafter.config import settings
 from multicrafter.config.provenance import provenance
 from multicrafter.files import write_whole
 from multicrafter.models.adapters import AdapterConfig
+from multicrafter.models.binding import BindingConfig
 from multicrafter.scoring.evaluate import EvaluateConfig
 from multicrafter.training.align import AlignConfig
 from multicrafter.training.precision import ExecutionConfig
-from multicrafter.training.pretrain import IDARConfig, PretrainConfig
+from multicrafter.training.pretrain import IDARConfig, PretrainConfig, SeparationConfig
 from multicrafter.world import WorldConfig
 
 
@@ -34,16 +35,20 @@ class Recipe(NamedTuple):
 
 
 def tiny(*, seed: int = 0) -> Recipe:
-    """Everything: attention supervision, mixture of LoRA experts, policy optimization."""
-    return Recipe(PretrainConfig(seed=seed), AlignConfig(seed=seed), EvaluateConfig())
+    """Everything: attention supervised and separated, mixture of LoRA experts, policy optimization; pictures bound by their own draft."""
+    return Recipe(
+        PretrainConfig(seed=seed, separation=SeparationConfig()),
+        AlignConfig(seed=seed),
+        EvaluateConfig(separation=BindingConfig(mode="draft")),
+    )
 
 
 def ablation(*, seed: int = 0) -> dict[str, Recipe]:
-    """The four rows of the paper's ablation, each adding one part, and the paper's letter of the attention loss.
+    """The four rows of the paper's ablation, each adding one part, the paper's letter of the attention loss, and separated attention.
 
     Same data, steps and seed; plain LoRA has the rank at which it trains about as many parameters as one active expert.
     """
-    full = tiny(seed=seed)
+    full = Recipe(PretrainConfig(seed=seed), AlignConfig(seed=seed), EvaluateConfig())
     plain = AdapterConfig(num_experts=0)
     stage1 = full.pretrain
     rows = {
@@ -53,7 +58,9 @@ def ablation(*, seed: int = 0) -> dict[str, Recipe]:
         "moe": stage1,
     }
     recipes = {name: Recipe(config, None, full.evaluate) for name, config in rows.items()}
-    return {**recipes, "ippo": full}
+    whole = tiny(seed=seed)
+    apart = replace(rows["baseline"], separation=SeparationConfig())
+    return {**recipes, "ippo": full, "separation": Recipe(apart, None, whole.evaluate), "full": whole}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +146,7 @@ def flux1_dev_stage1(*, seed: int = 0) -> Stage1:
             num_scenes=20_000,
             seed=seed,
             adapters=PAPER_ADAPTERS,
+            separation=SeparationConfig(),
             world=PAPER_WORLD,
             execution=LEAN,
         ),

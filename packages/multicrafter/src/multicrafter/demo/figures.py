@@ -33,6 +33,37 @@ def _show(axis: Any, picture: Tensor) -> None:
     axis.imshow(picture.clamp(0, 1).permute(1, 2, 0).float().cpu().numpy(), interpolation="nearest")
 
 
+def side_by_side(path: Path, scenes: EncodedScenes, without: Tensor, with_method: Tensor, cases: Sequence[int]) -> Path:
+    """The picture that needs no reading: references, what a plain LoRA draws of them, what the method draws from the same noise.
+
+    One column a case; the first ones, not chosen ones.
+    """
+    from matplotlib.figure import Figure
+
+    count = scenes.references.shape[1]
+    figure = Figure(figsize=(1.5 * len(cases) + 1.3, 1.5 * (2 + count / 2) + 0.2), layout="constrained")
+    heights = [*[0.5] * count, 1, 1]
+    axes = figure.subplots(len(heights), len(cases), squeeze=False, height_ratios=heights)
+    labels = [*(f"person {chr(65 + i)}" for i in range(count)), "without", "with"]
+    for column, case in enumerate(cases):
+        shown = [*scenes.reference_images[case], without[case], with_method[case]]
+        for row, picture in enumerate(shown):
+            axis = axes[row, column]
+            _show(axis, picture)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for spine in axis.spines.values():
+                spine.set_visible(row >= count)
+                spine.set_color("tab:red" if row == count else "tab:green")
+                spine.set_linewidth(2.5)
+    for row, label in enumerate(labels):
+        axes[row, 0].set_ylabel(
+            label, fontsize=9 if row < count else 13, rotation=0, ha="right", va="center", labelpad=8
+        )
+    figure.savefig(path, dpi=140)
+    return path
+
+
 def picture_grid(path: Path, scenes: EncodedScenes, pictures: Mapping[str, Tensor], cases: Sequence[int]) -> Path:
     """One column a case: its references on top, then one row per model."""
     m = scenes.references.shape[1]

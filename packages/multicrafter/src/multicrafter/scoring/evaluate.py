@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from id_reward import IdentityScorer, match
+from idar import owner_masks
 from torch import Tensor
 
 from multicrafter._moved import moved_out
 from multicrafter.models.backbones import backbone_of
-from multicrafter.models.flux.model import sample
+from multicrafter.models.binding import BindingConfig, Finder, IdentityFinder, sample_bound, separable
 from multicrafter.training.pretrain import measure_leakage
 from multicrafter.training.scenes import EncodedScenes, encode_scenes
 from multicrafter.world import FAMILIES, Family, Split, WorldConfig, judges
@@ -36,6 +37,7 @@ METRICS = {
     "setting": "pictures with the setting and the time of day of the caption",
     "text": "CLIP alignment with the caption, (1 + cos) / 2",
     "aesthetics": "colourfulness and sharpness",
+    "found": "drafts in which every subject was found",
     "leakage": "attention of a subject that lies on the other subject, as a share (.5: blind); double-stream blocks",
 }
 
@@ -53,6 +55,8 @@ class EvaluateConfig:
         shared_attributes: See `WorldConfig`: how similar the subjects of a case may be.
         num_sampling_steps: Euler steps of a picture.
         guidance: Of a base that takes it as an input; training uses 1, as the paper does.
+        separation: How subjects are kept apart while pictures are drawn; places are found by the people judge of the reward, or, for
+            mode "masks", are the true ones. None keeps nothing apart.
         seed: Of cases and noise.
     """
 
@@ -65,6 +69,7 @@ class EvaluateConfig:
     shared_attributes: int = 4
     num_sampling_steps: int = 16
     guidance: float = 2.5
+    separation: BindingConfig | None = None
     seed: int = 1000
 
     def __post_init__(self) -> None:
@@ -146,15 +151,34 @@ def score_attributes(truth: Tensor, read: Tensor, family: Family, stranger: Tens
     )
 
 
+class Drawn(NamedTuple):
+    """Pictures (n, 3, H, W), whether every subject was found (n,), and passes of the model per picture."""
+
+    pictures: Tensor
+    complete: Tensor
+    num_function_evaluations: int
+
+
+def case_noise(scenes: EncodedScenes, seed: int) -> Tensor:
+    """Noise (n, tokens, d) that depends on the seed and the case alone, not on how many cases there are."""
+    return torch.randn(scenes.tokens.shape, generator=torch.Generator().manual_seed(seed))
+
+
 @torch.no_grad()
-def generate_cases(
-    pipe: DiffusionPipeline, scenes: EncodedScenes, config: EvaluateConfig, *, batch: int = 32
-) -> Tensor:
-    """One picture (n, 3, H, W) per case, by any backbone; the noise depends on the seed and the case alone."""
-    backbone = backbone_of(pipe)
-    noise = torch.randn(scenes.tokens.shape, generator=torch.Generator().manual_seed(config.seed + 1))
-    sigmas = backbone.sigmas(pipe, config.num_sampling_steps, scenes.tokens.shape[1])
-    pictures = []
+def draw_cases(
+    pipe: DiffusionPipeline,
+    scenes: EncodedScenes,
+    config: EvaluateConfig,
+    *,
+    finder: Finder | None = None,
+    batch: int = 32,
+) -> Drawn:
+    """One picture per case, by any backbone, with subjects kept apart as ``config.separation`` says."""
+    backbone, binding_config = backbone_of(pipe), config.separation or BindingConfig()
+    noise = case_noise(scenes, config.seed + 1)
+    count = scenes.tokens.shape[1]
+    grids = [scenes.reference_grid] * scenes.references.shape[1]
+    pictures, complete, calls = [], [], 0
     for start in range(0, len(scenes), batch):
         part = slice(start, min(start + batch, len(scenes)))
         velocity = partial(
@@ -164,8 +188,30 @@ def generate_cases(
             guidance=config.guidance,
             **scenes.context(part),
         )
-        pictures.append(backbone.decode_pictures(pipe, sample(velocity, noise[part], sigmas), scenes.grid))
-    return torch.cat(pictures)
+        with separable(pipe.transformer, backbone, scenes.grid, grids, binding_config) as separation:
+            tokens, binding = sample_bound(
+                velocity, noise[part], lambda steps: backbone.sigmas(pipe, steps, count), config.num_sampling_steps,
+                config=binding_config, separation=separation, finder=finder, grid=scenes.grid,
+                decode=lambda x: backbone.decode_pictures(pipe, x, scenes.grid),
+                references=[list(row) for row in scenes.reference_images[part]], masks=owner_masks(scenes.masks[part]),
+                watch=(pipe.transformer, backbone, grids),
+            )  # fmt: skip
+        pictures.append(backbone.decode_pictures(pipe, tokens, scenes.grid))
+        complete.append(binding.complete)
+        calls = binding.num_function_evaluations
+    return Drawn(torch.cat(pictures), torch.cat(complete), calls)
+
+
+def generate_cases(
+    pipe: DiffusionPipeline,
+    scenes: EncodedScenes,
+    config: EvaluateConfig,
+    *,
+    finder: Finder | None = None,
+    batch: int = 32,
+) -> Tensor:
+    """The pictures of `draw_cases`."""
+    return draw_cases(pipe, scenes, config, finder=finder, batch=batch).pictures
 
 
 def score_pictures(
@@ -173,7 +219,7 @@ def score_pictures(
 ) -> dict[str, np.ndarray]:
     """Metrics per case, all but leakage; see `METRICS`."""
     readings: list[Reading] = judges.reader.read(pictures)
-    strangers = scenes.identities.roll(1, 0)[:, 0]
+    strangers = scenes.identities.roll(1, 0)[:, 0] if scenes.strangers is None else scenes.strangers
     rows = [
         score_attributes(scenes.identities[i], r.identities, FAMILIES[family], strangers[i])
         for i, r in enumerate(readings)
@@ -199,9 +245,14 @@ def score_pictures(
 def evaluate(
     pipe: DiffusionPipeline, scenes: EncodedScenes, judges: Judges, config: EvaluateConfig
 ) -> tuple[dict[str, np.ndarray], Tensor]:
-    """Generates and scores every case; returns metrics per case and the pictures."""
-    pictures = generate_cases(pipe, scenes, config)
+    """Generates and scores every case; returns metrics per case and the pictures.
+
+    Places of subjects are found by the people judge; the reader of truth only scores.
+    """
+    pictures, complete, _ = draw_cases(pipe, scenes, config, finder=IdentityFinder(backend=judges.people))
     metrics = score_pictures(pictures, scenes, judges, family=config.family)
+    if config.separation is not None and config.separation.mode in ("draft", "in-flight"):
+        metrics["found"] = complete.double().numpy()
     if scenes.references.shape[1] > 1:
         metrics["leakage"] = (
             measure_leakage(pipe, scenes, direction="image_to_reference", seed=config.seed + 2).double().numpy()
@@ -210,8 +261,8 @@ def evaluate(
 
 
 def cases(pipe: DiffusionPipeline, config: EvaluateConfig) -> EncodedScenes:
-    """The cases of a configuration, encoded."""
-    return encode_scenes(pipe, config.world(), config.num_cases, seed=config.seed)
+    """The cases of a configuration, encoded. A case does not depend on how many there are."""
+    return encode_scenes(pipe, config.world(), config.num_cases, seed=config.seed, one_by_one=True)
 
 
 class Interval(NamedTuple):

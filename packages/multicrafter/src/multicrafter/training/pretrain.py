@@ -10,8 +10,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from idar import Direction, LossKind, Normalization, SubjectLayout, idar_loss, leakage
-from idar.integrations.diffusers import attention_blocks, capture_subject_attention
+from idar import (
+    Background,
+    Direction,
+    LossKind,
+    Normalization,
+    SubjectLayout,
+    attention_owners,
+    idar_loss,
+    leakage,
+    owner_masks,
+)
+from idar.integrations.diffusers import attention_blocks, capture_subject_attention, separate_subjects
 from torch import Tensor
 
 from multicrafter.models.adapters import AdapterConfig, Adapters
@@ -74,6 +84,38 @@ class IDARConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SeparationConfig:
+    """Separated attention in training (mask dropout): some samples are trained with it, so that ONE model draws well with and without.
+
+    Attributes:
+        share: Of the samples that are trained with attention between subjects forbidden by their true masks.
+        strength: 1 forbids it, less weighs it down; see `idar.separation_bias`.
+        background: Whether tokens of nobody look at no reference or at all of them.
+        threshold: A token belongs to the subject that covers most of it, if it covers at least this share.
+        sigma_min: Samples less noisy than this are not separated.
+        routing: Not the true masks but each block's own attention says who owns a token (MUSAR, arXiv 2505.02823); a baseline.
+    """
+
+    share: float = 0.5
+    strength: float = 1.0
+    background: Background = "none"
+    threshold: float = 0.15
+    sigma_min: float = 0.0
+    routing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("share", "strength"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.background not in ("none", "all"):
+            raise ValueError(f"background must be 'none' or 'all', got {self.background!r}")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
+        if not 0 <= self.sigma_min < 1:
+            raise ValueError(f"sigma_min must be in [0, 1), got {self.sigma_min}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """Stage 1.
 
@@ -84,6 +126,7 @@ class PretrainConfig:
         num_scenes: Scenes drawn and encoded; of photos, samples: more than there are records come again, cut anew, with other references.
         data: Folder of `multicrafter data build`: photos instead of drawn scenes, at the sizes of ``world``. None draws.
         seed: Of data order, noise and adapters; scenes come from ``data_seed``.
+        separation: See `SeparationConfig`; None trains without it.
         execution: Precision, memory, processes.
     """
 
@@ -96,6 +139,7 @@ class PretrainConfig:
     seed: int = 0
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
     idar: IDARConfig = field(default_factory=IDARConfig)
+    separation: SeparationConfig | None = None
     world: WorldConfig = field(default_factory=lambda: WorldConfig(numbers=(2,), shared_attributes=4))
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
@@ -137,6 +181,7 @@ class Pretrain:
         rows = torch.randint(len(scenes), (config.batch,), generator=self.generator)
         noise = torch.randn(config.batch, *scenes.tokens.shape[1:], generator=self.generator)
         sigma = torch.sigmoid(torch.randn(config.batch, generator=self.generator))
+        separated = self._draw_separated(sigma)
         self.optimizer.zero_grad()
         parts = self._parts()
         supervised = config.idar.coef > 0 and index < config.idar.until * config.num_steps
@@ -146,6 +191,7 @@ class Pretrain:
             # the backward stays inside the capture: gradient checkpointing runs blocks again, and must find the same graph
             with (
                 self.trainee.accumulating(last=number == len(parts) - 1),
+                self._separate(scenes, rows[part], separated[part]),
                 self._capture(scenes, supervised) as captured,
             ):
                 losses = self._losses(scenes, rows[part], noise[part], sigma[part], captured)
@@ -166,6 +212,28 @@ class Pretrain:
         number = -(-longest // (self.config.execution.micro_batch or longest))
         edges = [mine.start + (mine.stop - mine.start) * k // number for k in range(number + 1)]
         return [slice(a, b) for a, b in itertools.pairwise(edges) if b > a or number == 1]
+
+    def _draw_separated(self, sigma: Tensor) -> Tensor:
+        """Which samples of the batch are trained with separated attention, (b,); draws nothing where none is."""
+        config = self.config.separation
+        if config is None:
+            return torch.zeros_like(sigma)
+        chosen = torch.rand(len(sigma), generator=self.generator) < config.share
+        return (chosen & (sigma >= config.sigma_min)).float()
+
+    def _separate(self, scenes: EncodedScenes, rows: Tensor, separated: Tensor) -> Any:
+        """Separates the attention of the chosen samples, by their masks; around forward and backward."""
+        config = self.config.separation
+        if config is None or not bool(separated.any()):
+            return nullcontext()
+        masks = owner_masks(scenes.masks[rows], threshold=config.threshold).to(self.trainee.device)
+        return separate_subjects(
+            self.transformer,
+            layout_of(self.backbone, scenes, self.text.num_tokens),
+            attention_owners if config.routing else masks,
+            strength=(config.strength * separated).to(self.trainee.device),
+            background=config.background,
+        )
 
     def _capture(self, scenes: EncodedScenes, supervised: bool = True) -> Any:
         """Collects the attention maps of what runs inside, if they are supervised; around forward and backward."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from multicrafter.models.backbones import backbone_of
 from multicrafter.training.encoding_cache import CachedPictures
-from multicrafter.world import FAMILIES, WorldConfig, make_scenes
+from multicrafter.world import FAMILIES, Scenes, WorldConfig, make_scenes
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class EncodedScenes:
     """tokens (n, 64, d), references (n, m, 16, d), masks (n, m, 64), identities (n, m, a), setting and time (n,), pictures.
 
-    How the references were drawn (poses, heights, light: see `Scenes`) is there if they were, for evaluation only.
+    How the references were drawn (poses, heights, light: see `Scenes`) is there if they were, for evaluation only; so is an unrelated
+    identity for every scene, ``strangers`` (n, a).
     """
 
     tokens: Tensor
@@ -40,6 +41,7 @@ class EncodedScenes:
     reference_poses: Tensor | None = None
     reference_heights: Tensor | None = None
     reference_light: Tensor | None = None
+    strangers: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -63,8 +65,12 @@ def encode_scenes(
     seed: int,
     chunk: int = 100,
     cache: str | Path | None = None,
+    one_by_one: bool = False,
 ) -> EncodedScenes:
-    """Draws ``count`` scenes with as many subjects each as the world's single number, and encodes them (once, with a ``cache`` folder)."""
+    """Draws ``count`` scenes with as many subjects each as the world's single number, and encodes them (once, with a ``cache`` folder).
+
+    With ``one_by_one`` every scene has a generator of its own, and a stranger: the first twelve of a hundred are the twelve of a dozen.
+    """
     if len(world.numbers) != 1:
         raise ValueError(f"numbers must hold one number of subjects, got {world.numbers}")
     generator = torch.Generator().manual_seed(seed)
@@ -74,8 +80,17 @@ def encode_scenes(
     grid, reference_grid = (world.size // factor,) * 2, (world.reference_size // factor,) * 2
     parts: list[tuple[Tensor, ...]] = []
     captions: list[str] = []
+    strangers: list[Tensor] = []
     for start in range(0, count, chunk):
-        scenes = make_scenes(min(chunk, count - start), world, generator)
+        if one_by_one:
+            drawn_alone = []
+            for case in range(start, min(start + chunk, count)):
+                own = torch.Generator().manual_seed(seed * 1_000_003 + case)
+                drawn_alone.append(make_scenes(1, world, own))
+                strangers.append(FAMILIES[world.family].sample(1, world.split, own))
+            scenes = Scenes(*(torch.cat(part) for part in zip(*drawn_alone, strict=True)))
+        else:
+            scenes = make_scenes(min(chunk, count - start), world, generator)
         captions += scenes.captions(FAMILIES[world.family])
         references = encode(scenes.references.flatten(0, 1))
         tokens = encode(scenes.images)
@@ -97,9 +112,10 @@ def encode_scenes(
     tokens, references, masks, identities, images, pictures, setting, time, *drawn = (
         torch.cat(p) for p in zip(*parts, strict=True)
     )
-    return EncodedScenes(
+    encoded = EncodedScenes(
         tokens, references, masks, captions, identities, images, pictures, setting, time, grid, reference_grid, *drawn
     )
+    return replace(encoded, strangers=torch.cat(strangers)) if strangers else encoded
 
 
 class Buckets:

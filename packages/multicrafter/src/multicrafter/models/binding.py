@@ -1,0 +1,390 @@
+"""Binding: a layout that nobody gave, found in what the model itself draws, and whose place is whose in it.
+
+Separated attention (`idar.separate_subjects`) needs to know where each subject will be. Nobody gives a layout, so the model draws a
+short draft, a detector finds people (or things) in it, a Hungarian match by identity says who is who, and the picture is drawn again
+from the same noise with attention between subjects forbidden. "In flight" saves the draft: it looks at the clean picture that the model
+predicts at some noise level, and goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from id_reward import FaceBackend, match
+from idar import Background, Separation, SubjectLayout, box_masks
+from idar.integrations.diffusers import capture_subject_attention, separate_subjects
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from multicrafter.models.backbones import Backbone
+from multicrafter.models.flux.model import sample
+from multicrafter.models.flux.packing import Grid
+
+Mode = Literal["none", "draft", "in-flight", "masks"]
+MODES: tuple[Mode, ...] = ("none", "draft", "in-flight", "masks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BindingConfig:
+    """How subjects are kept apart while a picture is drawn; the defaults were chosen on validation (docs/results/bleeding.md).
+
+    Attributes:
+        mode: "none", "draft" (find places in a short draft), "in-flight" (in the predicted picture of the same trajectory), or
+            "masks" (they are given).
+        draft_steps: Steps of the draft.
+        bind_at: In flight, places are looked for at the first noise level that is not above this one; in (0, 1).
+        margin: Added to each side of a box, as a share of the picture's longer side.
+        background: Whether tokens of nobody look at no reference or at all, see `idar.separation_bias`.
+        strength: 1 forbids attention between subjects, 0 changes nothing.
+    """
+
+    mode: Mode = "none"
+    draft_steps: int = 3
+    bind_at: float = 0.9
+    margin: float = 1 / 32
+    background: Background = "none"
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"separation must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
+        if self.draft_steps < 1:
+            raise ValueError(f"draft_steps must be at least 1, got {self.draft_steps}")
+        if not 0 < self.bind_at < 1:
+            raise ValueError(f"bind_at must be a noise level in (0, 1), got {self.bind_at}")
+        if not 0 <= self.margin < 1:
+            raise ValueError(f"margin must be in [0, 1), got {self.margin}")
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"strength must be in [0, 1], got {self.strength}")
+        if self.background not in ("none", "all"):
+            raise ValueError(f"background must be 'none' or 'all', got {self.background!r}")
+
+
+class Places(NamedTuple):
+    """Where each reference's subject was found: boxes (b, s, 4) in pixels and its similarity (b, s); NaN where it was not."""
+
+    boxes: Float[Tensor, "b s 4"]
+    similarity: Float[Tensor, "b s"]
+
+
+class Finder(Protocol):
+    """Finds the subjects of the references in pictures."""
+
+    def __call__(
+        self,
+        pictures: Float[Tensor, "b 3 H W"],
+        references: Sequence[Sequence[Any]],
+        maps: Float[Tensor, "b s n"] | None,
+        grid: Grid,
+    ) -> Places:
+        """Places in each picture, in the order of its references.
+
+        Args:
+            pictures: In [0, 1].
+            references: One list of pictures (PIL, or tensors (3, h, w) in [0, 1]) per picture.
+            maps: How much each image token looked at each reference while the pictures were drawn, where ``needs_maps``.
+            grid: Token rows and columns of the pictures.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentityFinder:
+    """Boxes of a detector that also embeds identities; a Hungarian match by cosine says whose box is whose.
+
+    Attributes:
+        backend: Any face or object backend of `id_reward`.
+        grow: How far a box is widened to the left, top, right and bottom, in widths and heights of itself: a face is a part of a person.
+        min_similarity: Matches below this cosine do not count.
+    """
+
+    backend: FaceBackend
+    grow: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    min_similarity: float = -1.0
+    needs_maps: bool = False
+
+    def __call__(
+        self,
+        pictures: Float[Tensor, "b 3 H W"],
+        references: Sequence[Sequence[Any]],
+        maps: Float[Tensor, "b s n"] | None,
+        grid: Grid,
+    ) -> Places:
+        """See `Finder`. Of more boxes than references those with the best scores are matched."""
+        count = len(references[0])
+        flat = [picture for row in references for picture in row]
+        known = self.backend.detect_and_embed(flat)
+        boxes = torch.full((len(pictures), count, 4), torch.nan)
+        similarity = torch.full((len(pictures), count), torch.nan)
+        for row, faces in enumerate(self.backend.detect_and_embed(list(pictures))):
+            own = [known[row * count + s] for s in range(count)]
+            shown = [s for s in range(count) if len(own[s].scores)]
+            best = np.argsort(-faces.scores, kind="stable")[:count]
+            if not shown or not len(best):
+                continue
+            embedded = np.stack([own[s].embeddings[int(np.argmax(own[s].scores))] for s in shown])
+            cosine = embedded @ faces.embeddings[best].T
+            for i, j in match(cosine).pairs:
+                if cosine[i, j] >= self.min_similarity:
+                    boxes[row, shown[i]] = self._grown(torch.as_tensor(faces.boxes[best[j]], dtype=torch.float32))
+                    similarity[row, shown[i]] = float(cosine[i, j])
+        return Places(boxes, similarity)
+
+    def _grown(self, box: Tensor) -> Tensor:
+        width, height = box[2] - box[0], box[3] - box[1]
+        left, top, right, bottom = self.grow
+        return box + torch.stack([-left * width, -top * height, right * width, bottom * height])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxFinder:
+    """Boxes of a detector that knows no identities; who is who is read off the attention of the draft.
+
+    A Hungarian match of the share that each reference has of the attention inside each box.
+
+    Attributes:
+        backend: Any face or object backend of `id_reward`; its embeddings are not looked at.
+    """
+
+    backend: FaceBackend
+    needs_maps: bool = True
+
+    def __call__(
+        self,
+        pictures: Float[Tensor, "b 3 H W"],
+        references: Sequence[Sequence[Any]],
+        maps: Float[Tensor, "b s n"] | None,
+        grid: Grid,
+    ) -> Places:
+        """See `Finder`."""
+        assert maps is not None
+        count, size = len(references[0]), (pictures.shape[2], pictures.shape[3])
+        boxes = torch.full((len(pictures), count, 4), torch.nan)
+        similarity = torch.full((len(pictures), count), torch.nan)
+        shares = maps / maps.sum(1, keepdim=True).clamp_min(1e-12)
+        for row, faces in enumerate(self.backend.detect_and_embed(list(pictures))):
+            best = np.argsort(-faces.scores, kind="stable")[:count]
+            if not len(best):
+                continue
+            found = torch.as_tensor(faces.boxes[best], dtype=torch.float32)
+            inside = box_masks(found[None], grid, size)[0]  # (f, n)
+            share = (shares[row].cpu() @ inside.T) / inside.sum(1).clamp_min(1)
+            for i, j in match(share.double().numpy()).pairs:
+                boxes[row, i], similarity[row, i] = found[j], float(share[i, j])
+        return Places(boxes, similarity)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapFinder:
+    """Places from the attention of the draft alone: no detector, any kind of subject.
+
+    A token belongs to the reference that it looks at most, relative to how much that reference is looked at on average, if it looks at
+    references more than the average token does; the box of a subject is the middle 90 % of the mass of its tokens.
+    """
+
+    needs_maps: bool = True
+
+    def __call__(
+        self,
+        pictures: Float[Tensor, "b 3 H W"],
+        references: Sequence[Sequence[Any]],
+        maps: Float[Tensor, "b s n"] | None,
+        grid: Grid,
+    ) -> Places:
+        """See `Finder`."""
+        assert maps is not None
+        relative = maps.cpu() / maps.cpu().mean(-1, keepdim=True).clamp_min(1e-12)
+        total = maps.cpu().sum(1, keepdim=True)
+        owner = torch.zeros_like(relative).scatter_(1, relative.argmax(1, keepdim=True), 1.0)
+        weight = relative * owner * (total > total.mean(-1, keepdim=True))
+        rows, columns = pictures.shape[2] / grid[0], pictures.shape[3] / grid[1]
+        mass = weight.unflatten(2, grid)
+        top, bottom = _middle(mass.sum(3), rows)
+        left, right = _middle(mass.sum(2), columns)
+        boxes = torch.stack([left, top, right, bottom], -1)
+        share = (maps.cpu() / total.clamp_min(1e-12) * owner).sum(-1) / owner.sum(-1)
+        return Places(boxes, torch.where(boxes.isnan().any(-1), torch.nan, share))
+
+
+def _middle(mass: Float[Tensor, "b s k"], pixels: float, *, tail: float = 0.05) -> tuple[Tensor, Tensor]:
+    """Pixels between which all but ``tail`` on each side of the mass lies; NaN where there is none."""
+    share = mass.cumsum(-1) / mass.sum(-1, keepdim=True)
+    first = (share < tail).sum(-1)
+    last = (share < 1 - tail).sum(-1)
+    known = mass.sum(-1) > 0
+    low, high = first * pixels, (last + 1) * pixels
+    return torch.where(known, low, torch.nan), torch.where(known, high, torch.nan)
+
+
+class Binding(NamedTuple):
+    """What was bound.
+
+    Attributes:
+        masks: (b, s, n) that the picture was drawn with; None where nothing was separated.
+        places: Where subjects were found; None where masks were given or nothing was separated.
+        complete: (b,) whether every subject of a row was found.
+        num_function_evaluations: Passes of the model, the draft included (a guided step has two).
+    """
+
+    masks: Float[Tensor, "b s n"] | None
+    places: Places | None
+    complete: Bool[Tensor, " b"]
+    num_function_evaluations: int
+
+
+def masks_of_places(places: Places, grid: Grid, size: tuple[int, int], *, margin: float) -> Float[Tensor, "b s n"]:
+    """Token masks of found subjects. A subject that was not found may be anywhere where the others are not.
+
+    M_i = box of i, where it is the nearest;   M_i = 1 - sum over found k of M_k   where i was not found
+    """
+    masks = box_masks(places.boxes, grid, size, margin=margin * max(size))
+    missing = places.boxes.isnan().any(-1)
+    free = 1 - masks.amax(1, keepdim=True)
+    return torch.where(missing[..., None], free.expand_as(masks), masks)
+
+
+@contextmanager
+def separable(
+    transformer: Any, backbone: Backbone, grid: Grid, reference_grids: Sequence[Grid], config: BindingConfig
+) -> Iterator[Separation | None]:
+    """The transformer with subjects that can be separated; None, and nothing changed, for mode "none"."""
+    if config.mode == "none":
+        yield None
+        return
+
+    def layout(kwargs: dict[str, Any]) -> SubjectLayout:
+        return backbone.layout(kwargs["encoder_hidden_states"].shape[1], grid, reference_grids)
+
+    with separate_subjects(
+        transformer, layout, None, strength=config.strength, background=config.background
+    ) as separation:
+        yield separation
+
+
+def sample_bound(
+    velocity_fn: Callable[[Tensor, Tensor], Tensor],
+    noise: Float[Tensor, "b n d"],
+    schedule: Callable[[int], Float[Tensor, " t"]],
+    num_steps: int,
+    *,
+    config: BindingConfig,
+    separation: Separation | None = None,
+    decode: Callable[[Tensor], Float[Tensor, "b 3 H W"]] | None = None,
+    finder: Any = None,
+    references: Sequence[Sequence[Any]] = (),
+    grid: Grid = (0, 0),
+    masks: Float[Tensor, "b s n"] | None = None,
+    watch: tuple[Any, Backbone, Sequence[Grid]] | None = None,
+    after: Callable[[int, Tensor], Tensor | None] | None = None,
+) -> tuple[Float[Tensor, "b n d"], Binding]:
+    """`sample` with subjects kept apart as the configuration says.
+
+    Args:
+        velocity_fn: Maps (tokens, sigma (b,)) to the velocity.
+        noise: Where to start; the draft starts from it too.
+        schedule: Noise levels for a number of steps.
+        num_steps: Steps of the picture.
+        config: See `BindingConfig`.
+        separation: From `separable`.
+        decode: Pictures of tokens.
+        finder: See `Finder`.
+        references: One list of pictures per row.
+        grid: Token rows and columns.
+        masks: For mode "masks".
+        watch: Transformer, backbone and reference grids, for finders that need attention maps.
+        after: See `sample`; called in the steps of the picture only.
+
+    Returns:
+        Tokens, and what was bound.
+
+    Raises:
+        ValueError: Masks or a finder are missing.
+    """
+    calls = 0
+
+    def counted(x: Tensor, sigma: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return velocity_fn(x, sigma)
+
+    everybody = torch.ones(len(noise), dtype=torch.bool)
+    sigmas = schedule(num_steps)
+    if config.mode == "none" or separation is None:
+        tokens = sample(counted, noise, sigmas, after=after)
+        return tokens, Binding(None, None, everybody, calls)
+    if config.mode == "masks":
+        if masks is None:
+            raise ValueError("masks must be given for separation 'masks', got none")
+        separation.masks = masks
+        tokens = sample(counted, noise, sigmas, after=after)
+        return tokens, Binding(masks, None, everybody, calls)
+    if finder is None or decode is None:
+        raise ValueError(f"finder must be given for separation {config.mode!r}, got none")
+    with _watched(finder, watch, grid) as maps:
+
+        def found_in(tokens: Tensor) -> Places:
+            pictures = decode(tokens).float().clamp(0, 1).cpu()
+            places: Places = finder(pictures, references, maps(), grid)
+            size = (pictures.shape[2], pictures.shape[3])
+            separation.masks = masks_of_places(places, grid, size, margin=config.margin).to(noise.device)
+            return places
+
+        if config.mode == "draft":
+            places = found_in(sample(counted, noise, schedule(config.draft_steps)))
+        else:
+            places, noise, sigmas = _until_found(counted, noise, sigmas, config.bind_at, found_in)
+            skipped = num_steps + 1 - len(sigmas)
+            inner = after
+            after = None if inner is None else (lambda step, x: inner(step + skipped, x))
+    tokens = sample(counted, noise, sigmas, after=after)
+    assert isinstance(separation.masks, Tensor)
+    return tokens, Binding(separation.masks, places, ~places.boxes.isnan().any(-1).any(-1), calls)
+
+
+def _until_found(
+    velocity_fn: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    bind_at: float,
+    found_in: Callable[[Tensor], Places],
+) -> tuple[Places, Tensor, Tensor]:
+    """Steps until the level is reached, places in the clean picture ``x - sigma v`` predicted there; what is left to do."""
+    for step in range(len(sigmas) - 1):
+        velocity = velocity_fn(x, sigmas[step].expand(len(x)))
+        if sigmas[step] <= bind_at or step == len(sigmas) - 2:
+            places = found_in(x - sigmas[step] * velocity)
+            x = x + (sigmas[step + 1] - sigmas[step]) * velocity
+            return places, x, sigmas[step + 1 :]
+        x = x + (sigmas[step + 1] - sigmas[step]) * velocity
+    raise AssertionError("a schedule has at least one step")
+
+
+@contextmanager
+def _watched(
+    finder: Any, watch: tuple[Any, Backbone, Sequence[Grid]] | None, grid: Grid
+) -> Iterator[Callable[[], Tensor | None]]:
+    """Where the finder asks for them: attention maps (b, s, n), image to reference, mean over all passes inside."""
+    if not getattr(finder, "needs_maps", False):
+        yield lambda: None
+        return
+    if watch is None:
+        raise ValueError("watch must be given for a finder that needs attention maps, got none")
+    transformer, backbone, reference_grids = watch
+    total: list[Tensor] = []
+
+    def layout(kwargs: dict[str, Any]) -> SubjectLayout:
+        return backbone.layout(kwargs["encoder_hidden_states"].shape[1], grid, reference_grids)
+
+    with capture_subject_attention(
+        transformer, layout, direction="image_to_reference", blocks=lambda _: True
+    ) as captured:
+        hook = transformer.register_forward_hook(lambda *_: total.append(captured.maps.detach().clone()))
+        try:
+            yield lambda: torch.stack(total).mean(0)
+        finally:
+            hook.remove()
