@@ -4,7 +4,7 @@ from idar.attention import Direction, Span, stratified_subset, subject_attention
 from idar.capture import CapturedMaps, capture_attention, stack_blocks
 from idar.layout import SubjectLayout
 from idar.loss import IDARLoss, LossKind, idar_loss, sigma_weight
-from idar.masks import Fit, Normalization, box_masks, normalize_maps, owner_masks, token_masks
+from idar.masks import Fit, Normalization, box_masks, map_boxes, normalize_maps, owner_masks, token_masks
 from idar.metrics import AttentionProfile, attention_profile, leakage, map_iou, map_overlap, peak_in_mask
 from idar.separate import Separation, separate_attention
 from idar.separation import ARROWS, SUBJECT_ARROWS, Arrow, Background, attention_owners, separation_bias
@@ -32,6 +32,7 @@ __all__ = [
     "capture_attention",
     "idar_loss",
     "leakage",
+    "map_boxes",
     "map_iou",
     "map_overlap",
     "normalize_maps",

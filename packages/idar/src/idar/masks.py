@@ -135,6 +135,53 @@ def box_masks(
     return owner_masks(score.nan_to_num(0.0), threshold=1e-6)
 
 
+def map_boxes(
+    maps: Float[Tensor, "b s n"], grid: tuple[int, int], size: tuple[int, int], *, tail: float = 0.05
+) -> Float[Tensor, "b s 4"]:
+    """A box for each subject from attention maps alone: where its tokens are, without the thin ends.
+
+        r_ij = m_ij / mean_j m_ij,   i owns j if i = argmax_k r_kj and sum_k m_kj > mean over j of it
+
+    The box holds all but ``tail`` of the mass of r over the owned tokens, on each of its four sides.
+
+    Args:
+        maps: How much each image token looks at each reference ("image_to_reference").
+        grid: Token rows and columns.
+        size: Height and width of the picture in pixels.
+        tail: Share of the mass left out on each side, in [0, 0.5).
+
+    Returns:
+        (left, top, right, bottom) in pixels; NaN for a subject that owns no token.
+
+    Raises:
+        ValueError: Sizes do not fit, or maps are not finite and at least 0.
+
+    >>> map_boxes(torch.tensor([[[9.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 0.0]]]), (1, 4), (8, 32)).tolist()
+    [[[0.0, 0.0, 16.0, 8.0], [16.0, 0.0, 24.0, 8.0]]]
+    """
+    if maps.dim() != 3 or maps.shape[2] != grid[0] * grid[1]:
+        raise ValueError(f"maps must be (b, s, {grid[0] * grid[1]}) for this grid, got {tuple(maps.shape)}")
+    if not bool((torch.isfinite(maps) & (maps >= 0)).all()):
+        raise ValueError("maps must be finite and at least 0, got values outside or NaN")
+    if not 0 <= tail < 0.5:
+        raise ValueError(f"tail must be in [0, 0.5), got {tail}")
+    relative = maps / maps.mean(-1, keepdim=True).clamp_min(1e-12)
+    total = maps.sum(1, keepdim=True)
+    owner = torch.zeros_like(relative).scatter_(1, relative.argmax(1, keepdim=True), 1.0)
+    mass = (relative * owner * (total > total.mean(-1, keepdim=True))).reshape(*maps.shape[:2], *grid)
+    top, bottom = _middle(mass.sum(3), size[0] / grid[0], tail)
+    left, right = _middle(mass.sum(2), size[1] / grid[1], tail)
+    return torch.stack([left, top, right, bottom], -1)
+
+
+def _middle(mass: Float[Tensor, "b s k"], pixels: float, tail: float) -> tuple[Tensor, Tensor]:
+    """Pixels between which all but ``tail`` of the mass on each side lies; NaN where there is none."""
+    share = mass.cumsum(-1) / mass.sum(-1, keepdim=True)
+    known = mass.sum(-1) > 0
+    low, high = (share <= tail).sum(-1) * pixels, ((share < 1 - tail).sum(-1) + 1) * pixels
+    return torch.where(known, low, torch.nan), torch.where(known, high, torch.nan)
+
+
 def _overlaps(pixels: int, tokens: int, scale: float, start: float) -> Float[Tensor, "tokens pixels"]:
     """Share of token ``[start + t * scale, start + (t + 1) * scale)`` that pixel ``[p, p + 1)`` fills."""
     edges = start + scale * torch.arange(tokens + 1, dtype=torch.float64)

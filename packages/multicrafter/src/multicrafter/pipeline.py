@@ -60,7 +60,7 @@ class MultiCrafterPipeline:
         notes: dict[str, Any] | None = None,
         *,
         backbone: Backbone | None = None,
-        separation: Mode | BindingConfig = "none",
+        separation: Mode | BindingConfig | None = None,
         finder: Finder | None = None,
     ) -> None:
         """Takes a loaded pipeline, with adapters already attached.
@@ -71,7 +71,7 @@ class MultiCrafterPipeline:
             notes: Of the adapter.
             backbone: Yours, if it is none of `multicrafter.models.backbones.BACKBONES`.
             separation: How subjects are kept apart while a picture is drawn: "none", "draft", "in-flight", "masks", or a
-                `BindingConfig` with its numbers.
+                `BindingConfig` with its numbers; by default as the adapter says, else "none".
             finder: Finds subjects in drafts, such as ``IdentityFinder(backend=id_reward.get_face_backend("dlib"))``; by default
                 the attention of the draft alone says where they are (`MapFinder`).
 
@@ -80,7 +80,7 @@ class MultiCrafterPipeline:
         """
         self.pipe, self.adapters, self.notes = pipe, adapters, notes or {}
         self.backbone = backbone or backbone_of(pipe)
-        self.separation = binding_config(separation)
+        self.separation = binding_config(self.sampling.get("separation", "none") if separation is None else separation)
         self.finder: Finder = finder or MapFinder()
         self.bindings: list[Binding] = []
         self.loras: dict[str, float] = {}
@@ -95,7 +95,7 @@ class MultiCrafterPipeline:
         dtype: str | torch.dtype = torch.float32,
         backbone: Backbone | None = None,
         device: str | torch.device | None = None,
-        separation: Mode | BindingConfig = "none",
+        separation: Mode | BindingConfig | None = None,
         finder: Finder | None = None,
         **options: Any,
     ) -> MultiCrafterPipeline:
@@ -146,6 +146,21 @@ class MultiCrafterPipeline:
     def reference_size(self) -> int:
         """Side of a reference in pixels: what the adapter was trained at, or half the picture's."""
         return int(self.notes.get("reference_size") or self.size // 2)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How pictures of this adapter are drawn where nobody says otherwise: steps, guidance and separation, from the adapter."""
+        return dict(self.notes.get("sampling") or {})
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of a picture where nobody says otherwise."""
+        return int(self.sampling.get("num_steps", 20))
+
+    @property
+    def guidance(self) -> float:
+        """Embedded guidance where nobody says otherwise."""
+        return float(self.sampling.get("guidance", self.backbone.default_guidance))
 
     @property
     def max_references(self) -> int:
@@ -227,7 +242,7 @@ class MultiCrafterPipeline:
         negative_prompt: str = "",
         true_guidance: float | None = None,
         num_images: int = 1,
-        num_steps: int = 20,
+        num_steps: int | None = None,
         seed: int | Sequence[int] = 0,
         guidance: float | None = None,
         size: int | tuple[int, int] | None = None,
@@ -250,9 +265,9 @@ class MultiCrafterPipeline:
             true_guidance: ``velocity = negative + true_guidance * (positive - negative)`` (arXiv 2207.12598), a second pass a step.
                 Default: 1 (off) where the model embeds its guidance or was distilled, else the backbone's.
             num_images: Pictures per prompt, each from its own noise.
-            num_steps: Euler steps.
+            num_steps: Euler steps; default: what the adapter says, else 20.
             seed: Of the noise; one per prompt, or the same for all.
-            guidance: Distilled guidance, where the model embeds it; default: the backbone's.
+            guidance: Distilled guidance, where the model embeds it; default: what the adapter says, else the backbone's.
             size: Side, or (height, width), in pixels; multiples of a token's side.
             reference_size: Side of the references, at most the picture's.
             cache_references: Keep keys and values of the references between steps. Default: where that is exact.
@@ -272,6 +287,7 @@ class MultiCrafterPipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         lists = _reference_lists(prompts, references)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        num_steps = self.num_steps if num_steps is None else num_steps
         if num_images < 1 or num_steps < 1:
             raise ValueError(f"num_images and num_steps must be at least 1, got {num_images} and {num_steps}")
         if len(seeds) != len(prompts):
@@ -280,7 +296,7 @@ class MultiCrafterPipeline:
             raise ValueError(f"output_type must be 'pil', 'pt' or 'latent', got {output_type!r}")
         grid, reference_grid = self._grids(size, reference_size)
         scale = self._true_guidance(true_guidance)
-        guidance = self.backbone.default_guidance if guidance is None else guidance
+        guidance = self.guidance if guidance is None else guidance
         keep = self.backbone.caches_references if cache_references is None else cache_references
         if keep and not self.backbone.caches_references:
             raise ValueError(

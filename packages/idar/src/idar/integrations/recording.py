@@ -82,6 +82,89 @@ def record(
     Raises:
         ValueError: The pipeline is not supported, or references, directions or numbers do not fit it.
     """
+    if type(pipe).__name__ == "Flux2KleinKVPipeline":
+        directions = [d for d in directions if d == "image_to_reference"]
+    if not directions:
+        raise ValueError(f"directions must hold one that {type(pipe).__name__} has, got none")
+    steps = _Steps()
+    with torch.no_grad(), ready(pipe, references, prompt, size=size, reference_size=reference_size) as prepared:
+        given = prepared.given(num_steps=num_steps, seed=seed, options=options)
+        with ExitStack() as stack:
+            captured = {
+                d: stack.enter_context(
+                    capture_subject_attention(
+                        pipe.transformer, prepared.layout, direction=d, blocks=blocks, keep_blocks=True
+                    )
+                )
+                for d in directions
+            }
+            stack.enter_context(_after_each_pass(pipe.transformer, steps, captured))
+            picture = pipe(**given).images[0].float().cpu()
+    maps = {d: torch.stack([row[d] for row in steps.maps], 1) for d in directions}
+    return Recording(
+        picture=picture.clamp(0, 1),
+        references=tuple(to_tensor(r) for r in references),
+        maps=maps,
+        blocks=tuple(captured[directions[0]].blocks),
+        sigmas=tuple(steps.sigmas),
+        grid=grid_of(picture, prepared.side, next(iter(maps.values())).shape[-1]),
+    )
+
+
+def grid_of(picture: Float[Tensor, "3 H W"], side: int, tokens: int) -> tuple[int, int]:
+    """Token rows and columns of a picture with a token per ``side`` pixels squared.
+
+    Raises:
+        ValueError: The model saw another number of tokens.
+    """
+    grid = (picture.shape[1] // side, picture.shape[2] // side)
+    if grid[0] * grid[1] != tokens:
+        raise ValueError(f"the picture must have a token per {side} x {side} pixels, got {tokens} tokens for {grid}")
+    return grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A pipeline that is ready to draw with its references.
+
+    Attributes:
+        layout: Where everything is in the joint sequence, from the keyword arguments of the transformer's forward.
+        side: Pixels of a token's side.
+        size: Height and width of the picture in pixels.
+        arguments: Of the pipeline's call, but for steps and seed.
+    """
+
+    layout: Layout
+    side: int
+    size: tuple[int, int]
+    arguments: dict[str, Any]
+
+    def given(self, *, num_steps: int, seed: int, options: dict[str, Any] | None) -> dict[str, Any]:
+        """All arguments of the pipeline's call.
+
+        Raises:
+            ValueError: There are no steps.
+        """
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        drawn = {"num_inference_steps": num_steps, "generator": torch.Generator().manual_seed(seed)}
+        return {**self.arguments, **drawn, **(options or {})}
+
+
+@contextmanager
+def ready(
+    pipe: Any,
+    references: Sequence[Any],
+    prompt: str,
+    *,
+    size: tuple[int, int] | None = None,
+    reference_size: int | None = None,
+) -> Iterator[Ready]:
+    """While open, the pipeline draws with the references, each model in its own way; see `record`.
+
+    Raises:
+        ValueError: The pipeline is not supported, or references or sizes do not fit it.
+    """
     name = type(pipe).__name__
     if name not in SUPPORTED:
         raise ValueError(f"pipeline must be one of {', '.join(SUPPORTED)}, got {name}")
@@ -90,29 +173,14 @@ def record(
         raise ValueError("references must hold at least one picture, got none")
     if most is not None and len(references) > most:
         raise ValueError(f"references must be at most {most} for {name}, got {len(references)}")
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    if name == "Flux2KleinKVPipeline":
-        directions = [d for d in directions if d == "image_to_reference"]
-    if not directions:
-        raise ValueError(f"directions must hold one that {name} has, got none")
     side = 2 * int(pipe.vae_scale_factor)  # pixels per token
     default = int(getattr(pipe.vae.config, "sample_size", None) or 1024)
     height, width = size or (default, default)
     if min(height, width) < side or height % side or width % side:
         raise ValueError(f"size must be multiples of {side} pixels, got {height} x {width}")
-    parameters = inspect.signature(pipe.__call__).parameters
-    given: dict[str, Any] = {
-        "prompt": prompt or None,
-        "height": height,
-        "width": width,
-        "num_inference_steps": num_steps,
-        "generator": torch.Generator().manual_seed(seed),
-        "output_type": "pt",
-    }
+    given: dict[str, Any] = {"prompt": prompt or None, "height": height, "width": width, "output_type": "pt"}
     layout: Layout = qwen_layout if way == "qwen" else flux_layout
-    steps = _Steps()
-    with torch.no_grad(), ExitStack() as stack:
+    with ExitStack() as stack:
         if way == "context":
             longest = int(getattr(pipe.tokenizer_2, "model_max_length", 512)) if pipe.tokenizer_2 else 512
             given["max_sequence_length"] = min(longest, 512)
@@ -121,30 +189,9 @@ def record(
             )
         else:
             given["image"] = references[0] if most == 1 else list(references)
-        if "_auto_resize" in parameters:  # Kontext would change the size
+        if "_auto_resize" in inspect.signature(pipe.__call__).parameters:  # Kontext would change the size
             given |= {"_auto_resize": False, "max_area": height * width}
-        given |= options or {}
-        captured = {
-            d: stack.enter_context(
-                capture_subject_attention(pipe.transformer, layout, direction=d, blocks=blocks, keep_blocks=True)
-            )
-            for d in directions
-        }
-        stack.enter_context(_after_each_pass(pipe.transformer, steps, captured))
-        picture = pipe(**given).images[0].float().cpu()
-    grid = (picture.shape[1] // side, picture.shape[2] // side)
-    maps = {d: torch.stack([row[d] for row in steps.maps], 1) for d in directions}
-    tokens = next(iter(maps.values())).shape[-1]
-    if grid[0] * grid[1] != tokens:
-        raise ValueError(f"the picture must have a token per {side} x {side} pixels, got {tokens} tokens for {grid}")
-    return Recording(
-        picture=picture.clamp(0, 1),
-        references=tuple(to_tensor(r) for r in references),
-        maps=maps,
-        blocks=tuple(captured[directions[0]].blocks),
-        sigmas=tuple(steps.sigmas),
-        grid=grid,
-    )
+        yield Ready(layout=layout, side=side, size=(height, width), arguments=given)
 
 
 class _Steps:

@@ -45,7 +45,7 @@ def _align(arguments: argparse.Namespace) -> int:
         recipes.save(arguments.out / "recipe.yaml", run)
     scenes = encode_scenes(pipe, world, run.num_scenes, seed=run.align.seed + 10_000, cache=run.execution.cache)
     run_align(
-        pipe, adapters, run.align, arguments.out, num_references=number, scenes=scenes, resume=arguments.resume,
+        pipe, adapters, run.align, arguments.out, num_references=number, scenes=scenes, resume=arguments.resume, sampling=notes.get("sampling"),
         tracker=tracker(arguments, run),
     )  # fmt: skip
     if is_main():

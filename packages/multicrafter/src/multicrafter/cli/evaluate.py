@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from multicrafter.cli.options import add_command, positive, writable
+from multicrafter.cli.options import add_command, binding, positive, separation_options, writable
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -23,9 +23,13 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         writable(arguments.out)
     loaded = MultiCrafterPipeline.from_pretrained(arguments.model, adapter=arguments.adapter)
+    if arguments.finder not in ("auto", "people"):
+        raise ValueError(f"--finder must be people on the drawn world, got {arguments.finder}")
     config = EvaluateConfig(
-        num_cases=arguments.cases, num_references=arguments.references or loaded.max_references, seed=arguments.seed
-    )
+        num_cases=arguments.cases, num_references=arguments.references or loaded.max_references, seed=arguments.seed,
+        num_sampling_steps=arguments.steps or loaded.num_steps, guidance=arguments.guidance or loaded.guidance,
+        separation=binding(arguments, loaded.notes),
+    )  # fmt: skip
     metrics, _ = run(loaded.pipe, cases(loaded.pipe, config), Judges.load(), config)
     summary = summarise(metrics)
     print(table({str(arguments.adapter or "base"): summary}))
@@ -120,4 +124,9 @@ def add_parser(commands: Any) -> None:
     sub.add_argument("--cases", type=positive, default=128)
     sub.add_argument("--references", type=int, choices=(1, 2, 3, 4))
     sub.add_argument("--out", type=Path, help="JSON")
+    sub.add_argument("--steps", type=positive, help="default: what the adapter says, else 20")
+    sub.add_argument(
+        "--guidance", type=float, help="embedded guidance; default: what the adapter says, else the backbone's"
+    )
+    separation_options(sub)
     add_scoring(sub)

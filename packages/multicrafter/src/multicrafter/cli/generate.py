@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from multicrafter.cli.options import add_command, positive, writable
+from multicrafter.cli.options import add_command, binding, finder, positive, separation_options, writable
 
 
 def number(given: str, text: str) -> float:
@@ -17,6 +20,17 @@ def number(given: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(f"--lora must be FILE or FILE=WEIGHT, got {given!r}") from None
+
+
+@contextmanager
+def said_warnings() -> Iterator[None]:
+    """Warnings raised inside, one line each on standard error."""
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", message="prompt .* subjects")
+        yield
+    for warning in raised:
+        print(f"warning: {warning.message}", file=sys.stderr)
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -43,7 +57,13 @@ def generate(arguments: argparse.Namespace) -> int:
     pipeline = MultiCrafterPipeline.from_pretrained(
         arguments.model, adapter=arguments.adapter, dtype=arguments.dtype, device=arguments.device,
         backbone=get_backbone(arguments.backbone) if arguments.backbone else None,
+        finder=finder(arguments.finder, arguments.model),
     )  # fmt: skip
+    kept_apart = binding(arguments, pipeline.notes)
+    masks = [open_image(path) for path in arguments.mask] or None
+    if masks is not None and kept_apart.mode != "masks":
+        raise ValueError(f"--mask is for --separation masks, got --separation {kept_apart.mode}")
+    steps = arguments.steps or pipeline.num_steps
     for given in arguments.lora:
         path, _, weight = given.rpartition("=")
         pipeline.load_lora(path or weight, weight=number(given, weight) if path else 1.0)
@@ -53,11 +73,12 @@ def generate(arguments: argparse.Namespace) -> int:
             f"warning: {len(references)} references, but {what} trained for {pipeline.max_references}; expect blending",
             file=sys.stderr,
         )
-    with tqdm(total=arguments.steps, desc="generate", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=steps, desc="generate", disable=not sys.stderr.isatty()) as bar, said_warnings():
         pictures = pipeline(
-            arguments.prompt, references, num_images=arguments.num_images, num_steps=arguments.steps, seed=arguments.seed,
+            arguments.prompt, references, num_images=arguments.num_images, num_steps=steps, seed=arguments.seed,
             guidance=arguments.guidance, negative_prompt=arguments.negative_prompt, true_guidance=arguments.true_guidance,
             size=arguments.size, reference_size=arguments.reference_size, progress=lambda _: bar.update(),
+            separation=kept_apart, masks=masks,
         )  # fmt: skip
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for index, picture in enumerate(pictures):
@@ -84,8 +105,15 @@ def add_parser(commands: Any) -> None:
     sub.add_argument("--out", type=Path, required=True)
     sub.add_argument("--adapter", type=Path, help="folder written by pretrain, align or demo")
     sub.add_argument("--num-images", type=positive, default=1)
-    sub.add_argument("--steps", type=positive, default=20)
-    sub.add_argument("--guidance", type=float, help="embedded guidance; default: the backbone's")
+    sub.add_argument("--steps", type=positive, help="default: what the adapter says, else 20")
+    sub.add_argument(
+        "--guidance", type=float, help="embedded guidance; default: what the adapter says, else the backbone's"
+    )
+    separation_options(sub)
+    sub.add_argument(
+        "--mask", type=Path, action="append", default=[], metavar="PICTURE",
+        help="once per reference: white where its subject is to be; for --separation masks",
+    )  # fmt: skip
     sub.add_argument("--negative-prompt", default="", help="used with --true-guidance")
     sub.add_argument("--true-guidance", type=float, help="scale of a second, negative pass; default: the backbone's")
     sub.add_argument("--size", type=positive, help="side of the picture in pixels")

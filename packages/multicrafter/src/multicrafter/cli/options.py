@@ -50,3 +50,49 @@ def training_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--tracker", choices=("tensorboard", "wandb", "trackio", "none"), help="default: tensorboard, into --out"
     )
+
+
+def separation_options(sub: argparse.ArgumentParser) -> None:
+    """How subjects are kept apart while a picture is drawn."""
+    sub.add_argument(
+        "--separation", choices=("none", "draft", "in-flight", "masks"),
+        help="keep the attention of different subjects apart: places from a short draft, from the picture being drawn, or from --mask; "
+        "default: as the adapter was made for",
+    )  # fmt: skip
+    sub.add_argument("--draft-steps", type=positive, help="steps of the draft; default: 3")
+    sub.add_argument(
+        "--bind-at", type=float, help="noise level at which --separation in-flight looks for places; default: 0.9"
+    )
+    sub.add_argument(
+        "--finder", choices=("auto", "people", "maps", "dlib", "insightface"), default="auto",
+        help="what finds subjects in a draft: the drawn world's people, the attention maps alone, or a face detector; auto: people for "
+        "the tiny model, else maps",
+    )  # fmt: skip
+
+
+def binding(arguments: argparse.Namespace, notes: Any) -> Any:
+    """The `BindingConfig` of --separation and its numbers, or what the adapter was made for."""
+    from multicrafter.models.binding import BindingConfig
+
+    mode = arguments.separation or notes.get("sampling", {}).get("separation", "none")
+    given = {"draft_steps": arguments.draft_steps, "bind_at": arguments.bind_at}
+    return BindingConfig(mode=mode, **{k: v for k, v in given.items() if v is not None})
+
+
+def finder(name: str, model: str | None) -> Any:
+    """What finds subjects in a draft."""
+    from multicrafter.models.binding import IdentityFinder, MapFinder
+
+    if name == "auto":
+        name = "people" if model is None else "maps"
+    if name == "maps":
+        return MapFinder()
+    if name == "people":
+        from multicrafter.world import judges
+        from multicrafter.world.judges.people import PeopleBackend
+
+        return IdentityFinder(backend=PeopleBackend.from_pretrained(judges.shipped()))
+    from id_reward import get_face_backend
+
+    face_of_a_person = (1.5, 0.8, 1.5, 5.0)  # a standing person round a face, in faces
+    return IdentityFinder(backend=get_face_backend(name), grow=face_of_a_person)  # type: ignore[arg-type]

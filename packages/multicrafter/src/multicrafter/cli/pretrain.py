@@ -67,7 +67,10 @@ def add_parser(commands: Any) -> None:
     sub.add_argument("--device", help="cpu, cuda, cuda:1, ...")
     sub.add_argument("--out", type=Path, required=True)
     sub.add_argument(
-        "--row", default="moe", choices=("baseline", "idar", "idar_paper", "moe"), help="row of the ablation"
+        "--row",
+        default="full",
+        choices=("baseline", "idar", "idar_paper", "moe", "separation", "full"),
+        help="row of the ablation; full is the method",
     )
     sub.add_argument("--steps", type=positive)
     sub.add_argument("--batch", type=positive)

@@ -22,7 +22,7 @@ from multicrafter.models.binding import BindingConfig
 from multicrafter.scoring.evaluate import EvaluateConfig
 from multicrafter.training.align import AlignConfig
 from multicrafter.training.precision import ExecutionConfig
-from multicrafter.training.pretrain import IDARConfig, PretrainConfig, SeparationConfig
+from multicrafter.training.pretrain import IDARConfig, PretrainConfig, SamplingConfig, SeparationConfig
 from multicrafter.world import WorldConfig
 
 
@@ -36,10 +36,13 @@ class Recipe(NamedTuple):
 
 def tiny(*, seed: int = 0) -> Recipe:
     """Everything: attention supervised and separated, mixture of LoRA experts, policy optimization; pictures bound by their own draft."""
+    drawn = SamplingConfig(num_steps=16, guidance=3.5)
     return Recipe(
-        PretrainConfig(seed=seed, separation=SeparationConfig()),
+        PretrainConfig(seed=seed, separation=SeparationConfig(), sampling=drawn),
         AlignConfig(seed=seed),
-        EvaluateConfig(separation=BindingConfig(mode="draft")),
+        EvaluateConfig(
+            num_sampling_steps=drawn.num_steps, guidance=drawn.guidance or 1.0, separation=BindingConfig(mode="draft")
+        ),
     )
 
 

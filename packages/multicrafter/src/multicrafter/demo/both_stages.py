@@ -142,7 +142,9 @@ def run(out: Path, config: DemoConfig, *, model: str | None = None, resume: bool
     loaded = MultiCrafterPipeline.from_pretrained(model, adapter=out / "stage1" / "adapter")
     assert isinstance(loaded.adapters, Adapters)
     with clock.measure("train stage 2"):
-        history = run_align(loaded.pipe, loaded.adapters, stage2, out / "stage2", resume=resume)
+        history = run_align(
+            loaded.pipe, loaded.adapters, stage2, out / "stage2", resume=resume, sampling=loaded.sampling
+        )
     with clock.measure("evaluate stage 2"):
         metrics["stage 2"], pictures["stage 2"], maps["stage 2"] = score(loaded.pipe, evaluation)
     differences = {
@@ -177,7 +179,7 @@ def run(out: Path, config: DemoConfig, *, model: str | None = None, resume: bool
     write_json(out / "results.json", results)
     page = write_report(out)
     print(table(summary))
-    for text, claim in results["claims"].items():
+    for text, claim in claims(differences, summary).items():
         print(f"{'holds    ' if claim['holds'] else 'not shown'}  {text}")
     for label, path in (
         ("without and with the method", "side_by_side.png"),

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from id_reward import FaceBackend, match
-from idar import Background, Separation, SubjectLayout, box_masks
+from idar import Background, Separation, SubjectLayout, box_masks, map_boxes
 from idar.integrations.diffusers import capture_subject_attention, separate_subjects
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -181,11 +181,7 @@ class BoxFinder:
 
 @dataclass(frozen=True, kw_only=True)
 class MapFinder:
-    """Places from the attention of the draft alone: no detector, any kind of subject.
-
-    A token belongs to the reference that it looks at most, relative to how much that reference is looked at on average, if it looks at
-    references more than the average token does; the box of a subject is the middle 90 % of the mass of its tokens.
-    """
+    """Places from the attention of the draft alone: no detector, any kind of subject; see `idar.map_boxes`."""
 
     needs_maps: bool = True
 
@@ -198,27 +194,11 @@ class MapFinder:
     ) -> Places:
         """See `Finder`."""
         assert maps is not None
-        relative = maps.cpu() / maps.cpu().mean(-1, keepdim=True).clamp_min(1e-12)
-        total = maps.cpu().sum(1, keepdim=True)
-        owner = torch.zeros_like(relative).scatter_(1, relative.argmax(1, keepdim=True), 1.0)
-        weight = relative * owner * (total > total.mean(-1, keepdim=True))
-        rows, columns = pictures.shape[2] / grid[0], pictures.shape[3] / grid[1]
-        mass = weight.unflatten(2, grid)
-        top, bottom = _middle(mass.sum(3), rows)
-        left, right = _middle(mass.sum(2), columns)
-        boxes = torch.stack([left, top, right, bottom], -1)
-        share = (maps.cpu() / total.clamp_min(1e-12) * owner).sum(-1) / owner.sum(-1)
+        boxes = map_boxes(maps.float().cpu(), grid, (pictures.shape[2], pictures.shape[3]))
+        shares = maps.cpu() / maps.cpu().sum(1, keepdim=True).clamp_min(1e-12)
+        inside = box_masks(boxes, grid, (pictures.shape[2], pictures.shape[3]), margin=0.0)
+        share = (shares * inside).sum(-1) / inside.sum(-1)
         return Places(boxes, torch.where(boxes.isnan().any(-1), torch.nan, share))
-
-
-def _middle(mass: Float[Tensor, "b s k"], pixels: float, *, tail: float = 0.05) -> tuple[Tensor, Tensor]:
-    """Pixels between which all but ``tail`` on each side of the mass lies; NaN where there is none."""
-    share = mass.cumsum(-1) / mass.sum(-1, keepdim=True)
-    first = (share < tail).sum(-1)
-    last = (share < 1 - tail).sum(-1)
-    known = mass.sum(-1) > 0
-    low, high = first * pixels, (last + 1) * pixels
-    return torch.where(known, low, torch.nan), torch.where(known, high, torch.nan)
 
 
 class Binding(NamedTuple):

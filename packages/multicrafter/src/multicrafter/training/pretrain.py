@@ -116,6 +116,25 @@ class SeparationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How pictures of the trained adapter are drawn where nobody says otherwise; written into the adapter.
+
+    Attributes:
+        num_steps: Euler steps.
+        guidance: Embedded guidance; None is the backbone's.
+    """
+
+    num_steps: int = 20
+    guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
+        if self.guidance is not None and not 1 <= self.guidance < math.inf:
+            raise ValueError(f"guidance must be at least 1 and finite, got {self.guidance}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """Stage 1.
 
@@ -127,6 +146,7 @@ class PretrainConfig:
         data: Folder of `multicrafter data build`: photos instead of drawn scenes, at the sizes of ``world``. None draws.
         seed: Of data order, noise and adapters; scenes come from ``data_seed``.
         separation: See `SeparationConfig`; None trains without it.
+        sampling: How its pictures are drawn; None leaves that to the backbone.
         execution: Precision, memory, processes.
     """
 
@@ -140,6 +160,7 @@ class PretrainConfig:
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
     idar: IDARConfig = field(default_factory=IDARConfig)
     separation: SeparationConfig | None = None
+    sampling: SamplingConfig | None = None
     world: WorldConfig = field(default_factory=lambda: WorldConfig(numbers=(2,), shared_attributes=4))
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
@@ -149,6 +170,16 @@ class PretrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.lr <= 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
+
+
+def sampling_notes(config: PretrainConfig) -> dict[str, Any]:
+    """What an adapter says of how its pictures are drawn (``sampling`` in adapter.json)."""
+    notes: dict[str, Any] = {"separation": "none" if config.separation is None else "draft"}
+    if config.sampling is not None:
+        notes["num_steps"] = config.sampling.num_steps
+        if config.sampling.guidance is not None:
+            notes["guidance"] = config.sampling.guidance
+    return notes
 
 
 def layout_of(backbone: Backbone, scenes: EncodedScenes, num_text: int) -> SubjectLayout:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from multicrafter.training.align import Align, AlignConfig
 from multicrafter.training.distributed import is_main
 from multicrafter.training.loop import LoopConfig
 from multicrafter.training.photo_scenes import encode_by_number
-from multicrafter.training.pretrain import Pretrain, PretrainConfig
+from multicrafter.training.pretrain import Pretrain, PretrainConfig, sampling_notes
 from multicrafter.training.rewarding import Reward
 from multicrafter.training.scenes import EncodedScenes, encode_scenes
 from multicrafter.training.trackers import Tracker
@@ -83,7 +83,7 @@ def run_pretrain(
         tracker=tracker,
     )
     references = max(b.references.shape[1] for b in stage.buckets.buckets)
-    stage.trainee.save(out, stage=1, num_references=references, steps=config.num_steps)
+    stage.trainee.save(out, stage=1, num_references=references, steps=config.num_steps, sampling=sampling_notes(config))
     return stage.adapters
 
 
@@ -100,10 +100,12 @@ def run_align(
     reward: Reward | None = None,
     settings: LoopConfig = STAGE2_LOOP,
     tracker: Tracker | None = None,
+    sampling: Mapping[str, Any] | None = None,
 ) -> list[dict[str, float]]:
     """Stage 2 into ``out``, as `run_pretrain`; returns the metrics of every iteration.
 
     Without ``scenes`` prompts and references are drawn from the tiny world's ``family``; without ``reward`` it is the tiny world's, of people.
+    ``sampling`` is what the stage-1 adapter says of how its pictures are drawn; the new one says the same.
     """
     if resume:
         _check_resume(out, asdict(config))
@@ -120,7 +122,9 @@ def run_align(
         loop=settings,
         tracker=tracker,
     )
-    stage.trainee.save(out, stage=2, num_references=num_references, steps=config.num_steps)
+    stage.trainee.save(
+        out, stage=2, num_references=num_references, steps=config.num_steps, sampling=dict(sampling or {})
+    )
     return history
 
 
