@@ -136,7 +136,9 @@ def test_wheel_contents(wheels, name):
     assert not [
         f
         for f in files
-        if re.search(r"(^|/)(tests?|benchmarks|studies|changelog\.d)/|(^|/)(test|bench)_\w*\.py$|\.pyc$|\.pkl$|\.pt$", f)
+        if re.search(
+            r"(^|/)(tests?|benchmarks|studies|changelog\.d)/|(^|/)(test|bench)_\w*\.py$|\.pyc$|\.pkl$|\.pt$", f
+        )
     ]
     assert sum(f.file_size for f in zipfile.ZipFile(wheels[name]).infolist()) < 30e6
 

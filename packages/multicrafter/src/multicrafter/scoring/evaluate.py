@@ -13,7 +13,6 @@ import torch
 from id_reward import IdentityScorer, match
 from torch import Tensor
 
-from multicrafter._moved import moved_out
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.flux.model import sample
 from multicrafter.training.pretrain import measure_leakage
@@ -257,7 +256,3 @@ def table(rows: Mapping[str, Mapping[str, Interval]]) -> str:
         cells = [f"{row[n].mean:.3f} [{row[n].low:.3f}, {row[n].high:.3f}]" if n in row else "" for n in names]
         lines.append(f"{label:<{width}}  " + "  ".join(f"{c:>19}" for c in cells))
     return "\n".join(lines)
-
-
-if not TYPE_CHECKING:  # what moved elsewhere, for one version
-    __getattr__ = moved_out(__name__)
