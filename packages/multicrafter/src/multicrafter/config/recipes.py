@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from gspo import PolicyConfig
 
-from multicrafter._moved import moved_out
 from multicrafter.config import settings
 from multicrafter.config.provenance import provenance
 from multicrafter.files import write_whole
@@ -246,7 +245,3 @@ def save(path: Path, run: Run) -> Path:
     """Writes a run as YAML, every value with its mark; `resolve` reads it back as it was."""
     write_whole(path, settings.as_yaml(settings.to_dict(run), provenance(run)))
     return path
-
-
-if not TYPE_CHECKING:  # what moved elsewhere, for one version
-    __getattr__ = moved_out(__name__)

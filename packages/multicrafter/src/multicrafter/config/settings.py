@@ -11,9 +11,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from multicrafter._moved import moved_out
+from typing import Any, TypeVar
 
 Config = TypeVar("Config")
 
@@ -195,7 +193,3 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(content).__name__}")
     return content
-
-
-if not TYPE_CHECKING:  # what moved elsewhere, for one version
-    __getattr__ = moved_out(__name__)

@@ -1,10 +1,12 @@
 """The demonstration on the drawn world: both stages, their evaluation, figures, a report."""
 
-from __future__ import annotations
+from typing import Any
 
-from typing import TYPE_CHECKING
 
-from multicrafter._moved import moved_out
+def __getattr__(name: str) -> Any:
+    """The public names, imported when they are first used: a report alone needs none of it."""
+    if name not in ("Clock", "DemoConfig", "claims", "run"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from multicrafter.demo import both_stages
 
-if not TYPE_CHECKING:  # what moved elsewhere, for one version
-    __getattr__ = moved_out(__name__)
+    return getattr(both_stages, name)

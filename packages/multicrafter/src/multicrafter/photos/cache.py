@@ -6,9 +6,7 @@ import json
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from multicrafter._moved import moved_out
+from typing import Any
 
 Result = dict[str, Any]
 
@@ -101,7 +99,3 @@ class _Transaction:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.file.execute("ROLLBACK" if kind is not None else "COMMIT")
-
-
-if not TYPE_CHECKING:  # what moved elsewhere, for one version
-    __getattr__ = moved_out(__name__)

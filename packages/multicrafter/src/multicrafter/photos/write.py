@@ -9,9 +9,8 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from multicrafter._moved import moved_out
 from multicrafter.files import write_whole
 from multicrafter.photos import schema
 from multicrafter.photos.config import WriteConfig
@@ -177,7 +176,3 @@ def remove_others(folder: Path, keep: set[str]) -> int:
         if (folder / part).is_dir() and not any((folder / part).iterdir()):
             shutil.rmtree(folder / part)
     return gone
-
-
-if not TYPE_CHECKING:  # what moved elsewhere, for one version
-    __getattr__ = moved_out(__name__)

@@ -14,7 +14,6 @@ from id_reward import IdentityScorer, match
 from idar import owner_masks
 from torch import Tensor
 
-from multicrafter._moved import moved_out
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.binding import BindingConfig, Finder, IdentityFinder, sample_bound, separable
 from multicrafter.training.pretrain import measure_leakage
@@ -308,7 +307,3 @@ def table(rows: Mapping[str, Mapping[str, Interval]]) -> str:
         cells = [f"{row[n].mean:.3f} [{row[n].low:.3f}, {row[n].high:.3f}]" if n in row else "" for n in names]
         lines.append(f"{label:<{width}}  " + "  ".join(f"{c:>19}" for c in cells))
     return "\n".join(lines)
-
-
-if not TYPE_CHECKING:  # what moved elsewhere, for one version
-    __getattr__ = moved_out(__name__)

@@ -14,8 +14,6 @@ from id_reward import FaceBackend, Scorer
 from id_reward.backends.loading import load
 from jaxtyping import Float
 
-from multicrafter._moved import moved_out
-
 if TYPE_CHECKING:
     from id_reward.backends.text import ClipEncoder
     from PIL import Image
@@ -174,7 +172,3 @@ def _identity(value: str) -> str:
         if file.suffix == ".json":
             digest.update(json.dumps(json.loads(file.read_text(encoding="utf-8")), sort_keys=True).encode())
     return f"{kind}:{folder.name}@{digest.hexdigest()[:10]}".lstrip(":")
-
-
-if not TYPE_CHECKING:  # what moved elsewhere, for one version
-    __getattr__ = moved_out(__name__)
