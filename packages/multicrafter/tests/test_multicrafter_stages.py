@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gspo import rescore, sequence_importance_ratio
-from idar import leakage
+from idar import leakage, owner_masks
 from idar.integrations.diffusers import capture_subject_attention
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import backbone_of
@@ -23,6 +23,8 @@ from multicrafter.training.pretrain import (
     IDARConfig,
     Pretrain,
     PretrainConfig,
+    SamplingConfig,
+    SeparationConfig,
     layout_of,
     measure_leakage,
     measure_leakages,
@@ -318,3 +320,79 @@ def test_text_rows(pipe):
     part = text[torch.tensor([1])]
     assert isinstance(part, Text)
     assert torch.equal(part.embeds[0], text.embeds[1])
+
+
+class TestSeparation:
+    """Mask dropout: chosen samples are trained with attention between subjects forbidden."""
+
+    @pytest.mark.parametrize(("share", "crossing"), [(1.0, False), (0.0, True)])
+    def test_chosen_samples_do_not_look_at_the_other(self, pipe, scenes, share, crossing):
+        config = replace(STAGE1, separation=SeparationConfig(share=share), idar=replace(STAGE1.idar, coef=0.1))
+        stage, seen = Pretrain(pipe, config, scenes), []
+        rows = torch.arange(4)
+        separated = torch.full((4,), share)
+        with stage._separate(scenes, rows, separated), stage._capture(scenes) as captured:
+            stage._losses(scenes, rows, torch.randn_like(scenes.tokens[rows]), torch.full((4,), 0.5), captured)
+            seen = captured.maps.detach()
+        wrong = seen * (1 - owner_masks(scenes.masks[rows]))
+        assert bool((wrong > 0).any()) == crossing
+        stage.adapters.detach()
+
+    def test_the_share_is_of_samples_and_low_noise_may_be_left_out(self, pipe, scenes):
+        stage = Pretrain(pipe, replace(STAGE1, separation=SeparationConfig(share=0.3, sigma_min=0.5)), scenes)
+        sigma = torch.linspace(0, 1, 4001)
+        chosen = stage._draw_separated(sigma)
+        assert chosen[sigma < 0.5].sum() == 0
+        assert float(chosen[sigma >= 0.5].mean()) == pytest.approx(0.3, abs=0.04)
+        stage.adapters.detach()
+
+    def test_without_it_nothing_is_drawn_and_share_0_trains_the_same(self, pipe, scenes):
+        losses = []
+        for separation in (None, SeparationConfig(share=0.0), SeparationConfig(share=1.0)):
+            stage = Pretrain(pipe, replace(STAGE1, separation=separation), scenes)
+            losses.append(stage.step(0)["loss"])
+            stage.adapters.detach()
+        assert losses[0] == losses[1] != losses[2]
+
+    def test_routing_by_attention_is_another_training(self, pipe, scenes):
+        losses = []
+        for routing in (False, True):
+            separation = SeparationConfig(share=1.0, routing=routing)
+            stage = Pretrain(pipe, replace(STAGE1, separation=separation), scenes)
+            losses.append(stage.step(0)["loss"])
+            stage.adapters.detach()
+        assert losses[0] != losses[1]
+
+    def test_micro_batches_and_checkpointing_train_the_same(self, pipe, scenes):
+        norms = []
+        for changes in ({}, {"micro_batch": 2, "gradient_checkpointing": True}):
+            config = replace(STAGE1, separation=SeparationConfig(), adapters=AdapterConfig(rank=4, num_experts=0))
+            config = replace(config, execution=replace(config.execution, **changes))
+            stage = Pretrain(pipe, config, scenes)
+            norms.append(stage.step(0)["grad_norm"])
+            stage.adapters.detach()
+        assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+    @pytest.mark.parametrize(
+        ("changes", "word"),
+        [
+            ({"share": 1.5}, "share"),
+            ({"share": float("nan")}, "share"),
+            ({"strength": -1.0}, "strength"),
+            ({"background": "x"}, "background"),
+            ({"threshold": 0.0}, "threshold"),
+            ({"sigma_min": 1.0}, "sigma_min"),
+        ],
+    )
+    def test_refusals(self, changes, word):
+        with pytest.raises(ValueError, match=word):
+            SeparationConfig(**changes)
+
+    def test_adapters_say_how_they_are_drawn(self):
+        from multicrafter.training.pretrain import sampling_notes
+
+        config = replace(STAGE1, separation=SeparationConfig(), sampling=SamplingConfig(num_steps=7, guidance=3.0))
+        assert sampling_notes(config) == {"separation": "draft", "num_steps": 7, "guidance": 3.0}
+        assert sampling_notes(STAGE1) == {"separation": "none"}
+        with pytest.raises(ValueError, match="guidance"):
+            SamplingConfig(guidance=float("nan"))
