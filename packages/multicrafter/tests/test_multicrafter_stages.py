@@ -391,7 +391,9 @@ class TestSeparation:
     def test_adapters_say_how_they_are_drawn(self):
         from multicrafter.training.pretrain import sampling_notes
 
-        config = replace(STAGE1, separation=SeparationConfig(), sampling=SamplingConfig(num_steps=7, guidance=3.0))
+        config = replace(
+            STAGE1, separation=SeparationConfig(), sampling=SamplingConfig(num_sampling_steps=7, guidance=3.0)
+        )
         assert sampling_notes(config) == {"separation": "draft", "num_steps": 7, "guidance": 3.0}
         assert sampling_notes(STAGE1) == {"separation": "none"}
         with pytest.raises(ValueError, match="guidance"):

@@ -35,12 +35,14 @@ class Recipe(NamedTuple):
 
 def tiny(*, seed: int = 0) -> Recipe:
     """Everything: attention supervised and separated, mixture of LoRA experts, policy optimization; pictures bound by their own draft."""
-    drawn = SamplingConfig(num_steps=16, guidance=3.5)
+    drawn = SamplingConfig(num_sampling_steps=16, guidance=3.5)
     return Recipe(
         PretrainConfig(seed=seed, separation=SeparationConfig(), sampling=drawn),
         AlignConfig(seed=seed),
         EvaluateConfig(
-            num_sampling_steps=drawn.num_steps, guidance=drawn.guidance or 1.0, separation=BindingConfig(mode="draft")
+            num_sampling_steps=drawn.num_sampling_steps,
+            guidance=drawn.guidance or 1.0,
+            separation=BindingConfig(mode="draft"),
         ),
     )
 

@@ -120,16 +120,16 @@ class SamplingConfig:
     """How pictures of the trained adapter are drawn where nobody says otherwise; written into the adapter.
 
     Attributes:
-        num_steps: Euler steps.
+        num_sampling_steps: Euler steps.
         guidance: Embedded guidance; None is the backbone's.
     """
 
-    num_steps: int = 20
+    num_sampling_steps: int = 20
     guidance: float | None = None
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
+        if self.num_sampling_steps < 1:
+            raise ValueError(f"num_sampling_steps must be at least 1, got {self.num_sampling_steps}")
         if self.guidance is not None and not 1 <= self.guidance < math.inf:
             raise ValueError(f"guidance must be at least 1 and finite, got {self.guidance}")
 
@@ -176,7 +176,7 @@ def sampling_notes(config: PretrainConfig) -> dict[str, Any]:
     """What an adapter says of how its pictures are drawn (``sampling`` in adapter.json)."""
     notes: dict[str, Any] = {"separation": "none" if config.separation is None else "draft"}
     if config.sampling is not None:
-        notes["num_steps"] = config.sampling.num_steps
+        notes["num_steps"] = config.sampling.num_sampling_steps
         if config.sampling.guidance is not None:
             notes["guidance"] = config.sampling.guidance
     return notes
