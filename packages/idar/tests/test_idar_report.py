@@ -7,7 +7,8 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ from diffusers import (
     QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
 )
+from idar import SubjectLayout
 from idar.cli import main
+from idar.integrations.bound import draw_bound
+from idar.integrations.diffusers import capture_subject_attention, flux_layout, qwen_layout
 from idar.integrations.recording import record, references_in_context, to_tensor
 from PIL import Image
 
@@ -227,8 +231,8 @@ def test_kontext_takes_one_reference() -> None:
         record(pipe, [picture(8, 8)] * 2, "two")
 
 
-@pytest.mark.slow  # references are a megapixel each, whatever their size
-def test_qwen_image_edit_takes_several() -> None:
+def qwen() -> tuple[Any, dict[str, Any]]:
+    """A `QwenImageEditPlusPipeline` without its vision-language encoder, and the prompt that it would have encoded."""
     torch.manual_seed(0)
     vae = AutoencoderKLQwenImage(
         base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True],
@@ -243,11 +247,90 @@ def test_qwen_image_edit_takes_several() -> None:
         transformer=transformer,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
-    options = {"prompt_embeds": torch.randn(1, 5, 12), "prompt_embeds_mask": torch.ones(1, 5, dtype=torch.long)}
+    return pipe, {"prompt_embeds": torch.randn(1, 5, 12), "prompt_embeds_mask": torch.ones(1, 5, dtype=torch.long)}
+
+
+@pytest.mark.slow  # references are a megapixel each, whatever their size
+def test_qwen_image_edit_takes_several() -> None:
+    pipe, options = qwen()
     found = record(pipe, [picture(64, 64), picture(128, 64)], "", num_steps=2, size=(64, 64), options=options)
     assert found.grid == (4, 4) and found.sigmas == (1.0, 0.5)
     assert found.maps["image_to_reference"].shape == (2, 2, 2, 16)
     torch.testing.assert_close(found.maps["reference_to_image"].sum(-1), torch.ones(2, 2, 2))
+
+
+def klein() -> tuple[Any, dict[str, Any]]:
+    pipe = flux2(Flux2KleinPipeline, guidance=False)
+    embeds = torch.randn(1, 5, 12, generator=torch.Generator().manual_seed(1))
+    return pipe, {"prompt_embeds": embeds, "guidance_scale": 1.0}
+
+
+def context() -> tuple[Any, dict[str, Any]]:
+    pipe = tiny_flux()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {"max_sequence_length": 6}
+
+
+@pytest.mark.parametrize("build", [context, klein, pytest.param(qwen, marks=pytest.mark.slow)])
+def test_somebody_elses_pipeline_is_bound(build: Callable[[], Any]) -> None:
+    """The pass that counts: a draft of two steps, boxes given by a detector, attention between subjects exactly 0 afterwards."""
+    pipe, options = build()
+    references = [picture(64, 64), picture(64, 64, (0, 255, 0))]
+    size = (64, 64) if build is qwen else None
+    asked: list[Any] = []
+
+    def find(draft: torch.Tensor, given: Any) -> torch.Tensor:
+        asked.append((draft, given))
+        height, width = draft.shape[1:]
+        return torch.tensor([[0, 0, width / 2 - 1, height], [width / 2 + 1, 0, width, height]])
+
+    prompt = "two people" if build is context else ""
+    given = {"num_steps": 2, "seed": 3, "size": size, "options": options}
+    plain = record(pipe, references, prompt, **given)
+    crossing = []
+    with watched(pipe, crossing):
+        bound = draw_bound(pipe, references, prompt, find=find, draft_steps=2, margin=0.0, **given)
+    assert bound.complete and bound.num_steps == 4 and len(asked) == 1 and asked[0][1] is references
+    torch.testing.assert_close(bound.draft, plain.picture, atol=1e-5, rtol=0)  # as many steps, the same noise
+    assert not torch.allclose(bound.picture, plain.picture, atol=1e-6)
+    rows, columns = plain.grid
+    masks = bound.masks.view(2, rows, columns)
+    assert masks[0, :, : columns // 2].min() == 1 and masks[1, :, columns // 2 :].min() == 1
+    assert bool(((bound.masks.sum(0)) == 1).all())
+    assert len(crossing) == 4 and crossing[0] > 0 and crossing[1] > 0 and crossing[2:] == [0.0, 0.0]
+    again = record(pipe, references, prompt, **given)
+    assert torch.equal(again.picture, plain.picture)
+    everywhere = draw_bound(
+        pipe, references, prompt, find=lambda d, _: torch.full((2, 4), torch.nan), draft_steps=1, **given
+    )
+    assert not everywhere.complete and bool((everywhere.masks == 1).all())
+    by_maps = draw_bound(pipe, references, prompt, draft_steps=1, **given)
+    assert by_maps.boxes.shape == (2, 4)
+    with pytest.raises(ValueError, match="one box per reference"):
+        draw_bound(pipe, references, prompt, find=lambda d, _: torch.zeros(1, 4), draft_steps=1, **given)
+
+
+@contextmanager
+def watched(pipe: Any, crossing: list[float]) -> Iterator[None]:
+    """Attention mass of every pass from the left half of the picture to reference B and from the right half to A."""
+    layout = qwen_layout if isinstance(pipe, QwenImageEditPlusPipeline) else flux_layout
+    if isinstance(pipe, FluxPipeline):
+        layout = lambda kwargs: SubjectLayout.in_order(6, 36, [9, 9])  # noqa: E731
+    with capture_subject_attention(
+        pipe.transformer, layout, direction="image_to_reference", blocks=lambda _: True
+    ) as captured:
+
+        def note(*_: Any) -> None:
+            maps = captured.maps[0]
+            rows = int(maps.shape[1] ** 0.5)
+            half = maps.view(2, rows, rows)
+            crossing.append(float(half[1, :, : rows // 2].sum() + half[0, :, rows // 2 :].sum()))
+
+        hook = pipe.transformer.register_forward_hook(note)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def test_pictures_become_tensors() -> None:
