@@ -10,6 +10,7 @@ from id_reward import CompositeReward
 from multicrafter.demo.figures import subject_maps
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import backbone_of
+from multicrafter.models.binding import BindingConfig
 from multicrafter.scoring.evaluate import METRICS, EvaluateConfig, Judges, cases, evaluate, generate_cases
 from multicrafter.training.align import Align, AlignConfig
 from multicrafter.training.precision import ExecutionConfig
@@ -120,7 +121,12 @@ def test_every_backbone_can_be_evaluated_and_looked_at(name):
     scenes = cases(pipe, config)
     metrics, pictures = evaluate(pipe, scenes, Judges.load(), config)
     assert pictures.shape == scenes.images.shape
-    assert metrics.keys() == METRICS.keys()
+    assert metrics.keys() == METRICS.keys() - {"found"}
+    bound = replace(config, separation=BindingConfig(mode="draft", draft_steps=1))
+    kept_apart, other_pictures = evaluate(pipe, scenes, Judges.load(), bound)
+    assert kept_apart.keys() == METRICS.keys()
+    given = generate_cases(pipe, scenes, replace(config, separation=BindingConfig(mode="masks")))
+    assert not torch.equal(given, pictures) and other_pictures.shape == pictures.shape
     assert ((metrics["leakage"] > 0) & (metrics["leakage"] < 1)).all()
     exchanged = generate_cases(pipe, replace(scenes, references=scenes.references.flip(1)), config)
     assert not torch.equal(exchanged, pictures)
