@@ -55,7 +55,7 @@ def training_options(sub: argparse.ArgumentParser) -> None:
 def separation_options(sub: argparse.ArgumentParser) -> None:
     """How subjects are kept apart while a picture is drawn."""
     sub.add_argument(
-        "--separation", choices=("none", "draft", "in-flight", "masks"),
+        "--separation", choices=("none", "draft", "in-flight", "attention", "masks"),
         help="keep the attention of different subjects apart: places from a short draft, from the picture being drawn, or from --mask; "
         "default: as the adapter was made for",
     )  # fmt: skip

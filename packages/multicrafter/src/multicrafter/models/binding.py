@@ -16,7 +16,17 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from id_reward import FaceBackend, match
-from idar import Background, Separation, SubjectLayout, box_masks, map_boxes
+from idar import (
+    ARROWS,
+    SUBJECT_ARROWS,
+    Arrow,
+    Background,
+    Separation,
+    SubjectLayout,
+    attention_owners,
+    box_masks,
+    map_boxes,
+)
 from idar.integrations.diffusers import capture_subject_attention, separate_subjects
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -25,8 +35,9 @@ from multicrafter.models.backbones import Backbone
 from multicrafter.models.flux.model import sample
 from multicrafter.models.flux.packing import Grid
 
-Mode = Literal["none", "draft", "in-flight", "masks"]
-MODES: tuple[Mode, ...] = ("none", "draft", "in-flight", "masks")
+Mode = Literal["none", "draft", "in-flight", "attention", "masks"]
+MODES: tuple[Mode, ...] = ("none", "draft", "in-flight", "attention", "masks")
+BLOCKS = ("all", "double", "single")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +45,17 @@ class BindingConfig:
     """How subjects are kept apart while a picture is drawn; the defaults were chosen on validation (docs/results/bleeding.md).
 
     Attributes:
-        mode: "none", "draft" (find places in a short draft), "in-flight" (in the predicted picture of the same trajectory), or
-            "masks" (they are given).
+        mode: "none", "draft" (find places in a short draft), "in-flight" (in the predicted picture of the same trajectory),
+            "attention" (each block's own attention says who owns a token: no draft and no finder, but no better than the attention
+            is), or "masks" (they are given).
         draft_steps: Steps of the draft.
         bind_at: In flight, places are looked for at the first noise level that is not above this one; in (0, 1).
         margin: Added to each side of a box, as a share of the picture's longer side.
         background: Whether tokens of nobody look at no reference or at all, see `idar.separation_bias`.
         strength: 1 forbids attention between subjects, 0 changes nothing.
+        arrows: Which kinds of attention are separated, see `idar.ARROWS`.
+        blocks: "all", or only the "double" or "single" stream blocks.
+        sigmas: Noise levels (from, to) at which attention is separated; outside it is as it is.
     """
 
     mode: Mode = "none"
@@ -49,6 +64,9 @@ class BindingConfig:
     margin: float = 1 / 32
     background: Background = "none"
     strength: float = 1.0
+    arrows: tuple[Arrow, ...] = SUBJECT_ARROWS
+    blocks: Literal["all", "double", "single"] = "all"
+    sigmas: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -63,6 +81,18 @@ class BindingConfig:
             raise ValueError(f"strength must be in [0, 1], got {self.strength}")
         if self.background not in ("none", "all"):
             raise ValueError(f"background must be 'none' or 'all', got {self.background!r}")
+        if not set(self.arrows) <= set(ARROWS):
+            raise ValueError(f"arrows must be chosen from {ARROWS}, got {self.arrows}")
+        if self.blocks not in BLOCKS:
+            raise ValueError(f"blocks must be one of {BLOCKS}, got {self.blocks!r}")
+        low, high = self.sigmas
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"sigmas must be (from, to) with 0 <= from < to <= 1, got {self.sigmas}")
+
+    def strength_at(self, sigma: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Strength at some noise levels."""
+        low, high = self.sigmas
+        return self.strength * ((sigma >= low) & (sigma <= high)).float()
 
 
 class Places(NamedTuple):
@@ -240,9 +270,16 @@ def separable(
     def layout(kwargs: dict[str, Any]) -> SubjectLayout:
         return backbone.layout(kwargs["encoder_hidden_states"].shape[1], grid, reference_grids)
 
+    chosen: dict[str, Callable[[str], bool] | None] = {
+        "all": None,
+        "double": lambda name: not name.startswith("single"),
+        "single": lambda name: name.startswith("single"),
+    }
+    strength = config.strength if config.sigmas == (0.0, 1.0) else config.strength_at
     with separate_subjects(
-        transformer, layout, None, strength=config.strength, background=config.background
-    ) as separation:
+        transformer, layout, attention_owners if config.mode == "attention" else None, strength=strength,
+        background=config.background, arrows=config.arrows, blocks=chosen[config.blocks],
+    ) as separation:  # fmt: skip
         yield separation
 
 
@@ -294,7 +331,7 @@ def sample_bound(
 
     everybody = torch.ones(len(noise), dtype=torch.bool)
     sigmas = schedule(num_steps)
-    if config.mode == "none" or separation is None:
+    if config.mode in ("none", "attention") or separation is None:
         tokens = sample(counted, noise, sigmas, after=after)
         return tokens, Binding(None, None, everybody, calls)
     if config.mode == "masks":
