@@ -21,6 +21,7 @@ from benchmarks.run import ROOT
 from studies import (
     ablation,
     ablation_objects,
+    bleeding,
     claims,
     copy_paste,
     experts,
@@ -40,6 +41,7 @@ STUDIES = tuple(
     module.STUDY
     for module in (
         ablation,
+        bleeding,
         claims,
         experts,
         copy_paste,

@@ -27,9 +27,10 @@ import torch
 from multicrafter.config.settings import to_dict
 from multicrafter.files import write_json, write_whole
 from multicrafter.models.adapters import fingerprint
+from multicrafter.models.binding import IdentityFinder
 from multicrafter.models.loading import load_flux
 from multicrafter.pipeline import MultiCrafterPipeline
-from multicrafter.scoring.evaluate import EvaluateConfig, Judges, generate_cases, score_pictures
+from multicrafter.scoring.evaluate import EvaluateConfig, Judges, draw_cases, score_pictures
 from multicrafter.training.pretrain import measure_leakages
 from multicrafter.training.runs import run_align, run_pretrain
 from multicrafter.training.scenes import EncodedScenes, encode_scenes
@@ -240,22 +241,25 @@ class Laboratory:
         """All metrics by case, pose against reference, and routing where there are experts."""
         pipe, family = loaded.pipe, self.judges(test.family)
         (scenes,) = self.scenes(pipe, base, test.world(), test.num_cases, test.seed)
-        pictures = generate_cases(pipe, scenes, test)
+        drawn = draw_cases(pipe, scenes, test, finder=IdentityFinder(backend=family.people))
+        pictures, plain = drawn.pictures, test.separation is None
         judged = scenes if test.size == 64 else _shrunk(scenes)
         pictures = _shrink(pictures, 64)
         metrics = score_pictures(pictures, judged, family, family=test.family)
         reward = tiny_reward(folder=self.judges_folder(test.family))
         metrics["reward"] = reward(list(pictures), judged.captions, [list(x) for x in judged.reference_images]).totals
-        if test.num_references > 1:
+        if test.separation is not None and test.separation.mode in ("draft", "in-flight"):
+            metrics["found"] = drawn.complete.double().numpy()
+        if test.num_references > 1 and plain:
             groups = {"leakage": None, "leakage_single": probes.is_single}
             seed = test.seed + 2
             leaks = measure_leakages(pipe, scenes, groups, direction="image_to_reference", seed=seed)
             metrics |= {name: value.numpy() for name, value in leaks.items()}
         found: dict[str, Any] = {"metrics": {k: np.round(v.astype(float), DIGITS).tolist() for k, v in metrics.items()}}
-        if test.family == "people" and test.split == "test" and test.num_cases <= COPIES:
+        if plain and test.family == "people" and test.split == "test" and test.num_cases <= COPIES:
             reader = poses.reader_at(self.runs / "poses.safetensors", family, steps=self.pose_steps)
             found["copies"] = poses.copy_scores(pictures, judged, family, reader)._asdict()
-        if loaded.adapters is not None and loaded.adapters.experts is not None:
+        if plain and loaded.adapters is not None and loaded.adapters.experts is not None:
             found["routing"] = probes.routing(loaded, scenes, seed=test.seed + 3)
         return found
 

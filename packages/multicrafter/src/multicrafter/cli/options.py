@@ -61,7 +61,7 @@ def separation_options(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     sub.add_argument("--draft-steps", type=positive, help="steps of the draft; default: 3")
     sub.add_argument(
-        "--bind-at", type=float, help="noise level at which --separation in-flight looks for places; default: 0.9"
+        "--bind-at", type=float, help="noise level at which --separation in-flight looks for places; default: 0.95"
     )
     sub.add_argument(
         "--finder", choices=("auto", "people", "maps", "dlib", "insightface"), default="auto",

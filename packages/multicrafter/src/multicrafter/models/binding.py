@@ -60,7 +60,7 @@ class BindingConfig:
 
     mode: Mode = "none"
     draft_steps: int = 3
-    bind_at: float = 0.9
+    bind_at: float = 0.95
     margin: float = 1 / 32
     background: Background = "none"
     strength: float = 1.0
