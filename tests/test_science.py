@@ -222,11 +222,10 @@ def test_every_study_runs(study, laboratory):
         assert (laboratory.pages / picture).stat().st_size > 1000
 
 
-def test_the_readme_and_pages_are_what_the_results_say():
-    """Generated, never typed."""
+def test_the_page_of_all_studies_is_what_the_results_say():
+    """Generated, never typed; the README is the other way round."""
     laboratory = Laboratory.full()
-    readme = (everything.ROOT / "README.md").read_text()
-    assert everything.with_table(readme, everything.readme_table(laboratory.results)) == readme
+    assert "generated" not in (everything.ROOT / "README.md").read_text()
     assert (laboratory.pages / "science.md").read_text() == everything.overview(laboratory, FULL)
 
 

@@ -9,7 +9,19 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from multicrafter.cli import align, compare, data, demo, evaluate, generate, leaderboard, plan, pretrain, report
+from multicrafter.cli import (
+    align,
+    compare,
+    data,
+    demo,
+    draw_references,
+    evaluate,
+    generate,
+    leaderboard,
+    plan,
+    pretrain,
+    report,
+)
 
 ROWS = (
     "baseline",
@@ -42,7 +54,19 @@ def parser() -> argparse.ArgumentParser:
         prog="multicrafter", description="Several given subjects in one picture, nobody blended."
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, pretrain, align, evaluate, demo, data, compare, leaderboard, report, plan):
+    for command in (
+        generate,
+        draw_references,
+        pretrain,
+        align,
+        evaluate,
+        demo,
+        data,
+        compare,
+        leaderboard,
+        report,
+        plan,
+    ):
         command.add_parser(commands)
     return top
 

@@ -40,6 +40,7 @@ def generate(arguments: argparse.Namespace) -> int:
 
     from multicrafter.models.backbones import get_backbone
     from multicrafter.pipeline import MultiCrafterPipeline
+    from multicrafter.world import shipped_adapter
 
     if not arguments.reference:
         raise ValueError("--reference must be given at least once, got none")
@@ -48,14 +49,23 @@ def generate(arguments: argparse.Namespace) -> int:
     if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--out must end in .png, .jpg or .webp, got {str(arguments.out)!r}")
     writable(arguments.out)
+    if arguments.sheet is not None:
+        if arguments.sheet.suffix.lower() != ".png" or arguments.sheet == arguments.out:
+            raise ValueError(f"--sheet must be another file than --out and end in .png, got {str(arguments.sheet)!r}")
+        writable(arguments.sheet)
     references = [open_image(path) for path in arguments.reference]
     if arguments.model is not None:
         from multicrafter.models.loading import get_dtype
         from multicrafter.plan import require_weights
 
         require_weights(arguments.model, get_dtype(arguments.dtype), device=arguments.device)
+    adapter = arguments.adapter
+    if adapter is None and arguments.model is None:
+        adapter = shipped_adapter()
+    elif str(adapter) == "none":
+        adapter = None
     pipeline = MultiCrafterPipeline.from_pretrained(
-        arguments.model, adapter=arguments.adapter, dtype=arguments.dtype, device=arguments.device,
+        arguments.model, adapter=adapter, dtype=arguments.dtype, device=arguments.device,
         backbone=get_backbone(arguments.backbone) if arguments.backbone else None,
         finder=finder(arguments.finder, arguments.model),
     )  # fmt: skip
@@ -68,7 +78,7 @@ def generate(arguments: argparse.Namespace) -> int:
         path, _, weight = given.rpartition("=")
         pipeline.load_lora(path or weight, weight=number(given, weight) if path else 1.0)
     if len(references) > pipeline.max_references:
-        what = "the adapter was" if arguments.adapter else "a base without adapter is"
+        what = "the adapter was" if adapter else "a base without adapter is"
         print(
             f"warning: {len(references)} references, but {what} trained for {pipeline.max_references}; expect blending",
             file=sys.stderr,
@@ -80,6 +90,8 @@ def generate(arguments: argparse.Namespace) -> int:
             size=arguments.size, reference_size=arguments.reference_size, progress=lambda _: bar.update(),
             separation=kept_apart, masks=masks,
         )  # fmt: skip
+        if arguments.sheet is not None:
+            _sheet(pipeline, arguments, references, pictures, kept_apart, steps)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for index, picture in enumerate(pictures):
         path = arguments.out if len(pictures) == 1 else arguments.out.with_stem(f"{arguments.out.stem}_{index}")
@@ -88,6 +100,31 @@ def generate(arguments: argparse.Namespace) -> int:
         os.replace(temporary, path)
         print(path)
     return 0
+
+
+def _sheet(
+    pipeline: Any,
+    arguments: argparse.Namespace,
+    references: list[Any],
+    pictures: list[Any],
+    kept_apart: Any,
+    steps: int,
+) -> None:
+    """References, and the first picture without and with separated attention, from the same noise, on one sheet."""
+    from multicrafter.demo.figures import sheet
+
+    free = pictures
+    if kept_apart.mode != "none":
+        free = pipeline(
+            arguments.prompt, references, num_images=1, num_steps=steps, seed=arguments.seed, guidance=arguments.guidance,
+            negative_prompt=arguments.negative_prompt, true_guidance=arguments.true_guidance, size=arguments.size,
+            reference_size=arguments.reference_size, separation="none",
+        )  # fmt: skip
+    labelled = {"attention as it is": free[0]}
+    if kept_apart.mode != "none":
+        labelled["attention separated"] = pictures[0]
+    arguments.sheet.parent.mkdir(parents=True, exist_ok=True)
+    print(sheet(arguments.sheet, references, labelled, title=arguments.prompt))
 
 
 def add_parser(commands: Any) -> None:
@@ -103,7 +140,14 @@ def add_parser(commands: Any) -> None:
     )
     sub.add_argument("--prompt", required=True)
     sub.add_argument("--out", type=Path, required=True)
-    sub.add_argument("--adapter", type=Path, help="folder written by pretrain, align or demo")
+    sub.add_argument(
+        "--adapter", type=Path,
+        help="folder written by pretrain, align or demo; none is the base alone; default: the one that ships, with the tiny model",
+    )  # fmt: skip
+    sub.add_argument(
+        "--sheet", type=Path, metavar="PNG",
+        help="also draw the picture without separation, and put references and both pictures side by side",
+    )  # fmt: skip
     sub.add_argument("--num-images", type=positive, default=1)
     sub.add_argument("--steps", type=positive, help="default: what the adapter says, else 20")
     sub.add_argument(

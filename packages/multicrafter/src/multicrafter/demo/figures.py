@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from idar.integrations.diffusers import capture_subject_attention
 from torch import Tensor
 
+from multicrafter.files import write_whole
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.flux.model import add_noise
 from multicrafter.training.pretrain import layout_of
@@ -62,6 +65,24 @@ def side_by_side(path: Path, scenes: EncodedScenes, without: Tensor, with_method
         )
     figure.savefig(path, dpi=140)
     return path
+
+
+def sheet(path: Path, references: Sequence[Any], pictures: Mapping[str, Any], *, title: str = "") -> Path:
+    """References (small) and pictures (large) side by side, each picture with its label; all of PIL."""
+    from matplotlib.figure import Figure
+
+    widths = [*[1.0] * len(references), *[2.0] * len(pictures)]
+    figure = Figure(figsize=(1.6 * sum(widths), 3.7), layout="constrained")
+    axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+    labels = [*(f"reference {chr(65 + i)}" for i in range(len(references))), *pictures]
+    for axis, label, picture in zip(axes, labels, [*references, *pictures.values()], strict=True):
+        axis.imshow(np.asarray(picture.convert("RGB")), interpolation="nearest")
+        axis.set_title(label, fontsize=10)
+        axis.set_axis_off()
+    figure.suptitle(title, fontsize=11)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=130, format="png")
+    return write_whole(path, drawn.getvalue())
 
 
 def picture_grid(path: Path, scenes: EncodedScenes, pictures: Mapping[str, Tensor], cases: Sequence[int]) -> Path:

@@ -1,0 +1,50 @@
+"""``multicrafter draw-references``: people of the drawn world to try the tiny model with."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from multicrafter.cli.options import add_command, positive
+
+SIDE = 128
+
+
+def draw_references(arguments: argparse.Namespace) -> int:
+    """References and a caption of the drawn world, of people that no model has seen: something to try generate with."""
+    import torch
+
+    from multicrafter.files import write_whole
+    from multicrafter.pipeline import to_image
+    from multicrafter.world import FAMILIES, WorldConfig, make_references, make_scenes
+
+    out: Path = arguments.out
+    names = [out / f"{chr(97 + i)}.png" for i in range(arguments.number)]
+    there = [path for path in [*names, out / "caption.txt"] if path.exists()]
+    if there:
+        raise ValueError(f"--out must not hold {there[0].name} yet, but {out} does; name another folder")
+    generator = torch.Generator().manual_seed(arguments.seed)
+    world = WorldConfig(family="people", split="test", numbers=(arguments.number,), shared_attributes=2)
+    scene = make_scenes(1, world, generator)
+    family = FAMILIES["people"]
+    portraits = make_references(family, scene.identities[0], SIDE, generator)
+    out.mkdir(parents=True, exist_ok=True)
+    for path, portrait in zip(names, portraits, strict=True):
+        to_image(portrait).save(path)
+        print(path)
+    text = scene.captions(family)[0]
+    print(write_whole(out / "caption.txt", text + "\n"))
+    given = " ".join(f"--reference {path}" for path in names)
+    print(
+        f'try: multicrafter generate {given} --prompt "{text}" --out {out / "picture.png"} --sheet {out / "sheet.png"}'
+    )
+    return 0
+
+
+def add_parser(commands: Any) -> None:
+    """Adds ``draw-references`` to the command line."""
+    sub = add_command(commands, "draw-references", draw_references, model=False)
+    sub.add_argument("--number", type=positive, choices=(1, 2, 3, 4), default=2, help="people")
+    sub.add_argument("--seed", type=int, default=0, help="another seed, other people")
+    sub.add_argument("--out", type=Path, required=True, help="folder for a.png, b.png, ... and caption.txt")
