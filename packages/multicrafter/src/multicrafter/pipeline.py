@@ -487,13 +487,14 @@ class _Sampler:
                 x = (changed or {}).get("latents", x)
             return None if owner.interrupt else x
 
-        grids = [self.reference_grid] * len(self.references)
+        count, seen = len(self.references), list(pictures.cpu())  # a finder sees references as the model does
+        grids = [self.reference_grid] * count
         masks = None if self.masks is None else self.masks.repeat_interleave(self.num_images, 0).to(device)
         with separable(self.pipe.transformer, self.backbone, self.grid, grids, self.binding) as separation:
             tokens, bound = sample_bound(
                 self._velocity, noise, schedule, self.num_steps, config=self.binding, separation=separation, masks=masks,
                 decode=lambda x: self.backbone.decode_pictures(self.pipe, x, self.grid), finder=owner.finder, grid=self.grid,
-                references=[references for references in lists for _ in range(self.num_images)],
+                references=[seen[i : i + count] for i in range(0, len(seen), count) for _ in range(self.num_images)],
                 watch=(self.pipe.transformer, self.backbone, grids), after=after,
             )  # fmt: skip
         self.bound = bound._replace(num_function_evaluations=self.passes)
