@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from id_reward.alignment import IdentityScore
-from id_reward.images import as_array
+from id_reward.images import as_image
 from id_reward.protocols import Faces
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def annotate(
         from PIL import Image, ImageDraw, ImageFont
     except ImportError:
         raise ImportError('drawing needs Pillow: pip install "id-reward[image]"') from None
-    picture = Image.fromarray(as_array(image))
+    picture = as_image(image)
     scale = SIDE / max(picture.size)
     picture = picture.resize((max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)))
     owner = {face: reference for reference, face in score.matching.pairs} if score else {}
@@ -64,7 +64,7 @@ def annotate(
     for number, reference in enumerate(references):
         column, row = divmod(number, per_column)
         left, top = picture.width + 15 + column * (thumb + 20), 5 + row * (thumb + 30)
-        small = Image.fromarray(as_array(reference))
+        small = as_image(reference)
         small.thumbnail((thumb, thumb))
         sheet.paste(small, (left, top))
         colour = COLOURS[number % len(COLOURS)]

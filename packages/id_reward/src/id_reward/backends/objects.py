@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from id_reward.backends.loading import load, transformers_module
-from id_reward.images import as_array
+from id_reward.images import as_array, as_image
 from id_reward.protocols import Faces
 
 try:
@@ -81,7 +81,7 @@ class FlorenceLocator:
 
     def locate(self, images: Sequence[Any], phrases: Sequence[Sequence[str]] | None = None) -> list[Located]:
         """Boxes in every picture: of everything ("<OD>"), or of each of its phrases ("<OPEN_VOCABULARY_DETECTION>")."""
-        pictures = [Image.fromarray(as_array(image)) for image in images]
+        pictures = [as_image(image) for image in images]
         if phrases is None:
             task, owners = "<OD>", list(range(len(pictures)))
             queries = [task] * len(pictures)
@@ -167,7 +167,7 @@ class DinoEmbedder:
         """Unit embeddings of whole pictures."""
         parts = []
         for some in _batches(images, self.batch_size):
-            inputs = self.processor(images=[Image.fromarray(as_array(image)) for image in some], return_tensors="pt")
+            inputs = self.processor(images=[as_image(image) for image in some], return_tensors="pt")
             with torch.inference_mode():
                 found = self.model(pixel_values=inputs["pixel_values"].to(self.model.device, self.model.dtype))
                 parts.append(F.normalize(found.last_hidden_state[:, 0].double(), dim=1).cpu().numpy())

@@ -13,12 +13,11 @@ import numpy as np
 from jaxtyping import Float
 
 from id_reward.backends.loading import load, transformers_module
-from id_reward.images import as_array
+from id_reward.images import as_image
 
 try:
     import torch
     import torch.nn.functional as F
-    from PIL import Image
     from torch import Tensor
 except ImportError:
     raise ImportError('CLIP needs torch and Pillow: pip install "id-reward[clip]"') from None
@@ -90,7 +89,7 @@ class TransformersClip:
         """Unit embeddings of pictures."""
 
         def embed(some: list[Any]) -> Tensor:
-            inputs = self.processor(images=[Image.fromarray(as_array(image)) for image in some], return_tensors="pt")
+            inputs = self.processor(images=[as_image(image) for image in some], return_tensors="pt")
             found = self.model.get_image_features(inputs["pixel_values"].to(self.model.device, self.model.dtype))
             features: Tensor = getattr(found, "pooler_output", found)
             return features
@@ -167,7 +166,7 @@ class OpenClip:
         """Unit embeddings of pictures."""
 
         def embed(some: list[Any]) -> Tensor:
-            batch = torch.stack([self.preprocess(Image.fromarray(as_array(image))) for image in some])
+            batch = torch.stack([self.preprocess(as_image(image)) for image in some])
             features: Tensor = self.model.encode_image(batch.to(self.device))
             return features
 
