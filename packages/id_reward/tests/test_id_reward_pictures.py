@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-Image = pytest.importorskip("PIL.Image", reason="needs the extra image: Pillow")
+pytest.importorskip("PIL", reason="needs id-reward[image]")
 from id_reward.images import GROUND, as_array, as_image, float_levels, open_image, to_rgb
+from PIL import Image
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 COLOURS = np.random.default_rng(0).integers(0, 256, (12, 8, 3), dtype=np.uint8)

@@ -60,10 +60,10 @@ def float_levels(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*sha
         raise ValueError("a picture must be finite, got NaN or infinity")
     low, high = float(values.min()), float(values.max())
     if low >= -HALF_LEVEL and high <= 1 + HALF_LEVEL:
-        return (np.clip(values, 0, 1) * 255).round().astype(np.uint8)
+        return np.asarray((np.clip(values, 0, 1) * 255).round(), np.uint8)
     between = int(((values > HALF_LEVEL) & (values < 1)).sum())
     if low >= -0.5 and 2 <= high <= 255.5 and int((values > 1).sum()) > between:
-        return np.clip(values.round(), 0, 255).astype(np.uint8)
+        return np.asarray(np.clip(values.round(), 0, 255), np.uint8)
     raise ValueError(
         f"a picture of floats must lie in [0, 1], or hold levels from 0 to 255, got values from {low:.4g} to {high:.4g}"
     )
@@ -153,10 +153,10 @@ def open_image(
         ImportError: Pillow is missing.
     """
     pil = _pillow()
-    encoded = isinstance(source, (bytes, bytearray, memoryview))
+    file = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
     name = str(source) if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "the picture")
     try:
-        with pil.Image.open(io.BytesIO(source) if encoded else source) as picture:
+        with pil.Image.open(file) as picture:
             if picture.width * picture.height > max_pixels:
                 raise ValueError(
                     f"{name} must have at most {max_pixels:,} pixels, got {picture.width} x {picture.height}"
