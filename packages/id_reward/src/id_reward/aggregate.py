@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from id_reward.inputs import listed_batch
 from id_reward.protocols import Scorer
 from id_reward.statistics import RunningStatistics
 
@@ -122,11 +123,8 @@ class CompositeReward:
         Raises:
             ValueError: Lengths differ, a scorer returns another number of values, or a NaN under "raise".
         """
+        images, prompts, references = listed_batch(images, prompts, references)
         count = len(images)
-        if len(prompts) != count or len(references) != count:
-            raise ValueError(
-                f"prompts and references must have one entry per picture ({count}), got {len(prompts)} and {len(references)}"
-            )
         free = [n for n, (s, _) in self.parts.items() if self.threads and getattr(s, "releases_gil", False)]
         measured: dict[str, tuple[np.ndarray, float]] = {}
         with ThreadPoolExecutor(max(len(free), 1)) as pool:

@@ -24,6 +24,7 @@ from jaxtyping import Float
 
 from id_reward.alignment import CONVENTIONS, copy_paste, cosine_similarity, score_similarity, swap_matrix, swap_rate
 from id_reward.identity import IdentityScorer
+from id_reward.inputs import listed_batch, listed_references, row_keys
 from id_reward.matching import match
 from id_reward.protocols import Scorer
 
@@ -131,10 +132,8 @@ class Evaluator:
         Raises:
             ValueError: Lengths differ.
         """
-        count = len(images)
-        for name, given in (("prompts", prompts), ("references", references), ("targets", targets)):
-            if given is not None and len(given) != count:
-                raise ValueError(f"{name} must have one entry per picture ({count}), got {len(given)}")
+        images, prompts, references = listed_batch(images, prompts, references)
+        targets = None if targets is None else listed_references(targets, len(images), "targets")
         values: dict[str, np.ndarray] = {}
         conventions: dict[str, np.ndarray] = {}
         if self.identity is not None:
@@ -145,9 +144,10 @@ class Evaluator:
                 values[name] = np.asarray(scorer(images, prompts, references), np.float64)
         for name, embed in (("CLIP-I", self.clip_pictures), ("DINO-I", self.dino_pictures)):
             if embed is not None:
-                unique = list({id(r): r for given in references for r in given}.values())
-                known = dict(zip([id(r) for r in unique], embed(unique))) if unique else {}
-                rows = [np.array([known[id(r)] for r in given]) for given in references]
+                keys = row_keys(references)
+                unique = {key: r for mine, given in zip(keys, references) for key, r in zip(mine, given)}
+                known = dict(zip(unique, embed(list(unique.values())))) if unique else {}
+                rows = [np.array([known[key] for key in mine]) for mine in keys]
                 values[name] = mean_reference_cosine(embed(images), rows)
         return Evaluation(values, conventions)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from id_reward.aggregate import CompositeReward, CompositeScore
+from id_reward.inputs import listed
 
 
 def _text(prompt: Any) -> str:
@@ -22,11 +23,6 @@ def _text(prompt: Any) -> str:
 
 def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
-
-
-def _pictures(images: Any) -> list[Any]:
-    """A batch as a list; floats (b, h, w, 3) or tensors (b, 3, h, w) fall into pictures."""
-    return list(images)
 
 
 class TRLReward:
@@ -54,7 +50,8 @@ class TRLReward:
             raise ValueError(
                 f"the data set must have a column {self.references!r}, got {', '.join(sorted(columns)) or 'none'}"
             )
-        score = self.reward(_pictures(completions), [_text(p) for p in prompts], columns[self.references])
+        texts = [_text(prompt) for prompt in listed(prompts, "prompts", "prompts")]
+        score = self.reward(completions, texts, columns[self.references])
         log = columns.get("log_metric")
         if callable(log):  # recent versions of TRL hand a logger over
             for name, row in CompositeReward.statistics(score).items():
@@ -85,10 +82,11 @@ class FlowGRPOReward:
         Raises:
             ValueError: A sample's metadata has no references.
         """
+        metadata = list(metadata)
         lacking = [number for number, one in enumerate(metadata) if self.references not in one]
         if lacking:
             raise ValueError(f"metadata must hold {self.references!r}, which sample {lacking[0]} lacks")
-        score = self.reward(_pictures(images), list(prompts), [one[self.references] for one in metadata])
+        score = self.reward(images, prompts, [one[self.references] for one in metadata])
         known = score.totals[~np.isnan(score.totals)]
         totals = np.where(np.isnan(score.totals), known.mean() if len(known) else 0.0, score.totals)
         scores = {name: values.tolist() for name, values in score.parts.items()}
