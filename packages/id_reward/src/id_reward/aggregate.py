@@ -137,6 +137,8 @@ class CompositeReward:
         for name, (_, weight) in self.parts.items():
             values, seconds = measured[name]
             missing = int(np.isnan(values).sum())
+            if missing and missing == count:
+                warnings.warn(f"{name} has no value for any of the {count} pictures: all are NaN", stacklevel=2)
             if self.nan_policy == "raise" and missing:
                 raise ValueError(f"{name} must return numbers, got NaN for {missing} of {count} pictures")
             part = weight * normalize(values, self.normalization.get(name, (0.0, 1.0)))

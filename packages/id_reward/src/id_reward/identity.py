@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,8 @@ def largest(faces: Faces) -> Float[np.ndarray, " d"]:
 
 def describe(reference: Any, number: int) -> str:
     """How a message names a reference: its file, or its place."""
+    if isinstance(reference, Mapping):
+        reference = reference.get("path")
     name = reference if isinstance(reference, (str, Path)) else getattr(reference, "filename", None)
     return str(name) if name else f"reference {number}"
 
@@ -47,8 +49,9 @@ class IdentityScorer:
         missing_penalty, extra_penalty, convention, min_similarity: See `multi_id_alignment_reward`.
         cache_size: Reference embeddings kept; the one unused for longest goes.
         several_faces: A reference with several faces: take the "largest" and warn once, or raise an "error" that names it.
-        no_face: A reference without a face: NaN embedding, hence a NaN reward ("nan"); an "error" that names it; or embed the "whole"
-            picture (a backend with ``embed_whole``, for objects).
+        no_face: A reference without a face: NaN embedding, hence a NaN reward, with one warning that names it ("nan"); an "error" that
+            names it; or embed the "whole" picture (a backend with ``embed_whole``, for objects). A backend with
+            ``detect_and_embed_references`` looks at references more closely than at pictures before it says that there is none.
     """
 
     backend: FaceBackend
@@ -97,6 +100,11 @@ class IdentityScorer:
             raise ValueError(f"{describe(reference, number)} must show a face, but none was found")
         if count == 0 and self.no_face == "whole":
             return np.asarray(self.backend.embed_whole([reference])[0])  # type: ignore[attr-defined]
+        if count == 0:
+            warnings.warn(
+                f"{describe(reference, number)} must show a face, but none was found: every picture that it is a reference of gets NaN",
+                stacklevel=4,
+            )
         return largest(faces)
 
     def embed_references(self, references: Sequence[Any]) -> Float[np.ndarray, "r d"]:
@@ -122,7 +130,8 @@ class IdentityScorer:
                 if key not in known:
                     todo.setdefault(key, (reference, number))
             if todo:
-                found = self.backend.detect_and_embed([reference for reference, _ in todo.values()])
+                find = getattr(self.backend, "detect_and_embed_references", self.backend.detect_and_embed)
+                found = find([reference for reference, _ in todo.values()])
                 for (key, (reference, number)), faces in zip(todo.items(), found, strict=True):
                     known[key] = self._embed(reference, faces, number)
             for key in dict.fromkeys(key for key, _, _ in flat):  # the latest come last
@@ -154,6 +163,12 @@ class IdentityScorer:
         """`score`, with the faces found in every picture beside it."""
         images = listed(images, "images")
         known = self._embed_all(listed_references(references, len(images)))
+        alone = [number for number, rows in enumerate(known) if rows is None]
+        if alone:
+            warnings.warn(
+                f"{len(alone)} of {len(images)} pictures have no references, picture {alone[0]} for one: their reward is NaN",
+                stacklevel=4,
+            )
         results: list[tuple[IdentityScore | None, Faces]] = []
         for faces, rows in zip(self.backend.detect_and_embed(images), known, strict=True):
             finite = rows is not None and np.isfinite(rows).all() and np.isfinite(faces.embeddings).all()

