@@ -49,6 +49,9 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--missing-penalty", type=float, default=0.0, metavar="X", help="for a reference without a face")
     score.add_argument("--extra-penalty", type=float, default=0.0, metavar="X", help="for a face without a reference")
     score.add_argument(
+        "--off-pair-penalty", type=float, default=0.0, metavar="X", help="for faces that blend several references"
+    )
+    score.add_argument(
         "--min-similarity", type=float, default=0.0, metavar="X", help="cosine from which faces can match"
     )
     score.add_argument("--one-face", action="store_true", help="several faces in a reference are an error")
@@ -133,6 +136,7 @@ def run_score(arguments: argparse.Namespace) -> int:
         extra_penalty=arguments.extra_penalty,
         convention=arguments.convention,
         min_similarity=arguments.min_similarity,
+        off_pair_penalty=arguments.off_pair_penalty,
         several_faces="error" if arguments.one_face else "largest",
         no_face="error",
     )

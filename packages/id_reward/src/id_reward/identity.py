@@ -12,7 +12,14 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from id_reward.alignment import CONVENTIONS, Convention, IdentityScore, multi_id_alignment_reward
+from id_reward.alignment import (
+    CONVENTIONS,
+    Convention,
+    IdentityScore,
+    cosine_similarity,
+    multi_id_alignment_reward,
+    off_pair_similarity,
+)
 from id_reward.inputs import content_key, listed, listed_references, row_keys
 from id_reward.protocols import FaceBackend, Faces
 
@@ -46,7 +53,7 @@ class IdentityScorer:
 
     Attributes:
         backend: Finds and embeds faces (or objects).
-        missing_penalty, extra_penalty, convention, min_similarity: See `multi_id_alignment_reward`.
+        missing_penalty, extra_penalty, convention, min_similarity, off_pair_penalty: See `multi_id_alignment_reward`.
         cache_size: Reference embeddings kept; the one unused for longest goes.
         several_faces: A reference with several faces: take the "largest" and warn once, or raise an "error" that names it.
         no_face: A reference without a face: NaN embedding, hence a NaN reward, with one warning that names it ("nan"); an "error" that
@@ -62,6 +69,7 @@ class IdentityScorer:
     min_similarity: float = 0.0
     several_faces: SeveralFaces = "largest"
     no_face: NoFace = "nan"
+    off_pair_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         if self.convention not in CONVENTIONS:
@@ -182,6 +190,7 @@ class IdentityScorer:
                 extra_penalty=self.extra_penalty,
                 convention=self.convention,
                 min_similarity=self.min_similarity,
+                off_pair_penalty=self.off_pair_penalty,
             )
             results.append((score, faces))
         return results
@@ -197,3 +206,33 @@ class IdentityScorer:
     ) -> Float[np.ndarray, " b"]:
         """Reward per picture; NaN where it cannot be scored, see `score`."""
         return np.array([np.nan if score is None else score.reward for score in self.score(images, references)])
+
+
+@dataclass(frozen=True)
+class OffPairSimilarity:
+    """`off_pair_similarity` as a scorer of its own: a part to log, or with a negative weight to take away.
+
+    It finds the faces anew: where the same scorer gives the identity reward, its ``off_pair_penalty`` costs nothing beside it.
+    """
+
+    identity: IdentityScorer
+
+    @property
+    def releases_gil(self) -> bool:
+        """As the identity scorer."""
+        return self.identity.releases_gil
+
+    def __call__(
+        self, images: Sequence[Any], prompts: Sequence[str], references: Sequence[Sequence[Any]]
+    ) -> Float[np.ndarray, " b"]:
+        """One number per picture, 0 where no face is found; NaN where the identity reward is."""
+        rows = listed_references(references, len(images))
+        values = []
+        for (score, faces), given in zip(self.identity.inspect(images, rows), rows, strict=True):
+            if score is None:
+                values.append(np.nan)
+                continue
+            known = self.identity.embed_references(given)
+            cosine = cosine_similarity(known, faces.embeddings).reshape(len(known), -1)
+            values.append(off_pair_similarity(cosine, score.matching, cosine_similarity(known, known)))
+        return np.array(values)

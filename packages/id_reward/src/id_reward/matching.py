@@ -68,12 +68,13 @@ def match_with_penalties(
     missing_penalty: float = 0.0,
     extra_penalty: float = 0.0,
     min_similarity: float = 0.0,
+    pair_costs: Float[np.ndarray, "r f"] | None = None,
 ) -> Matching:
     """The one-to-one assignment with the largest reward, in which anyone may stay alone at a price.
 
-    ``max over pairs P of  sum over P of c[r, f] - missing_penalty * (r - |P|) - extra_penalty * (f - |P|)``, where only pairs with
-    ``c > min_similarity`` are allowed. It is the Hungarian assignment of ``max(c + missing_penalty + extra_penalty, 0)``, since a pair
-    saves both penalties. Our choice: docs/adr/0041.
+    ``max over pairs P of  sum over P of (c[r, f] - pair_costs[r, f]) - missing_penalty * (r - |P|) - extra_penalty * (f - |P|)``, where
+    only pairs with ``c > min_similarity`` are allowed. It is the Hungarian assignment of ``max(c - pair_costs + missing_penalty +
+    extra_penalty, 0)``, since a pair saves both penalties. Our choice: docs/adr/0041.
 
     >>> match_with_penalties(np.array([[0.9, 0.2], [0.8, -0.1]])).pairs
     ((0, 1), (1, 0))
@@ -81,7 +82,7 @@ def match_with_penalties(
     ((0, 0),)
     """
     matrix = check_similarity(similarity)
-    saved = matrix + (missing_penalty + extra_penalty)
+    saved = matrix + (missing_penalty + extra_penalty) - (0.0 if pair_costs is None else pair_costs)
     worth = np.where(matrix > min_similarity, saved.clip(min=0.0), 0.0)
     rows, columns = linear_sum_assignment(worth, maximize=True)
     pairs = tuple((r, f) for r, f in zip(rows.tolist(), columns.tolist(), strict=True) if worth.item(r, f) > 0)

@@ -175,6 +175,8 @@ class Evaluator:
                     missing_penalty=scorer.missing_penalty,
                     extra_penalty=scorer.extra_penalty,
                     min_similarity=scorer.min_similarity,
+                    off_pair_penalty=scorer.off_pair_penalty,
+                    among_references=cosine_similarity(known, known) if scorer.off_pair_penalty else None,
                 ).reward
             values["Face-Sim"][row] = conventions["multihuman"][row]
             values["ID-Sim"][row] = conventions["xverse"][row]
