@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Float
 
+from id_reward.floats import as_floats
 from id_reward.matching import Matching, check_similarity, match, match_with_penalties
 
 Convention = Literal["multicrafter", "umo", "xverse", "multihuman", "withanyone"]
@@ -23,7 +24,7 @@ class IdentityScore(NamedTuple):
 
 
 def _unit(vectors: np.ndarray, name: str) -> np.ndarray:
-    rows = np.atleast_2d(np.asarray(vectors, np.float64))
+    rows = np.atleast_2d(as_floats(vectors))
     if not np.isfinite(rows).all():
         raise ValueError(f"{name} must be finite, got NaN or infinity")
     # the largest entry first, so that squares neither overflow nor vanish
@@ -41,7 +42,7 @@ def cosine_similarity(a: Float[np.ndarray, "r d"], b: Float[np.ndarray, "f d"]) 
     >>> cosine_similarity(np.array([[1.0, 0.0], [2.0, 2.0]]), np.array([[3.0, 0.0]])).round(3).tolist()
     [[1.0], [0.707]]
     """
-    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    x, y = as_floats(a), as_floats(b)
     if x.size == 0 or y.size == 0:
         return np.zeros((0 if x.size == 0 else len(np.atleast_2d(x)), 0 if y.size == 0 else len(np.atleast_2d(y))))
     x, y = _unit(x, "embeddings"), _unit(y, "embeddings")
@@ -58,7 +59,7 @@ def _off_pair(matrix: np.ndarray, among_references: np.ndarray | None) -> tuple[
     references with each other, 0 if not given.
     """
     count = len(matrix)
-    shared = np.zeros((count, count)) if among_references is None else np.maximum(among_references, 0)
+    shared = np.zeros((count, count)) if among_references is None else np.maximum(as_floats(among_references), 0)
     excess = np.maximum(matrix[:, None, :] - shared[:, :, None], 0)  # (i, r, f)
     excess[np.arange(count), np.arange(count)] = 0
     return excess.sum(0), np.maximum(matrix, 0).sum(0)
@@ -268,7 +269,7 @@ def swap_rate(confusion: Float[np.ndarray, "r r"]) -> float:
     >>> swap_rate(np.array([[0.2, 0.9], [0.8, 0.1]]))
     1.0
     """
-    matrix = np.asarray(confusion, np.float64)
+    matrix = as_floats(confusion)
     painted = [j for j in range(len(matrix)) if not np.isnan(matrix[:, j]).any()]
     if not painted:
         return float("nan")
@@ -277,6 +278,7 @@ def swap_rate(confusion: Float[np.ndarray, "r r"]) -> float:
 
 def box_overlap(a: Float[np.ndarray, "r 4"], b: Float[np.ndarray, "f 4"]) -> Float[np.ndarray, "r f"]:
     """Intersection over union of boxes (left, top, right, bottom)."""
+    a, b = as_floats(a), as_floats(b)
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, 2:], b[None, :, 2:])
     both = np.clip(high - low, 0, None).prod(-1)

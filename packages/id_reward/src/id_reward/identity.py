@@ -20,12 +20,18 @@ from id_reward.alignment import (
     multi_id_alignment_reward,
     off_pair_similarity,
 )
+from id_reward.floats import as_floats
 from id_reward.inputs import content_key, listed, listed_references, row_keys
 from id_reward.protocols import FaceBackend, Faces
 
 reference_key = content_key
 SeveralFaces = Literal["largest", "error"]
 NoFace = Literal["nan", "error", "whole"]
+
+
+def _as_arrays(faces: Faces) -> Faces:
+    """Faces in float64, whatever a backend gives them in."""
+    return Faces(*map(as_floats, faces))
 
 
 def largest(faces: Faces) -> Float[np.ndarray, " d"]:
@@ -107,7 +113,7 @@ class IdentityScorer:
         if count == 0 and self.no_face == "error":
             raise ValueError(f"{describe(reference, number)} must show a face, but none was found")
         if count == 0 and self.no_face == "whole":
-            return np.asarray(self.backend.embed_whole([reference])[0])  # type: ignore[attr-defined]
+            return as_floats(self.backend.embed_whole([reference])[0])  # type: ignore[attr-defined]
         if count == 0:
             warnings.warn(
                 f"{describe(reference, number)} must show a face, but none was found: every picture that it is a reference of gets NaN",
@@ -140,7 +146,7 @@ class IdentityScorer:
             if todo:
                 find = getattr(self.backend, "detect_and_embed_references", self.backend.detect_and_embed)
                 found = find([reference for reference, _ in todo.values()])
-                for (key, (reference, number)), faces in zip(todo.items(), found, strict=True):
+                for (key, (reference, number)), faces in zip(todo.items(), map(_as_arrays, found), strict=True):
                     known[key] = self._embed(reference, faces, number)
             for key in dict.fromkeys(key for key, _, _ in flat):  # the latest come last
                 self._cache.pop(key, None)
@@ -178,7 +184,7 @@ class IdentityScorer:
                 stacklevel=4,
             )
         results: list[tuple[IdentityScore | None, Faces]] = []
-        for faces, rows in zip(self.backend.detect_and_embed(images), known, strict=True):
+        for faces, rows in zip(map(_as_arrays, self.backend.detect_and_embed(images)), known, strict=True):
             finite = rows is not None and np.isfinite(rows).all() and np.isfinite(faces.embeddings).all()
             if not finite or rows is None:
                 results.append((None, faces))

@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 
+from id_reward.floats import as_floats
+
 
 class Matching(NamedTuple):
     """pairs: (reference, face) in order of references; what stayed alone; total: summed similarity of the pairs."""
@@ -21,7 +23,7 @@ class Matching(NamedTuple):
 
 def check_similarity(similarity: Float[np.ndarray, "r f"]) -> Float[np.ndarray, "r f"]:
     """A float64 matrix of finite numbers, or a ValueError."""
-    matrix = np.asarray(similarity, dtype=np.float64)
+    matrix = as_floats(similarity)
     if matrix.ndim != 2:
         raise ValueError(f"similarity must be (num_references, num_faces), got shape {matrix.shape}")
     # a sum is finite only if every term is, and costs half of asking each one; it may overflow, so ask them before complaining

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Float
 
 from id_reward.alignment import CONVENTIONS, copy_paste, cosine_similarity, score_similarity, swap_matrix, swap_rate
+from id_reward.floats import as_floats, part_values
 from id_reward.identity import IdentityScorer
 from id_reward.inputs import listed_batch, listed_references, row_keys
 from id_reward.matching import match
@@ -40,7 +41,7 @@ def id_confidence(similarity: Float[np.ndarray, "r f"]) -> float:
     >>> round(id_confidence(np.array([[0.8, 0.4], [0.0, 0.5]])), 3)
     0.75
     """
-    matrix = np.asarray(similarity, np.float64)
+    matrix = as_floats(similarity)
     if not len(matrix) or matrix.shape[1] < 2:
         return float("nan")
     second, first = np.sort(matrix, axis=1)[:, -2:].T
@@ -141,14 +142,14 @@ class Evaluator:
         scorers = {"CLIP-T": self.text, "AES": self.aesthetics, **self.others}
         for name, scorer in scorers.items():
             if scorer is not None:
-                values[name] = np.asarray(scorer(images, prompts, references), np.float64)
+                values[name] = part_values(scorer(images, prompts, references), name, len(images))
         for name, embed in (("CLIP-I", self.clip_pictures), ("DINO-I", self.dino_pictures)):
             if embed is not None:
                 keys = row_keys(references)
                 unique = {key: r for mine, given in zip(keys, references) for key, r in zip(mine, given)}
-                known = dict(zip(unique, embed(list(unique.values())))) if unique else {}
+                known = dict(zip(unique, as_floats(embed(list(unique.values()))))) if unique else {}
                 rows = [np.array([known[key] for key in mine]) for mine in keys]
-                values[name] = mean_reference_cosine(embed(images), rows)
+                values[name] = mean_reference_cosine(as_floats(embed(images)), rows)
         return Evaluation(values, conventions)
 
     @staticmethod

@@ -106,6 +106,11 @@ class VerlOmniReward:
 
     def __init__(self, reward: CompositeReward, *, references: str = "references", missing_score: float = 0.0) -> None:
         """Keeps the reward."""
+        batch = [name for name, how in reward.normalization.items() if how == "batch"]
+        if batch:
+            raise ValueError(
+                f"verl scores one picture at a time, so {batch[0]} must be normalised by (shift, scale), got 'batch'"
+            )
         self.reward, self.references, self.missing_score = reward, references, missing_score
 
     def __call__(
