@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from id_reward.errors import InputError
 from id_reward.floats import part_values
 from id_reward.inputs import listed_batch
 from id_reward.protocols import Scorer
@@ -40,7 +41,7 @@ def normalize(values: Float[np.ndarray, " b"], how: Normalization) -> Float[np.n
     values = np.where(np.isfinite(values), values, np.nan)
     if how == "batch":
         if len(values) == 1:
-            raise ValueError(
+            raise InputError(
                 "normalization 'batch' must have at least two pictures, got one; give (shift, scale) instead"
             )
         finite = values[~np.isnan(values)]
@@ -55,13 +56,13 @@ def _check_normalization(given: Mapping[str, Any], parts: Mapping[str, Any]) -> 
     """Names of parts, each with "batch" or a finite shift and a positive scale."""
     unknown = given.keys() - parts.keys()
     if unknown:
-        raise ValueError(f"normalization must name parts {sorted(parts)}, got {sorted(unknown)}")
+        raise InputError(f"normalization must name parts {sorted(parts)}, got {sorted(unknown)}")
     for name, how in given.items():
         if isinstance(how, str) and how == "batch":
             continue
         pair = isinstance(how, (tuple, list)) and len(how) == 2 and all(isinstance(x, (int, float)) for x in how)
         if not pair or not (math.isfinite(how[0]) and 0 < how[1] < math.inf):
-            raise ValueError(
+            raise InputError(
                 f"normalization must be 'batch' or (shift, scale), finite and with positive scales, got {how!r} for {name}"
             )
 
@@ -96,16 +97,16 @@ class CompositeReward:
     ) -> None:
         """Validates names, weights and policy."""
         if not parts:
-            raise ValueError("parts must hold at least one scorer, got none")
+            raise InputError("parts must hold at least one scorer, got none")
         if nan_policy not in ("propagate", "zero", "raise"):
-            raise ValueError(f"nan_policy must be 'propagate', 'zero' or 'raise', got {nan_policy!r}")
+            raise InputError(f"nan_policy must be 'propagate', 'zero' or 'raise', got {nan_policy!r}")
         if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
         for name, part in parts.items():
             if not (isinstance(part, tuple) and len(part) == 2 and callable(part[0])):
-                raise ValueError(f"parts must map names to (scorer, weight), got {part!r} for {name}")
+                raise InputError(f"parts must map names to (scorer, weight), got {part!r} for {name}")
             if not (isinstance(part[1], (int, float, np.number)) and math.isfinite(part[1])):
-                raise ValueError(f"the weight of {name} must be a finite number, got {part[1]!r}")
+                raise InputError(f"the weight of {name} must be a finite number, got {part[1]!r}")
         self.parts, self.nan_policy = dict(parts), nan_policy
         self.batch_size, self.threads = batch_size, threads
         self.normalization = dict(normalization or {})
@@ -143,7 +144,7 @@ class CompositeReward:
         count = len(images)
         if count == 1 and "batch" in self.normalization.values():
             name = next(name for name, how in self.normalization.items() if how == "batch")
-            raise ValueError(
+            raise InputError(
                 f"normalization 'batch' of {name} needs at least two pictures, got one: it would count 0; give (shift, scale)"
             )
         free = [n for n, (s, _) in self.parts.items() if self.threads and getattr(s, "releases_gil", False)]
@@ -173,7 +174,7 @@ class CompositeReward:
         """Raises or warns where a part lacks values in a way that would change totals without a word."""
         count, missing = len(values), int(np.isnan(values).sum())
         if self.nan_policy == "raise" and missing:
-            raise ValueError(
+            raise InputError(
                 f"{name} must return finite numbers, got NaN or infinity for {missing} of {count} pictures"
             )
         if missing and missing == count:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Float
 
+from id_reward.errors import InputError
 from id_reward.floats import as_floats
 from id_reward.matching import Matching, check_similarity, match, match_with_penalties
 
@@ -26,7 +27,7 @@ class IdentityScore(NamedTuple):
 def _unit(vectors: np.ndarray, name: str) -> np.ndarray:
     rows = np.atleast_2d(as_floats(vectors))
     if not np.isfinite(rows).all():
-        raise ValueError(f"{name} must be finite, got NaN or infinity")
+        raise InputError(f"{name} must be finite, got NaN or infinity")
     # the largest entry first, so that squares neither overflow nor vanish
     rows = rows / np.maximum(np.abs(rows).max(1, keepdims=True, initial=0.0), 1e-300)
     result: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
@@ -47,7 +48,7 @@ def cosine_similarity(a: Float[np.ndarray, "r d"], b: Float[np.ndarray, "f d"]) 
         return np.zeros((0 if x.size == 0 else len(np.atleast_2d(x)), 0 if y.size == 0 else len(np.atleast_2d(y))))
     x, y = _unit(x, "embeddings"), _unit(y, "embeddings")
     if x.shape[1] != y.shape[1]:
-        raise ValueError(f"embeddings must have equal width, got {x.shape[1]} and {y.shape[1]}")
+        raise InputError(f"embeddings must have equal width, got {x.shape[1]} and {y.shape[1]}")
     cosine: np.ndarray = np.clip(x @ y.T, -1, 1)
     return cosine
 
@@ -103,20 +104,22 @@ def score_similarity(
 ) -> IdentityScore:
     """The reward of a similarity matrix; see `multi_id_alignment_reward` and, for ``among_references``, `off_pair_similarity`."""
     if convention not in CONVENTIONS:
-        raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
+        raise InputError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
     for name, value in (
         ("missing_penalty", missing_penalty),
         ("extra_penalty", extra_penalty),
         ("off_pair_penalty", off_pair_penalty),
     ):
         if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be finite and not negative, got {value}")
+            raise InputError(f"{name} must be finite and not negative, got {value}")
+    if not math.isfinite(min_similarity):
+        raise InputError(f"min_similarity must be finite, got {min_similarity}")
     matrix = check_similarity(similarity)
     count, faces = matrix.shape
     if count == 0:
-        raise ValueError("reference_embeddings must hold at least one reference, got none")
+        raise InputError("reference_embeddings must hold at least one reference, got none")
     if among_references is not None and np.shape(among_references) != (count, count):
-        raise ValueError(f"among_references must be ({count}, {count}), got {np.shape(among_references)}")
+        raise InputError(f"among_references must be ({count}, {count}), got {np.shape(among_references)}")
     if convention == "multicrafter":
         costs = None
         if off_pair_penalty:
@@ -219,7 +222,7 @@ def copy_paste(
         ValueError: Widths differ, or an embedding is not finite.
     """
     if not np.shape(generated) == np.shape(target) == np.shape(reference):
-        raise ValueError(
+        raise InputError(
             f"embeddings must have equal width, got {np.shape(generated)}, {np.shape(target)} and {np.shape(reference)}"
         )
     spread = _angle(target, reference)
@@ -256,7 +259,7 @@ def placed_confusion(
     """
     looks, places = check_similarity(similarity), check_similarity(expected)
     if looks.shape != places.shape:
-        raise ValueError(f"expected must have the shape of similarity, {looks.shape}, got {places.shape}")
+        raise InputError(f"expected must have the shape of similarity, {looks.shape}, got {places.shape}")
     result = np.full((len(looks), len(looks)), np.nan)
     for reference, face in match_with_penalties(places).pairs:
         result[:, reference] = looks[:, face]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from id_reward.alignment import IdentityScore
 from id_reward.images import as_image
+from id_reward.outputs import MARK
 from id_reward.protocols import Faces
 
 if TYPE_CHECKING:
@@ -80,6 +82,18 @@ def annotate(
     text = f"reward {score.reward:.3f}" if score else "cannot be scored"
     draw.text((8, height - 28), f"{text}, {len(faces.boxes)} faces, {len(references)} references", fill=INK, font=font)
     return sheet
+
+
+def png(sheet: Image.Image) -> bytes:
+    """The sheet as a PNG that says who wrote it, so that it may be written anew, and a picture of the user's never is."""
+    from PIL.PngImagePlugin import PngInfo
+
+    about = PngInfo()
+    for key, value in MARK.items():
+        about.add_text(key, value)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", pnginfo=about)
+    return buffer.getvalue()
 
 
 def _ink(colour: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from id_reward.errors import InputError
+
 
 def as_floats(values: Any) -> Float[np.ndarray, "*shape"]:
     """Numbers in any array, tensor or nested list, in float64.
@@ -35,7 +37,7 @@ def as_floats(values: Any) -> Float[np.ndarray, "*shape"]:
         return np.asarray(array, np.float64)
     except (TypeError, ValueError):
         text = repr(values)
-        raise ValueError(f"numbers are expected, got {text if len(text) < 80 else text[:77] + '...'}") from None
+        raise InputError(f"numbers are expected, got {text if len(text) < 80 else text[:77] + '...'}") from None
 
 
 def part_values(values: Any, name: str, count: int) -> Float[np.ndarray, " b"]:
@@ -47,7 +49,7 @@ def part_values(values: Any, name: str, count: int) -> Float[np.ndarray, " b"]:
     try:
         found = as_floats(values)
     except ValueError as error:
-        raise ValueError(f"{name} must return {count} numbers: {error}") from None
+        raise InputError(f"{name} must return {count} numbers: {error}") from None
     if found.shape != (count,):
-        raise ValueError(f"{name} must return {count} values, got shape {found.shape}")
+        raise InputError(f"{name} must return {count} values, got shape {found.shape}")
     return np.where(np.isfinite(found), found, np.nan)

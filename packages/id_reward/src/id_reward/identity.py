@@ -20,6 +20,7 @@ from id_reward.alignment import (
     multi_id_alignment_reward,
     off_pair_similarity,
 )
+from id_reward.errors import InputError
 from id_reward.floats import as_floats
 from id_reward.inputs import content_key, listed, listed_references, row_keys
 from id_reward.protocols import FaceBackend, Faces
@@ -79,15 +80,15 @@ class IdentityScorer:
 
     def __post_init__(self) -> None:
         if self.convention not in CONVENTIONS:
-            raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {self.convention!r}")
+            raise InputError(f"convention must be one of {', '.join(CONVENTIONS)}, got {self.convention!r}")
         if self.cache_size < 1:
-            raise ValueError(f"cache_size must be at least 1, got {self.cache_size}")
+            raise InputError(f"cache_size must be at least 1, got {self.cache_size}")
         if self.several_faces not in ("largest", "error"):
-            raise ValueError(f"several_faces must be 'largest' or 'error', got {self.several_faces!r}")
+            raise InputError(f"several_faces must be 'largest' or 'error', got {self.several_faces!r}")
         if self.no_face not in ("nan", "error", "whole"):
-            raise ValueError(f"no_face must be 'nan', 'error' or 'whole', got {self.no_face!r}")
+            raise InputError(f"no_face must be 'nan', 'error' or 'whole', got {self.no_face!r}")
         if self.no_face == "whole" and not hasattr(self.backend, "embed_whole"):
-            raise ValueError("no_face='whole' needs a backend with embed_whole, such as ObjectBackend")
+            raise InputError("no_face='whole' needs a backend with embed_whole, such as ObjectBackend")
         self._cache: dict[Hashable, np.ndarray] = {}
         self._lock = threading.Lock()
 
@@ -108,10 +109,10 @@ class IdentityScorer:
         if count > 1:
             message = f"{describe(reference, number)} must show one face, got {count}"
             if self.several_faces == "error":
-                raise ValueError(message)
+                raise InputError(message)
             warnings.warn(f"{message}; the largest is taken", stacklevel=4)
         if count == 0 and self.no_face == "error":
-            raise ValueError(f"{describe(reference, number)} must show a face, but none was found")
+            raise InputError(f"{describe(reference, number)} must show a face, but none was found")
         if count == 0 and self.no_face == "whole":
             return as_floats(self.backend.embed_whole([reference])[0])  # type: ignore[attr-defined]
         if count == 0:

@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from id_reward.errors import InputError
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -57,14 +59,14 @@ def float_levels(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*sha
     ([0, 128, 255], [0, 255])
     """
     if not np.isfinite(values).all():
-        raise ValueError("a picture must be finite, got NaN or infinity")
+        raise InputError("a picture must be finite, got NaN or infinity")
     low, high = float(values.min()), float(values.max())
     if low >= -HALF_LEVEL and high <= 1 + HALF_LEVEL:
         return np.asarray((np.clip(values, 0, 1) * 255).round(), np.uint8)
     between = int(((values > HALF_LEVEL) & (values < 1)).sum())
     if low >= -0.5 and 2 <= high <= 255.5 and int((values > 1).sum()) > between:
         return np.asarray(np.clip(values.round(), 0, 255), np.uint8)
-    raise ValueError(
+    raise InputError(
         f"a picture of floats must lie in [0, 1], or hold levels from 0 to 255, got values from {low:.4g} to {high:.4g}"
     )
 
@@ -73,7 +75,7 @@ def _integer_levels(values: np.ndarray, *, sixteen_bits: bool) -> UInt8[np.ndarr
     """Gray of 16 or 32 bits as 8-bit levels: 65535 is white, unless 32 bits hold nothing above 255."""
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
-        raise ValueError(
+        raise InputError(
             f"a picture of 32-bit integers must hold values from 0 to 65535, got {low} to {high}; save it in 8 or 16 bits"
         )
     if not sixteen_bits and high <= 255:
@@ -101,7 +103,7 @@ def _pil_array(picture: Any, background: tuple[int, int, int]) -> UInt8[np.ndarr
     clear = picture.info.get("transparency")
     upright = _pillow().ImageOps.exif_transpose(picture)
     if 0 in upright.size:
-        raise ValueError(f"a picture must have pixels, got {upright.size[0]} x {upright.size[1]}")
+        raise InputError(f"a picture must have pixels, got {upright.size[0]} x {upright.size[1]}")
     if upright.mode.startswith("I") or upright.mode == "F":
         values = np.asarray(upright)
         gray = float_levels(values) if upright.mode == "F" else _integer_levels(values, sixteen_bits=deep)
@@ -128,7 +130,7 @@ def to_rgb(picture: Image.Image, *, background: tuple[int, int, int] = GROUND) -
         picture.load()
     except Exception as error:
         name = getattr(picture, "filename", "") or "the picture"
-        raise ValueError(f"{name} must be a readable picture, got: {type(error).__name__}: {error}") from None
+        raise InputError(f"{name} must be a readable picture, got: {type(error).__name__}: {error}") from None
     result: Image.Image = pil.Image.fromarray(_pil_array(picture, background))
     return result
 
@@ -158,22 +160,22 @@ def open_image(
     try:
         with pil.Image.open(file) as picture:
             if picture.width * picture.height > max_pixels:
-                raise ValueError(
+                raise InputError(
                     f"{name} must have at most {max_pixels:,} pixels, got {picture.width} x {picture.height}"
                 )
             picture.load()
             result: Image.Image = pil.Image.fromarray(_pil_array(picture, background))
             return result
     except FileNotFoundError:
-        raise ValueError(f"{name} must be a picture, but there is no such file") from None
+        raise InputError(f"{name} must be a picture, but there is no such file") from None
     except pil.Image.DecompressionBombError as error:
-        raise ValueError(f"{name} must have at most {max_pixels:,} pixels, got: {error}") from None
+        raise InputError(f"{name} must have at most {max_pixels:,} pixels, got: {error}") from None
     except Exception as error:
         if isinstance(error, ValueError) and str(name) in str(error):
             raise
         folder = isinstance(source, (str, os.PathLike)) and Path(source).is_dir()
         reason = "it is a folder" if folder else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{name} must be a readable picture, got: {reason}") from None
+        raise InputError(f"{name} must be a readable picture, got: {reason}") from None
 
 
 def _values(image: Any) -> np.ndarray:
@@ -195,7 +197,7 @@ def _array_levels(values: np.ndarray) -> UInt8[np.ndarray, "h w c"]:
         return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if np.issubdtype(values.dtype, np.floating):
         return float_levels(values.astype(np.float32) if values.dtype == np.float16 else values)
-    raise ValueError(
+    raise InputError(
         f"a picture must hold bool, uint8, uint16 or floats, got {values.dtype}; .astype('uint8') keeps levels from 0 to 255"
     )
 
@@ -214,7 +216,7 @@ def as_array(image: Any, *, background: tuple[int, int, int] = GROUND) -> UInt8[
     """
     if isinstance(image, Mapping):
         if image.get("bytes") is None and image.get("path") is None:
-            raise ValueError(f"a picture in a dictionary must have 'bytes' or 'path', got {', '.join(map(str, image))}")
+            raise InputError(f"a picture in a dictionary must have 'bytes' or 'path', got {', '.join(map(str, image))}")
         image = image["path"] if image.get("bytes") is None else image["bytes"]
     if isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(image, "read"):
         return np.asarray(open_image(image, background=background))
@@ -224,7 +226,7 @@ def as_array(image: Any, *, background: tuple[int, int, int] = GROUND) -> UInt8[
     if values.ndim == 2:
         values = values[..., None]
     if values.ndim != 3 or values.shape[-1] not in (1, 2, 3, 4) or 0 in values.shape or values.dtype == object:
-        raise ValueError(f"a picture must be {KINDS}, got {_about(image)}")
+        raise InputError(f"a picture must be {KINDS}, got {_about(image)}")
     channels = values.shape[-1]
     if channels not in (2, 4):
         levels = _array_levels(values)

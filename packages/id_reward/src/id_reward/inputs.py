@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from id_reward.errors import InputError
 from id_reward.images import to_rgb
 
 FILES = (str, os.PathLike, bytes, bytearray, memoryview)
@@ -35,7 +36,7 @@ def _one_by_one(items: Any, name: str, what: str) -> list[Any]:
     alone = isinstance(items, (*FILES, Mapping, Set)) or hasattr(items, "convert") or hasattr(items, "_fields")
     scalar = getattr(items, "ndim", 1) == 0
     if alone or scalar or hasattr(items, "iterrows") or not isinstance(items, Iterable):
-        raise ValueError(f"{name} must be a list of {what}, got {_short(items)}")
+        raise InputError(f"{name} must be a list of {what}, got {_short(items)}")
     return [item.as_py() if hasattr(item, "as_py") else item for item in items]
 
 
@@ -56,11 +57,11 @@ def listed(items: Any, name: str, what: str = "pictures") -> list[Any]:
     kind, axes = str(getattr(getattr(items, "dtype", None), "kind", "")), getattr(items, "ndim", 4)
     numbers = hasattr(items, "detach") or kind in ("b", "u", "i", "f")
     if numbers and axes < 4 and not (axes == 1 and len(items) == 0):
-        raise ValueError(f"{name} must be a list of {what}, got {_short(items)}; put a single picture into a list")
+        raise InputError(f"{name} must be a list of {what}, got {_short(items)}; put a single picture into a list")
     found = _one_by_one(items, name, what)
     for number, item in enumerate(found):
         if _is_missing(item):
-            raise ValueError(f"{name}[{number}] must be one of {what}, got {item!r}")
+            raise InputError(f"{name}[{number}] must be one of {what}, got {item!r}")
     return found
 
 
@@ -77,7 +78,7 @@ def listed_references(references: Any, count: int, name: str = "references") -> 
     """
     outer = _one_by_one(references, name, "lists, one for each picture")
     if len(outer) != count:
-        raise ValueError(f"{name} must have one entry per picture ({count}), got {len(outer)}")
+        raise InputError(f"{name} must have one entry per picture ({count}), got {len(outer)}")
     spent: list[
         tuple[Iterator[Any], list[Any]]
     ] = []  # a generator that stands for several pictures can be walked through once
@@ -105,7 +106,7 @@ def listed_batch(images: Any, prompts: Any, references: Any) -> tuple[Sequence[A
     texts = _one_by_one(prompts, "prompts", "strings, one for each picture")
     outer = _one_by_one(references, "references", "lists, one for each picture")
     if not len(pictures) == len(texts) == len(outer):
-        raise ValueError(
+        raise InputError(
             f"prompts and references must have one entry per picture ({len(pictures)}), got {len(texts)} and {len(outer)}"
         )
     return pictures, texts, listed_references(outer, len(pictures))

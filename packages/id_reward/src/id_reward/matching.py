@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 
+from id_reward.errors import InputError
 from id_reward.floats import as_floats
 
 
@@ -25,10 +26,10 @@ def check_similarity(similarity: Float[np.ndarray, "r f"]) -> Float[np.ndarray, 
     """A float64 matrix of finite numbers, or a ValueError."""
     matrix = as_floats(similarity)
     if matrix.ndim != 2:
-        raise ValueError(f"similarity must be (num_references, num_faces), got shape {matrix.shape}")
+        raise InputError(f"similarity must be (num_references, num_faces), got shape {matrix.shape}")
     # a sum is finite only if every term is, and costs half of asking each one; it may overflow, so ask them before complaining
     if not math.isfinite(matrix.sum()) and not np.isfinite(matrix).all():
-        raise ValueError("similarity must be finite, got NaN or infinity")
+        raise InputError("similarity must be finite, got NaN or infinity")
     return matrix
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Float
 
 from id_reward.alignment import CONVENTIONS, copy_paste, cosine_similarity, score_similarity, swap_matrix, swap_rate
+from id_reward.errors import InputError
 from id_reward.floats import as_floats, part_values
 from id_reward.identity import IdentityScorer
 from id_reward.inputs import listed_batch, listed_references, row_keys
@@ -113,7 +114,7 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         if not any((self.identity, self.text, self.aesthetics, self.clip_pictures, self.dino_pictures, self.others)):
-            raise ValueError("an evaluator must have at least one part, got none")
+            raise InputError("an evaluator must have at least one part, got none")
 
     def __call__(
         self,
@@ -187,7 +188,7 @@ class Evaluator:
             if targets is not None:
                 wanted = scorer.embed_references(targets[row])
                 if len(wanted) != len(known):
-                    raise ValueError(
+                    raise InputError(
                         f"targets must match references ({len(known)}), got {len(wanted)} for picture {row}"
                     )
                 pasted = [

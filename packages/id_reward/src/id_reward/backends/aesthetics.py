@@ -13,6 +13,7 @@ from typing import Any
 from jaxtyping import Float
 
 from id_reward.backends.text import ClipScorer, OpenClip, open_clip_module
+from id_reward.errors import InputError
 
 try:
     import torch
@@ -77,7 +78,7 @@ class HPSv2Scorer(ClipScorer):
         """
         library, path = open_clip_module(), Path(checkpoint)
         if not path.is_file():
-            raise ValueError(
+            raise InputError(
                 f"checkpoint must be HPS_v2_compressed.pt or HPS_v2.1_compressed.pt of the hub's xswu/HPSv2, but there is no {path}"
             )
         state = _read_state(path)
@@ -92,7 +93,7 @@ class HPSv2Scorer(ClipScorer):
             model.load_state_dict(state)
         except RuntimeError as error:
             first = str(error).strip().splitlines()[-1].strip()
-            raise ValueError(f"{path} must fit {architecture}, got: {first}") from None
+            raise InputError(f"{path} must fit {architecture}, got: {first}") from None
         tokenizer = library.get_tokenizer("ViT-H-14")
         return cls(OpenClip(model, lambda image: hps_preprocess(image, size), tokenizer, batch_size=batch_size))
 
@@ -107,8 +108,8 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
         state = content.get("state_dict", content)
         if not state or not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError("it holds no state dict")
+            raise InputError("it holds no state dict")
         return {name.removeprefix("module."): value for name, value in state.items()}
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} must be a checkpoint of tensors, got: {first}") from None
+        raise InputError(f"{path} must be a checkpoint of tensors, got: {first}") from None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from id_reward.errors import InputError
+
 
 def transformers_module(extra: str) -> Any:
     """transformers, or an ImportError that names the extra."""
@@ -22,9 +24,9 @@ def load(cls: Any, source: str | Path, what: str, *, local_files_only: bool = Tr
         ValueError: The folder is missing or does not hold what is needed; one sentence.
     """
     if local_files_only and not Path(source).is_dir():
-        raise ValueError(f"{what} must be a folder in transformers' format, but there is no folder {source}")
+        raise InputError(f"{what} must be a folder in transformers' format, but there is no folder {source}")
     try:
         return cls.from_pretrained(str(source), local_files_only=local_files_only, **options)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{what} must be in transformers' format, but {source} cannot be read: {reason}") from None
+        raise InputError(f"{what} must be in transformers' format, but {source} cannot be read: {reason}") from None

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from id_reward.backends.loading import load, transformers_module
+from id_reward.errors import InputError
 from id_reward.images import as_array, as_image
 from id_reward.protocols import Faces
 
@@ -220,7 +221,7 @@ class ObjectBackend:
     ) -> None:
         """Puts the parts together."""
         if not 0 <= min_share < 1 or not 0 < max_overlap <= 1 or max_objects < 1:
-            raise ValueError(
+            raise InputError(
                 "min_share must be in [0, 1), max_overlap in (0, 1] and max_objects at least 1, "
                 f"got {min_share}, {max_overlap} and {max_objects}"
             )
@@ -276,7 +277,7 @@ class ObjectBackend:
         """
         pictures = [as_array(image) for image in images]
         if phrases is not None and len(phrases) != len(pictures):
-            raise ValueError(f"phrases must have one entry per picture ({len(pictures)}), got {len(phrases)}")
+            raise InputError(f"phrases must have one entry per picture ({len(pictures)}), got {len(phrases)}")
         boxes = []
         for picture, found in zip(pictures, self.locator.locate(pictures, phrases), strict=True):
             height, width = picture.shape[:2]

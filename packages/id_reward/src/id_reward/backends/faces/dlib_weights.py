@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from id_reward.errors import InputError
+
 EXTRA = 'the dlib backend needs dlib and its models: pip install "id-reward[dlib]"'
 BLOCKS = (
     *("conv32_1", "conv32_2", "conv32_3"),
@@ -61,13 +63,13 @@ def _tensor(data: bytes, at: int) -> np.ndarray:
     """A tensor: version 2, four sizes, then little-endian floats."""
     version, at = _integer(data, at)
     if version != 2:
-        raise ValueError(f"a dlib tensor must be of version 2, got {version}")
+        raise InputError(f"a dlib tensor must be of version 2, got {version}")
     count = 1
     for _ in range(4):
         size, at = _integer(data, at)
         count *= size
     if not 0 < count * 4 <= len(data) - at:
-        raise ValueError(f"a dlib tensor must fit into its file, got {count} numbers with {len(data) - at} bytes left")
+        raise InputError(f"a dlib tensor must fit into its file, got {count} numbers with {len(data) - at} bytes left")
     return np.frombuffer(data, "<f4", count, at)
 
 
@@ -82,7 +84,7 @@ def read_dlib(path: str | Path) -> Weights:
         convolutions = [_tensor(data, m.end()) for m in re.finditer(rb"con_4(?=\x01\x02)", data)]
         affine = [_tensor(data, m.end()) for m in re.finditer(rb"affine_(?=\x01\x02)", data)]
         if len(convolutions) != len(CONVOLUTIONS) or len(affine) != len(CONVOLUTIONS):
-            raise ValueError(f"it must have {len(CONVOLUTIONS)} convolutions, got {len(convolutions)}")
+            raise InputError(f"it must have {len(CONVOLUTIONS)} convolutions, got {len(convolutions)}")
         (linear,) = (
             t for m in re.finditer(rb"fc_2(?=\x01)", data) for t in [_fc_tensor(data, m.end())] if t.size == 256 * 128
         )
@@ -93,7 +95,7 @@ def read_dlib(path: str | Path) -> Weights:
             result.append(Convolution(filters, both[-out:], scale_shift[:out], scale_shift[out:]))
             channels = out
     except (ValueError, IndexError) as error:
-        raise ValueError(f"{path} must be dlib_face_recognition_resnet_model_v1.dat: {error}") from None
+        raise InputError(f"{path} must be dlib_face_recognition_resnet_model_v1.dat: {error}") from None
     return Weights(tuple(result), linear.reshape(256, 128))
 
 
@@ -134,11 +136,11 @@ def read_face_api(folder: str | Path) -> Weights:
         ]
         return Weights(tuple(result), tensors["fc"])
     except FileNotFoundError as error:
-        raise ValueError(
+        raise InputError(
             f"{folder} must hold face_recognition_model.bin and its -weights_manifest.json (npm pack @vladmandic/face-api@1.7.15, "
             f"folder model/), but {Path(error.filename).name} is missing"
         ) from None
     except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{folder} must hold the face_recognition_model of @vladmandic/face-api, got: {error}"
         ) from None

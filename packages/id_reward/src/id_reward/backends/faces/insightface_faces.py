@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from id_reward.errors import InputError
 from id_reward.images import as_array
 from id_reward.protocols import Faces
 
@@ -65,14 +66,14 @@ def download_pack(model: str, root: str | Path) -> Path:
             ensure_available("models", model, root=str(root))
         found = find_pack(model, root)
         if found is None:
-            raise ValueError("the archive holds no .onnx files")
+            raise InputError("the archive holds no .onnx files")
     except Exception as error:
         for left in set(folder.iterdir()) - before if folder.is_dir() else set():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         for empty in (folder, folder.parent):
             with contextlib.suppress(OSError):  # not there, or not empty
                 empty.rmdir()
-        raise ValueError(_missing(model, root) + f" (downloading it failed: {type(error).__name__})") from None
+        raise InputError(_missing(model, root) + f" (downloading it failed: {type(error).__name__})") from None
     return found
 
 
@@ -126,27 +127,27 @@ class InsightFaceBackend:
     ) -> None:
         """Loads both models."""
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
         if not (0 < threshold < 1 and 0 < reference_threshold < 1):
-            raise ValueError(
+            raise InputError(
                 f"threshold and reference_threshold must be between 0 and 1, got {threshold} and {reference_threshold}"
             )
         face_analysis = _face_analysis()
         folder = find_pack(model, root)
         if folder is None:
             if not download:
-                raise ValueError(_missing(model, root))
+                raise InputError(_missing(model, root))
             folder = download_pack(str(model), root)
         try:
             application = face_analysis(name=str(folder), allowed_modules=list(TASKS), providers=providers)
         except Exception as error:
-            raise ValueError(
+            raise InputError(
                 f"model must be a folder with a detection and a recognition .onnx, but {folder} is not: {type(error).__name__} {error}".strip()
             ) from None
         application.prepare(0, det_thresh=threshold, det_size=det_size)
         self.detector, self.recognizer = application.det_model, application.models.get("recognition")
         if self.recognizer is None or not self.detector.use_kps:
-            raise ValueError(
+            raise InputError(
                 f"model must hold a detector with five points and a recognition model, {folder} has {', '.join(sorted(application.models))}"
             )
         self.batch_size, self.workers = batch_size, workers or os.cpu_count() or 1

@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from id_reward.backends.faces.center import mean_face
 from id_reward.backends.faces.dlib_faces import CHIP, AlignedFaces, DlibBackend
+from id_reward.errors import InputError
 from id_reward.matching import match_with_penalties
 from id_reward.protocols import Faces
 
@@ -95,7 +96,7 @@ class TorchFaceBackend:
     ) -> None:
         """Loads the weights, frozen; gradients reach pixels only."""
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
         self.detector = DlibBackend(embedder=None, **detector)
         self.network, self.batch_size = load_network(weights).to(device), batch_size
 
@@ -151,7 +152,7 @@ class TorchFaceBackend:
             references: Unit embeddings of each picture's references, for example from `IdentityScorer.embed_references`.
         """
         if len(images) != len(references):
-            raise ValueError(f"references must have one entry per picture ({len(images)}), got {len(references)}")
+            raise InputError(f"references must have one entry per picture ({len(images)}), got {len(references)}")
         rewards, found = [], np.zeros(len(images))
         for row, (image, known) in enumerate(zip(images, references, strict=True)):
             cosine = self.similarity(image, known)
