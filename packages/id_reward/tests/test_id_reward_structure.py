@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import id_reward
+import pytest
 
 SOURCE = Path(id_reward.__file__).parent
 
@@ -47,3 +50,32 @@ def test_nothing_is_unpickled() -> None:
             assert called not in ("pickle.loads", "pickle.load", "pickle.Unpickler", "joblib.load"), name
             if called == "torch.load":
                 assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), name
+
+
+def run(code: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_shapes_are_jaxtypings_where_somebody_looks_at_them() -> None:
+    """Importing it costs more than everything else, so it is only there for type checkers and for its own import hook."""
+    hints = "from typing import get_type_hints; from id_reward import match; print(get_type_hints(match)['similarity'])"
+    assert run(hints) == "<class 'numpy.ndarray'>"
+    assert "Float[ndarray, 'r f']" in run(f"import jaxtyping; {hints}")
+
+
+def test_the_import_hook_checks_shapes() -> None:
+    pytest.importorskip("beartype")
+    code = """
+import jaxtyping, numpy as np
+with jaxtyping.install_import_hook("id_reward", "beartype.beartype"):
+    import id_reward
+assert id_reward.multi_id_alignment_reward(np.eye(2), np.eye(3, 2)).reward == 1
+try:
+    id_reward.match(np.zeros(3))
+except jaxtyping.TypeCheckError:
+    print("checked")
+"""
+    assert run(code) == "checked"

@@ -6,16 +6,15 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from id_reward.errors import InputError
 from id_reward.floats import part_values
 from id_reward.inputs import listed_batch
 from id_reward.protocols import Scorer
+from id_reward.shapes import Float
 from id_reward.statistics import RunningStatistics
 
 NanPolicy = Literal["propagate", "zero", "raise"]
@@ -147,6 +146,8 @@ class CompositeReward:
             raise InputError(
                 f"normalization 'batch' of {name} needs at least two pictures, got one: it would count 0; give (shift, scale)"
             )
+        from concurrent.futures import ThreadPoolExecutor
+
         free = [n for n, (s, _) in self.parts.items() if self.threads and getattr(s, "releases_gil", False)]
         measured: dict[str, tuple[np.ndarray, float]] = {}
         with ThreadPoolExecutor(max(len(free), 1)) as pool:

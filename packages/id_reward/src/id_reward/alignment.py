@@ -6,11 +6,11 @@ import math
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from jaxtyping import Float
 
 from id_reward.errors import InputError
 from id_reward.floats import as_floats
 from id_reward.matching import Matching, check_similarity, match, match_with_penalties
+from id_reward.shapes import Float
 
 Convention = Literal["multicrafter", "umo", "xverse", "multihuman", "withanyone"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from id_reward.errors import InputError
+from id_reward.shapes import Float
 
 
 def as_floats(values: Any) -> Float[np.ndarray, "*shape"]:

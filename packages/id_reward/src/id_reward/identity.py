@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
 
 from id_reward.alignment import (
     CONVENTIONS,
@@ -24,6 +23,7 @@ from id_reward.errors import InputError
 from id_reward.floats import as_floats
 from id_reward.inputs import content_key, listed, listed_references, row_keys
 from id_reward.protocols import FaceBackend, Faces
+from id_reward.shapes import Float
 
 reference_key = content_key
 SeveralFaces = Literal["largest", "error"]

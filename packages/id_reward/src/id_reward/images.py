@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
 
 from id_reward.errors import InputError
+from id_reward.shapes import Float, UInt8
 
 if TYPE_CHECKING:
     from PIL import Image

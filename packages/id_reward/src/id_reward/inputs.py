@@ -6,7 +6,6 @@ pyarrow or datasets, and generators. Behind this door they are lists of lists, w
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
@@ -113,6 +112,8 @@ def listed_batch(images: Any, prompts: Any, references: Any) -> tuple[Sequence[A
 
 
 def _digest(content: Any) -> bytes:
+    import hashlib
+
     return hashlib.blake2b(content, digest_size=16).digest()
 
 

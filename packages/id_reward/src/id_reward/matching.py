@@ -6,11 +6,10 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
-from scipy.optimize import linear_sum_assignment
 
 from id_reward.errors import InputError
 from id_reward.floats import as_floats
+from id_reward.shapes import Float
 
 
 class Matching(NamedTuple):
@@ -48,6 +47,14 @@ def as_matching(matrix: Float[np.ndarray, "r f"], pairs: tuple[tuple[int, int], 
     return Matching(pairs, unmatched_references, unmatched_faces, total)
 
 
+def _assign(worth: Float[np.ndarray, "r f"]) -> tuple[tuple[int, int], ...]:
+    """Scipy's Hungarian assignment with the largest sum; scipy is loaded when it is first needed, which takes a third of a second."""
+    from scipy.optimize import linear_sum_assignment
+
+    rows, columns = linear_sum_assignment(worth, maximize=True)
+    return tuple(zip(rows.tolist(), columns.tolist(), strict=True))
+
+
 def match(similarity: Float[np.ndarray, "r f"]) -> Matching:
     """The assignment with the largest total similarity, every row and column used at most once (Kuhn 1955; scipy's solver).
 
@@ -61,8 +68,7 @@ def match(similarity: Float[np.ndarray, "r f"]) -> Matching:
     ((0, 1), (1, 0))
     """
     matrix = check_similarity(similarity)
-    rows, columns = linear_sum_assignment(matrix, maximize=True)
-    return as_matching(matrix, tuple(zip(rows.tolist(), columns.tolist(), strict=True)))
+    return as_matching(matrix, _assign(matrix))
 
 
 def match_with_penalties(
@@ -87,6 +93,5 @@ def match_with_penalties(
     matrix = check_similarity(similarity)
     saved = matrix + (missing_penalty + extra_penalty) - (0.0 if pair_costs is None else pair_costs)
     worth = np.where(matrix > min_similarity, saved.clip(min=0.0), 0.0)
-    rows, columns = linear_sum_assignment(worth, maximize=True)
-    pairs = tuple((r, f) for r, f in zip(rows.tolist(), columns.tolist(), strict=True) if worth.item(r, f) > 0)
+    pairs = tuple(pair for pair in _assign(worth) if worth.item(pair) > 0)
     return as_matching(matrix, pairs)

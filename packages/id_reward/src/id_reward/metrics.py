@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from id_reward.alignment import CONVENTIONS, copy_paste, cosine_similarity, score_similarity, swap_matrix, swap_rate
 from id_reward.errors import InputError
@@ -29,6 +28,7 @@ from id_reward.identity import IdentityScorer
 from id_reward.inputs import listed_batch, listed_references, row_keys
 from id_reward.matching import match
 from id_reward.protocols import Scorer
+from id_reward.shapes import Float
 
 PictureEmbedder = Callable[[Sequence[Any]], Float[np.ndarray, "b d"]]
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+
+from id_reward.shapes import Float
 
 
 class Faces(NamedTuple):
@@ -33,6 +34,7 @@ class FaceBackend(Protocol):
         ...
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Scores pictures: (images, prompts, references) -> (b,) float array, higher is better."""
 

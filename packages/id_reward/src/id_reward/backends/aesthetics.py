@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
-
 from id_reward.backends.text import ClipScorer, OpenClip, open_clip_module
 from id_reward.errors import InputError
+from id_reward.shapes import Float
 
 try:
     import torch

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
 
 from id_reward.backends.loading import load, transformers_module
 from id_reward.errors import InputError
 from id_reward.images import as_array, as_image
 from id_reward.protocols import Faces
+from id_reward.shapes import Bool, Float, UInt8
 
 try:
     import torch

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
 
 from id_reward.backends.loading import load, transformers_module
 from id_reward.errors import InputError
 from id_reward.images import as_image
+from id_reward.shapes import Float
 
 try:
     import torch

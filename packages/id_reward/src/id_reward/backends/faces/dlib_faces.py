@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
 
 from id_reward.backends.faces.center import center
 from id_reward.backends.faces.dlib_weights import EXTRA, model_folder
 from id_reward.errors import InputError
 from id_reward.images import as_array
 from id_reward.protocols import Faces
+from id_reward.shapes import Float, UInt8
 
 Embedder = Literal["auto", "dlib", "torch"]
 Describe = Callable[[np.ndarray], np.ndarray]

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from id_reward.errors import InputError
+from id_reward.shapes import Float
 
 EXTRA = 'the dlib backend needs dlib and its models: pip install "id-reward[dlib]"'
 BLOCKS = (

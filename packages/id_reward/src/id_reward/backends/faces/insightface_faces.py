@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from id_reward.errors import InputError
 from id_reward.images import as_array
 from id_reward.protocols import Faces
+from id_reward.shapes import Float
 
 EXTRA = 'the insightface backend needs insightface and onnxruntime: pip install "id-reward[insightface]"'
 LICENSE_NOTICE = "insightface's published weights are for non-commercial research only"

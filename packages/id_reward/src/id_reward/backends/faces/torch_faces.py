@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from id_reward.backends.faces.center import mean_face
 from id_reward.backends.faces.dlib_faces import CHIP, AlignedFaces, DlibBackend
 from id_reward.errors import InputError
 from id_reward.matching import match_with_penalties
 from id_reward.protocols import Faces
+from id_reward.shapes import Float
 
 try:
     import torch
