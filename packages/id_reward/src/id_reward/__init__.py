@@ -1,6 +1,6 @@
 """Identity rewards by Hungarian matching, with text and aesthetic rewards."""
 
-from id_reward.aggregate import CompositeReward, CompositeScore
+from id_reward.aggregate import CompositeReward, CompositeScore, as_composite
 from id_reward.alignment import (
     CONVENTIONS,
     IdentityScore,
@@ -35,6 +35,7 @@ __all__ = [
     "Matching",
     "OffPairSimilarity",
     "Scorer",
+    "as_composite",
     "box_overlap",
     "copy_paste",
     "cosine_similarity",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,7 @@ import numpy as np
 from id_reward.errors import InputError
 from id_reward.floats import part_values
 from id_reward.inputs import listed_batch
-from id_reward.protocols import Scorer
+from id_reward.protocols import FaceBackend, Scorer
 from id_reward.shapes import Float
 from id_reward.statistics import RunningStatistics
 
@@ -69,8 +71,8 @@ def _check_normalization(given: Mapping[str, Any], parts: Mapping[str, Any]) -> 
 class CompositeReward:
     """``total = sum over parts of weight * (value - shift) / scale``.
 
-    Parts that spend their time outside the interpreter (``releases_gil``: the backends of this package that run in C++ or on a GPU) run in
-    threads, side by side; the others run one after the other.
+    Thread-safe, as far as its parts are. Parts that spend their time outside the interpreter (``releases_gil``: the backends of this
+    package that run in C++ or on a GPU) run in threads, side by side; the others run one after the other.
 
     Args:
         parts: name -> (scorer, weight).
@@ -110,7 +112,15 @@ class CompositeReward:
         self.batch_size, self.threads = batch_size, threads
         self.normalization = dict(normalization or {})
         _check_normalization(self.normalization, self.parts)
+        self._lock = threading.Lock()
         self.running = {name: RunningStatistics() for name in [*self.parts, "total"]}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     def to(self, device: Any) -> CompositeReward:
         """Moves every scorer that can be moved to a device."""
@@ -165,10 +175,12 @@ class CompositeReward:
                 part = weight * normalize(values, how)
                 totals += np.where(np.isnan(part), 0.0, part) if self.nan_policy == "zero" else part
             raw[name] = values
-            self.running[name].update(values, seconds)
+            with self._lock:
+                self.running[name].update(values, seconds)
         if count and np.isnan(totals).all() and not any(np.isnan(values).all() for values in raw.values()):
             warnings.warn(f"none of the {count} pictures has a total: each lacks a part", stacklevel=2)
-        self.running["total"].update(totals, 0.0)
+        with self._lock:
+            self.running["total"].update(totals, 0.0)
         return CompositeScore(totals, raw)
 
     def _say_what_is_missing(self, name: str, values: np.ndarray, how: Normalization) -> None:
@@ -201,3 +213,37 @@ class CompositeReward:
                 name: {"mean": float(np.nanmean(v)), "std": float(np.nanstd(v)), "nan": int(np.isnan(v).sum())}
                 for name, v in known.items()
             }
+
+
+def as_composite(scorer: Any, name: str = "reward") -> CompositeReward:
+    """Whatever can be made a composite of: a composite, a scorer, or a dictionary of ``name -> (scorer, weight)``.
+
+    Args:
+        scorer: What a user gave.
+        name: Name of the part, where a single scorer was given.
+
+    Raises:
+        InputError: It cannot be called as a scorer; the message says what it could be.
+
+    >>> as_composite(lambda images, prompts, references: [1.0] * len(images))([0], ["x"], [[]]).totals.tolist()
+    [1.0]
+    """
+    if isinstance(scorer, CompositeReward):
+        return scorer
+    if isinstance(scorer, Mapping):
+        return CompositeReward(scorer)
+    about = getattr(scorer, "__name__", type(scorer).__name__)
+    wanted = f"a CompositeReward, a scorer(images, prompts, references), or a dictionary of name -> (scorer, weight), got {about}"
+    if isinstance(scorer, type):
+        raise InputError(f"reward must be {wanted}, which is a class: give an object of it")
+    if isinstance(scorer, FaceBackend) and not callable(scorer):
+        raise InputError(
+            f"reward must be {wanted}, which is a face backend: IdentityScorer({about}()) makes a scorer of it"
+        )
+    try:
+        inspect.signature(scorer).bind(None, None, None)
+    except TypeError:
+        raise InputError(f"reward must be {wanted}, which cannot be called with three arguments") from None
+    except ValueError:
+        pass  # a builtin that does not say what it takes
+    return CompositeReward({name: (scorer, 1.0)})

@@ -92,17 +92,19 @@ def off_pair_similarity(
     return float(total / (len(matrix) * max(len(matrix) - 1, 1)))
 
 
-def score_similarity(
-    similarity: Float[np.ndarray, "r f"],
+def check_options(
     *,
+    convention: str = "multicrafter",
     missing_penalty: float = 0.0,
     extra_penalty: float = 0.0,
-    convention: Convention = "multicrafter",
-    min_similarity: float = 0.0,
     off_pair_penalty: float = 0.0,
-    among_references: Float[np.ndarray, "r r"] | None = None,
-) -> IdentityScore:
-    """The reward of a similarity matrix; see `multi_id_alignment_reward` and, for ``among_references``, `off_pair_similarity`."""
+    min_similarity: float = 0.0,
+) -> None:
+    """Options of the reward, asked before work begins.
+
+    Raises:
+        ValueError: One is not what it may be.
+    """
     if convention not in CONVENTIONS:
         raise InputError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
     for name, value in (
@@ -114,6 +116,26 @@ def score_similarity(
             raise InputError(f"{name} must be finite and not negative, got {value}")
     if not math.isfinite(min_similarity):
         raise InputError(f"min_similarity must be finite, got {min_similarity}")
+
+
+def score_similarity(
+    similarity: Float[np.ndarray, "r f"],
+    *,
+    missing_penalty: float = 0.0,
+    extra_penalty: float = 0.0,
+    convention: Convention = "multicrafter",
+    min_similarity: float = 0.0,
+    off_pair_penalty: float = 0.0,
+    among_references: Float[np.ndarray, "r r"] | None = None,
+) -> IdentityScore:
+    """The reward of a similarity matrix; see `multi_id_alignment_reward` and, for ``among_references``, `off_pair_similarity`."""
+    check_options(
+        convention=convention,
+        missing_penalty=missing_penalty,
+        extra_penalty=extra_penalty,
+        off_pair_penalty=off_pair_penalty,
+        min_similarity=min_similarity,
+    )
     matrix = check_similarity(similarity)
     count, faces = matrix.shape
     if count == 0:

@@ -1,4 +1,4 @@
-"""``id-reward score --reference a.jpg --reference b.jpg picture.jpg``: a table, JSON, annotated pictures."""
+"""``id-reward score``: a table, JSON, annotated pictures; ``id-reward serve``: scores over HTTP."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import numpy as np
 from id_reward import __version__
 from id_reward.alignment import CONVENTIONS, IdentityScore, cosine_similarity, score_similarity
 from id_reward.errors import InputError
+from id_reward.options import FACES, PENALTIES, checked_options, identity_options
 from id_reward.outputs import check_targets, write_atomically
 from id_reward.protocols import Faces
-
-PENALTIES = ("missing_penalty", "extra_penalty", "off_pair_penalty", "min_similarity")
+from id_reward.serve_command import add_serve
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,32 +36,13 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument(
         "-r", "--reference", action="append", required=True, metavar="FILE", help="a photo of one person; repeat"
     )
-    score.add_argument(
-        "--backend", default="auto", choices=["auto", "dlib", "insightface", "torch"], help="face backend"
-    )
-    score.add_argument("--model", metavar="DIR", help="insightface: folder of .onnx files or name of a pack")
-    score.add_argument("--threshold", type=float, metavar="X", help="detector score from which a face counts")
-    score.add_argument(
-        "--reference-threshold",
-        type=float,
-        metavar="X",
-        help="the same in a reference where nothing reaches --threshold",
-    )
-    score.add_argument("--convention", default="multicrafter", choices=CONVENTIONS, help="how rewards are counted")
     score.add_argument("--all-conventions", action="store_true", help="show every convention side by side")
-    score.add_argument("--missing-penalty", type=float, default=0.0, metavar="X", help="for a reference without a face")
-    score.add_argument("--extra-penalty", type=float, default=0.0, metavar="X", help="for a face without a reference")
-    score.add_argument(
-        "--off-pair-penalty", type=float, default=0.0, metavar="X", help="for faces that blend several references"
-    )
-    score.add_argument(
-        "--min-similarity", type=float, default=0.0, metavar="X", help="cosine from which faces can match"
-    )
     score.add_argument("--one-face", action="store_true", help="several faces in a reference are an error")
     score.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON, to standard output or into FILE")
     score.add_argument("--annotate", metavar="DIR", help="write each picture with boxes and matches into DIR")
-    score.add_argument("--debug", action="store_true", help="show where in the code an error comes from")
-    score.add_argument("--quiet", action="store_true", help="no progress and no warnings")
+    identity_options(score)
+    score.set_defaults(run=run_score)
+    identity_options(add_serve(commands))
     return top
 
 
@@ -149,21 +130,28 @@ def _scorer(arguments: argparse.Namespace) -> Any:
     from id_reward.backends.faces import get_face_backend
     from id_reward.identity import IdentityScorer
 
-    if arguments.model and arguments.backend != "insightface":
-        raise InputError(f"--model needs --backend insightface, got {arguments.backend}")
-    options = {name: getattr(arguments, name) for name in ("model", "threshold", "reference_threshold")}
-    score_similarity(np.zeros((1, 1)), **{name: getattr(arguments, name) for name in PENALTIES})  # checks them
+    options = checked_options(arguments)
     return IdentityScorer(
-        get_face_backend(arguments.backend, **{k: v for k, v in options.items() if v is not None}),
+        get_face_backend(arguments.backend, **{k: options[k] for k in FACES if options[k] is not None}),
         convention=arguments.convention,
         several_faces="error" if arguments.one_face else "largest",
         no_face="error",
-        **{name: getattr(arguments, name) for name in PENALTIES},
+        **{name: options[name] for name in PENALTIES},
     )
 
 
 def run_score(arguments: argparse.Namespace) -> int:
-    """The command ``score``."""
+    """The command ``score``; what it warns of comes after its result."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        _score(arguments)
+    if not arguments.quiet:
+        for text in dict.fromkeys(str(w.message) for w in caught):
+            print(f"warning: {text}", file=sys.stderr)
+    return 0
+
+
+def _score(arguments: argparse.Namespace) -> None:
     from id_reward.images import open_image
 
     shorts, names = short_names(arguments.pictures), short_names(arguments.reference)
@@ -192,26 +180,20 @@ def run_score(arguments: argparse.Namespace) -> int:
     content = {"references": arguments.reference, "convention": arguments.convention, "pictures": records}
     if arguments.json == "-":
         print(json.dumps(content, indent=1))
-        return 0
+        return
     if arguments.json:
         write_atomically(Path(arguments.json), json.dumps(content, indent=1).encode())
     others_shown = list(CONVENTIONS) if arguments.all_conventions else []
     print(table([["picture", "reward", "faces", *names, "missing", "extra", *others_shown], *rows]))
     if arguments.annotate:
         print(f"annotated pictures in {arguments.annotate}")
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; what a user gave wrongly ends with one sentence and exit code 2, a mistake in the code with its traceback."""
     arguments = parser().parse_args(argv)
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            code = run_score(arguments)
-        if not arguments.quiet:
-            for text in dict.fromkeys(str(w.message) for w in caught):
-                print(f"warning: {text}", file=sys.stderr)
+        code: int = arguments.run(arguments)
         return code
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 
 from id_reward.alignment import (
-    CONVENTIONS,
     Convention,
     IdentityScore,
+    check_options,
     cosine_similarity,
     multi_id_alignment_reward,
     off_pair_similarity,
@@ -79,8 +79,13 @@ class IdentityScorer:
     off_pair_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.convention not in CONVENTIONS:
-            raise InputError(f"convention must be one of {', '.join(CONVENTIONS)}, got {self.convention!r}")
+        check_options(
+            convention=self.convention,
+            missing_penalty=self.missing_penalty,
+            extra_penalty=self.extra_penalty,
+            off_pair_penalty=self.off_pair_penalty,
+            min_similarity=self.min_similarity,
+        )
         if self.cache_size < 1:
             raise InputError(f"cache_size must be at least 1, got {self.cache_size}")
         if self.several_faces not in ("largest", "error"):
