@@ -64,9 +64,22 @@ class TransformersClip:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: str = "cpu", batch_size: int = 32, local_files_only: bool = True
+        cls,
+        folder: str | Path,
+        *,
+        processor: str | Path | None = None,
+        device: str = "cpu",
+        batch_size: int = 32,
+        local_files_only: bool = True,
     ) -> TransformersClip:
         """Loads a folder in transformers' format, for example of openai/clip-vit-large-patch14: safetensors, else the tensors of a .bin.
+
+        Args:
+            folder: The model.
+            processor: Where its processor is; None: with the model.
+            device: Where the model runs.
+            batch_size: Pictures, or prompts, at a time.
+            local_files_only: Whether folder names must be folders; False allows hub ids.
 
         Raises:
             ValueError: The folder is missing, cannot be read, or holds another kind of model.
@@ -79,7 +92,8 @@ class TransformersClip:
             raise InputError(
                 f"clip must be a CLIPModel, of pictures and text, but {folder} holds a {type(model).__name__}"
             )
-        return cls(model, load(hf.CLIPProcessor, folder, "clip", **options), batch_size=batch_size)
+        found = load(hf.CLIPProcessor, folder if processor is None else processor, "clip's processor", **options)
+        return cls(model, found, batch_size=batch_size)
 
     def to(self, device: Any) -> TransformersClip:
         """Moves the model."""
