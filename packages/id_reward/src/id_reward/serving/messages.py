@@ -15,13 +15,12 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from id_reward.errors import InputError
-from id_reward.serving.plain_pickle import read_plain
+from id_reward.serving.plain_pickle import read_plain, write_plain
 
 Dialect = Literal["score", "pickle", "compute"]
 
@@ -157,7 +156,7 @@ def answer(dialect: Dialect, result: Mapping[str, Any], missing_score: float) ->
     """A body and its content type."""
     known = [missing_score if value is None else value for value in result["scores"]]
     if dialect == "pickle":
-        return pickle.dumps({"scores": known}), "application/octet-stream"
+        return write_plain({"scores": known}), "application/octet-stream"
     content = {"rewards": known} if dialect == "compute" else result
     return json.dumps(content).encode(), "application/json"
 
@@ -165,5 +164,5 @@ def answer(dialect: Dialect, result: Mapping[str, Any], missing_score: float) ->
 def error_answer(dialect: Dialect, message: str) -> tuple[bytes, str]:
     """The same for an error."""
     if dialect == "pickle":
-        return pickle.dumps({"error": message}), "application/octet-stream"
+        return write_plain({"error": message}), "application/octet-stream"
     return json.dumps({"error": message}).encode(), "application/json"

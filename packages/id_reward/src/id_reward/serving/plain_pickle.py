@@ -8,6 +8,8 @@ which executes nothing, and those that build plain data are carried out here. An
 from __future__ import annotations
 
 import pickletools
+import struct
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from id_reward.errors import InputError
@@ -101,3 +103,29 @@ def read_plain(data: bytes) -> Any:
     except Exception as error:
         raise InputError(f"a pickle must be whole and of plain data, got: {type(error).__name__}") from None
     raise InputError("a pickle must be whole, but its end is missing")
+
+
+def _text(value: str) -> bytes:
+    data = value.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def write_plain(content: Mapping[str, str | Sequence[float]]) -> bytes:
+    """A pickle of protocol 2 of a dictionary with texts and lists of numbers: what such a client expects as an answer.
+
+    >>> read_plain(write_plain({"scores": [0.5, 1.0]}))
+    {'scores': [0.5, 1.0]}
+    """
+    parts = [b"\x80\x02}"]  # PROTO 2, EMPTY_DICT
+    for name, value in content.items():
+        parts.append(_text(name))
+        if isinstance(value, str):
+            parts.append(_text(value))
+        else:
+            parts += [
+                b"](",
+                *(b"G" + struct.pack(">d", number) for number in value),
+                b"e",
+            ]  # EMPTY_LIST, MARK, BINFLOAT, APPENDS
+        parts.append(b"s")  # SETITEM
+    return b"".join([*parts, b"."])  # STOP
