@@ -240,7 +240,7 @@ def test_equal_content_is_embedded_once_and_changed_content_again(tmp_path) -> N
 
 
 def test_the_core_imports_nothing_heavy() -> None:
-    heavy = "{'torch', 'PIL', 'dlib', 'cv2', 'transformers', 'onnxruntime'}"
+    heavy = "{'torch', 'PIL', 'dlib', 'cv2', 'transformers', 'onnxruntime', 'scipy', 'jaxtyping', 'concurrent', 'http'}"
     code = f"import sys, id_reward; print(sorted({{m.split('.')[0] for m in sys.modules}} & {heavy}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

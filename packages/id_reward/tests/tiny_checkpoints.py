@@ -135,3 +135,74 @@ def clip(folder: Path) -> Path:
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CLIPProcessor(images, fast).save_pretrained(folder)
     return folder
+
+
+QWEN_TOKENS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+QWEN_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
+    "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def qwen(folder: Path) -> Path:
+    """Qwen2-VL with its processor: two layers, pictures in patches of 14 pixels, merged 2 x 2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<|endoftext|>", *alphabet, *QWEN_TOKENS])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=QWEN_TOKENS,
+        model_max_length=8192,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = Qwen2VLConfig(
+        text_config=dict(
+            vocab_size=len(vocabulary) + 20, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=8192, initializer_range=0.2,
+            rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]},
+            bos_token_id=0, eos_token_id=vocabulary["<|im_end|>"], pad_token_id=0,
+        ),
+        vision_config=dict(
+            depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=14, spatial_merge_size=2, initializer_range=0.2,
+        ),
+        image_token_id=vocabulary["<|image_pad|>"], video_token_id=vocabulary["<|video_pad|>"],
+        vision_start_token_id=vocabulary["<|vision_start|>"], vision_end_token_id=vocabulary["<|vision_end|>"], tie_word_embeddings=False,
+    )  # fmt: skip
+    Qwen2VLForConditionalGeneration(config).eval().save_pretrained(folder)
+    images = Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=112 * 112)
+    Qwen2VLProcessor(images, fast, Qwen2VLVideoProcessor(), chat_template=QWEN_CHAT).save_pretrained(folder)
+    return folder
+
+
+def hpsv3(base: Path, file: Path) -> Path:
+    """A checkpoint as HPSv3's: the keys of Qwen2-VL as they were in 2025, one more token, and the head of its reward."""
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
+    torch.manual_seed(1)
+    model = Qwen2VLForConditionalGeneration.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer))
+    state = {
+        name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): value.contiguous()
+        for name, value in model.state_dict().items()
+    }
+    head = torch.nn.Sequential(
+        torch.nn.Linear(32, 1024), torch.nn.ReLU(), torch.nn.Dropout(0.05), torch.nn.Linear(1024, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2)
+    )  # fmt: skip
+    state |= {f"rm_head.{name}": value for name, value in head.state_dict().items()}
+    save_file(state, file)
+    return file

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
-from id_reward.protocols import Scorer
+from id_reward.errors import InputError
+from id_reward.floats import part_values
+from id_reward.inputs import listed_batch
+from id_reward.protocols import FaceBackend, Scorer
+from id_reward.shapes import Float
 from id_reward.statistics import RunningStatistics
 
 NanPolicy = Literal["propagate", "zero", "raise"]
@@ -26,12 +31,20 @@ class CompositeScore(NamedTuple):
 
 
 def normalize(values: Float[np.ndarray, " b"], how: Normalization) -> Float[np.ndarray, " b"]:
-    """``(value - shift) / scale``; "batch": with mean and spread of these values (0 where all are equal). NaN stays NaN.
+    """``(value - shift) / scale``; "batch": with mean and spread of these values (0 where all are equal). What is not finite becomes NaN.
+
+    Raises:
+        ValueError: "batch" for a single value, which has no spread: it would count 0 whatever it is.
 
     >>> normalize(np.array([1.0, 3.0]), "batch").tolist()
     [-1.0, 1.0]
     """
+    values = np.where(np.isfinite(values), values, np.nan)
     if how == "batch":
+        if len(values) == 1:
+            raise InputError(
+                "normalization 'batch' must have at least two pictures, got one; give (shift, scale) instead"
+            )
         finite = values[~np.isnan(values)]
         shift, scale = (finite.mean(), finite.std()) if len(finite) else (0.0, 1.0)
         result: np.ndarray = (values - shift) / (scale if scale > 1e-12 else 1.0)
@@ -40,17 +53,32 @@ def normalize(values: Float[np.ndarray, " b"], how: Normalization) -> Float[np.n
     return (values - shift) / scale
 
 
+def _check_normalization(given: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+    """Names of parts, each with "batch" or a finite shift and a positive scale."""
+    unknown = given.keys() - parts.keys()
+    if unknown:
+        raise InputError(f"normalization must name parts {sorted(parts)}, got {sorted(unknown)}")
+    for name, how in given.items():
+        if isinstance(how, str) and how == "batch":
+            continue
+        pair = isinstance(how, (tuple, list)) and len(how) == 2 and all(isinstance(x, (int, float)) for x in how)
+        if not pair or not (math.isfinite(how[0]) and 0 < how[1] < math.inf):
+            raise InputError(
+                f"normalization must be 'batch' or (shift, scale), finite and with positive scales, got {how!r} for {name}"
+            )
+
+
 class CompositeReward:
     """``total = sum over parts of weight * (value - shift) / scale``.
 
-    Parts that spend their time outside the interpreter (``releases_gil``: the backends of this package that run in C++ or on a GPU) run in
-    threads, side by side; the others run one after the other.
+    Thread-safe, as far as its parts are. Parts that spend their time outside the interpreter (``releases_gil``: the backends of this
+    package that run in C++ or on a GPU) run in threads, side by side; the others run one after the other.
 
     Args:
         parts: name -> (scorer, weight).
         normalization: name -> (shift, scale), or "batch" for mean and spread of the call at hand; (0, 1) where absent.
-        nan_policy: What a NaN of one part does: make the total NaN ("propagate": the trainer leaves the sample out), count as 0 after
-            normalisation ("zero"), or "raise".
+        nan_policy: What a part does that has no finite value: make the total NaN ("propagate": the trainer leaves the sample out), count as
+            0 after normalisation ("zero"), or "raise". Infinity counts as no value. A part of weight 0 is only logged.
         batch_size: Pictures given to a scorer at a time; None: all.
         threads: Whether to use threads at all.
 
@@ -70,25 +98,29 @@ class CompositeReward:
     ) -> None:
         """Validates names, weights and policy."""
         if not parts:
-            raise ValueError("parts must hold at least one scorer, got none")
+            raise InputError("parts must hold at least one scorer, got none")
         if nan_policy not in ("propagate", "zero", "raise"):
-            raise ValueError(f"nan_policy must be 'propagate', 'zero' or 'raise', got {nan_policy!r}")
+            raise InputError(f"nan_policy must be 'propagate', 'zero' or 'raise', got {nan_policy!r}")
         if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
         for name, part in parts.items():
             if not (isinstance(part, tuple) and len(part) == 2 and callable(part[0])):
-                raise ValueError(f"parts must map names to (scorer, weight), got {part!r} for {name}")
-            if not np.isfinite(part[1]):
-                raise ValueError(f"the weight of {name} must be finite, got {part[1]}")
+                raise InputError(f"parts must map names to (scorer, weight), got {part!r} for {name}")
+            if not (isinstance(part[1], (int, float, np.number)) and math.isfinite(part[1])):
+                raise InputError(f"the weight of {name} must be a finite number, got {part[1]!r}")
         self.parts, self.nan_policy = dict(parts), nan_policy
         self.batch_size, self.threads = batch_size, threads
         self.normalization = dict(normalization or {})
-        unknown = self.normalization.keys() - self.parts.keys()
-        if unknown:
-            raise ValueError(f"normalization must name parts {sorted(self.parts)}, got {sorted(unknown)}")
-        if any(how != "batch" and not how[1] > 0 for how in self.normalization.values()):
-            raise ValueError(f"normalization must have positive scales, got {self.normalization}")
+        _check_normalization(self.normalization, self.parts)
+        self._lock = threading.Lock()
         self.running = {name: RunningStatistics() for name in [*self.parts, "total"]}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     def to(self, device: Any) -> CompositeReward:
         """Moves every scorer that can be moved to a device."""
@@ -106,12 +138,7 @@ class CompositeReward:
         for at in range(0, count, size):
             part = slice(at, min(at + size, count))
             values = scorer(images[part], prompts[part], references[part])
-            if hasattr(values, "detach"):
-                values = values.detach().cpu().numpy()
-            chunk = np.asarray(values, np.float64)
-            if chunk.shape != (part.stop - part.start,):
-                raise ValueError(f"{name} must return {part.stop - part.start} values, got shape {chunk.shape}")
-            chunks.append(chunk)
+            chunks.append(part_values(values, name, part.stop - part.start))
         return np.concatenate(chunks) if chunks else np.zeros(0), time.perf_counter() - start
 
     def __call__(
@@ -122,11 +149,15 @@ class CompositeReward:
         Raises:
             ValueError: Lengths differ, a scorer returns another number of values, or a NaN under "raise".
         """
+        images, prompts, references = listed_batch(images, prompts, references)
         count = len(images)
-        if len(prompts) != count or len(references) != count:
-            raise ValueError(
-                f"prompts and references must have one entry per picture ({count}), got {len(prompts)} and {len(references)}"
+        if count == 1 and "batch" in self.normalization.values():
+            name = next(name for name, how in self.normalization.items() if how == "batch")
+            raise InputError(
+                f"normalization 'batch' of {name} needs at least two pictures, got one: it would count 0; give (shift, scale)"
             )
+        from concurrent.futures import ThreadPoolExecutor
+
         free = [n for n, (s, _) in self.parts.items() if self.threads and getattr(s, "releases_gil", False)]
         measured: dict[str, tuple[np.ndarray, float]] = {}
         with ThreadPoolExecutor(max(len(free), 1)) as pool:
@@ -138,15 +169,34 @@ class CompositeReward:
         totals, raw = np.zeros(count), {}
         for name, (_, weight) in self.parts.items():
             values, seconds = measured[name]
-            missing = int(np.isnan(values).sum())
-            if self.nan_policy == "raise" and missing:
-                raise ValueError(f"{name} must return numbers, got NaN for {missing} of {count} pictures")
-            part = weight * normalize(values, self.normalization.get(name, (0.0, 1.0)))
-            totals += np.where(np.isnan(part), 0.0, part) if self.nan_policy == "zero" else part
+            how = self.normalization.get(name, (0.0, 1.0))
+            self._say_what_is_missing(name, values, how)
+            if weight:
+                part = weight * normalize(values, how)
+                totals += np.where(np.isnan(part), 0.0, part) if self.nan_policy == "zero" else part
             raw[name] = values
-            self.running[name].update(values, seconds)
-        self.running["total"].update(totals, 0.0)
+            with self._lock:
+                self.running[name].update(values, seconds)
+        if count and np.isnan(totals).all() and not any(np.isnan(values).all() for values in raw.values()):
+            warnings.warn(f"none of the {count} pictures has a total: each lacks a part", stacklevel=2)
+        with self._lock:
+            self.running["total"].update(totals, 0.0)
         return CompositeScore(totals, raw)
+
+    def _say_what_is_missing(self, name: str, values: np.ndarray, how: Normalization) -> None:
+        """Raises or warns where a part lacks values in a way that would change totals without a word."""
+        count, missing = len(values), int(np.isnan(values).sum())
+        if self.nan_policy == "raise" and missing:
+            raise InputError(
+                f"{name} must return finite numbers, got NaN or infinity for {missing} of {count} pictures"
+            )
+        if missing and missing == count:
+            warnings.warn(f"{name} has no value for any of the {count} pictures: all are NaN", stacklevel=3)
+        elif how == "batch" and missing == count - 1 > 0:
+            warnings.warn(
+                f"{name} has a value for one picture of {count} only: normalised over the batch it counts 0",
+                stacklevel=3,
+            )
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Statistics of every part and the total over all calls so far: count, nan, mean, std, min, max, seconds."""
@@ -155,9 +205,45 @@ class CompositeReward:
     @staticmethod
     def statistics(score: CompositeScore) -> dict[str, dict[str, float]]:
         """Mean, spread and NaN count of every part of one call."""
+        everything = {**score.parts, "total": score.totals}
+        known = {name: np.where(np.isfinite(v), v, np.nan) for name, v in everything.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # nothing but NaN: the mean is NaN
             return {
                 name: {"mean": float(np.nanmean(v)), "std": float(np.nanstd(v)), "nan": int(np.isnan(v).sum())}
-                for name, v in {**score.parts, "total": score.totals}.items()
+                for name, v in known.items()
             }
+
+
+def as_composite(scorer: Any, name: str = "reward") -> CompositeReward:
+    """Whatever can be made a composite of: a composite, a scorer, or a dictionary of ``name -> (scorer, weight)``.
+
+    Args:
+        scorer: What a user gave.
+        name: Name of the part, where a single scorer was given.
+
+    Raises:
+        InputError: It cannot be called as a scorer; the message says what it could be.
+
+    >>> as_composite(lambda images, prompts, references: [1.0] * len(images))([0], ["x"], [[]]).totals.tolist()
+    [1.0]
+    """
+    if isinstance(scorer, CompositeReward):
+        return scorer
+    if isinstance(scorer, Mapping):
+        return CompositeReward(scorer)
+    about = getattr(scorer, "__name__", type(scorer).__name__)
+    wanted = f"a CompositeReward, a scorer(images, prompts, references), or a dictionary of name -> (scorer, weight), got {about}"
+    if isinstance(scorer, type):
+        raise InputError(f"reward must be {wanted}, which is a class: give an object of it")
+    if isinstance(scorer, FaceBackend) and not callable(scorer):
+        raise InputError(
+            f"reward must be {wanted}, which is a face backend: IdentityScorer({about}()) makes a scorer of it"
+        )
+    try:
+        inspect.signature(scorer).bind(None, None, None)
+    except TypeError:
+        raise InputError(f"reward must be {wanted}, which cannot be called with three arguments") from None
+    except ValueError:
+        pass  # a builtin that does not say what it takes
+    return CompositeReward({name: (scorer, 1.0)})

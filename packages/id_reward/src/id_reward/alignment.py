@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from jaxtyping import Float
 
+from id_reward.errors import InputError
+from id_reward.floats import as_floats
 from id_reward.matching import Matching, check_similarity, match, match_with_penalties
+from id_reward.shapes import Float
 
 Convention = Literal["multicrafter", "umo", "xverse", "multihuman", "withanyone"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
@@ -22,9 +25,9 @@ class IdentityScore(NamedTuple):
 
 
 def _unit(vectors: np.ndarray, name: str) -> np.ndarray:
-    rows = np.atleast_2d(np.asarray(vectors, np.float64))
+    rows = np.atleast_2d(as_floats(vectors))
     if not np.isfinite(rows).all():
-        raise ValueError(f"{name} must be finite, got NaN or infinity")
+        raise InputError(f"{name} must be finite, got NaN or infinity")
     # the largest entry first, so that squares neither overflow nor vanish
     rows = rows / np.maximum(np.abs(rows).max(1, keepdims=True, initial=0.0), 1e-300)
     result: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
@@ -40,14 +43,79 @@ def cosine_similarity(a: Float[np.ndarray, "r d"], b: Float[np.ndarray, "f d"]) 
     >>> cosine_similarity(np.array([[1.0, 0.0], [2.0, 2.0]]), np.array([[3.0, 0.0]])).round(3).tolist()
     [[1.0], [0.707]]
     """
-    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    x, y = as_floats(a), as_floats(b)
     if x.size == 0 or y.size == 0:
         return np.zeros((0 if x.size == 0 else len(np.atleast_2d(x)), 0 if y.size == 0 else len(np.atleast_2d(y))))
     x, y = _unit(x, "embeddings"), _unit(y, "embeddings")
     if x.shape[1] != y.shape[1]:
-        raise ValueError(f"embeddings must have equal width, got {x.shape[1]} and {y.shape[1]}")
+        raise InputError(f"embeddings must have equal width, got {x.shape[1]} and {y.shape[1]}")
     cosine: np.ndarray = np.clip(x @ y.T, -1, 1)
     return cosine
+
+
+def _off_pair(matrix: np.ndarray, among_references: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """What each face shares with the references that are not its own: (r, f) if it is paired with r, (f,) if with nobody.
+
+    ``paired[r, f] = sum over i != r of max(c[i, f] - g[i, r], 0)`` and ``alone[f] = sum over i of max(c[i, f], 0)``; g: the cosines of the
+    references with each other, 0 if not given.
+    """
+    count = len(matrix)
+    shared = np.zeros((count, count)) if among_references is None else np.maximum(as_floats(among_references), 0)
+    excess = np.maximum(matrix[:, None, :] - shared[:, :, None], 0)  # (i, r, f)
+    excess[np.arange(count), np.arange(count)] = 0
+    return excess.sum(0), np.maximum(matrix, 0).sum(0)
+
+
+def off_pair_similarity(
+    similarity: Float[np.ndarray, "r f"],
+    matching: Matching,
+    among_references: Float[np.ndarray, "r r"] | None = None,
+) -> float:
+    """How much the faces look like references that they are not matched with: 0 for faithful faces, 1/sqrt(r) for the mean face r times.
+
+    ``(sum over pairs (j, f) of sum over i != j of max(c[i, f] - g[i, j], 0)  +  sum over faces f of nobody of sum over i of max(c[i, f],
+    0)) / (r max(r - 1, 1))``. After MIMR of UMO (arXiv 2509.06818), which counts -cos off the pairs; subtracting what the references share
+    is our choice: docs/adr/0043.
+
+    Args:
+        similarity: Cosines c of references with faces.
+        matching: Who is who.
+        among_references: Cosines g of the references with each other; None: taken for 0, as UMO does.
+
+    >>> average = np.full((2, 2), 0.5**0.5)
+    >>> round(off_pair_similarity(average, match(average)), 3), off_pair_similarity(np.eye(2), match(np.eye(2)))
+    (0.707, 0.0)
+    """
+    matrix = check_similarity(similarity)
+    paired, alone = _off_pair(matrix, among_references)
+    total = sum(paired[r, f] for r, f in matching.pairs) + sum(alone[f] for f in matching.unmatched_faces)
+    return float(total / (len(matrix) * max(len(matrix) - 1, 1)))
+
+
+def check_options(
+    *,
+    convention: str = "multicrafter",
+    missing_penalty: float = 0.0,
+    extra_penalty: float = 0.0,
+    off_pair_penalty: float = 0.0,
+    min_similarity: float = 0.0,
+) -> None:
+    """Options of the reward, asked before work begins.
+
+    Raises:
+        ValueError: One is not what it may be.
+    """
+    if convention not in CONVENTIONS:
+        raise InputError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
+    for name, value in (
+        ("missing_penalty", missing_penalty),
+        ("extra_penalty", extra_penalty),
+        ("off_pair_penalty", off_pair_penalty),
+    ):
+        if not 0 <= value < math.inf:
+            raise InputError(f"{name} must be finite and not negative, got {value}")
+    if not math.isfinite(min_similarity):
+        raise InputError(f"min_similarity must be finite, got {min_similarity}")
 
 
 def score_similarity(
@@ -57,21 +125,34 @@ def score_similarity(
     extra_penalty: float = 0.0,
     convention: Convention = "multicrafter",
     min_similarity: float = 0.0,
+    off_pair_penalty: float = 0.0,
+    among_references: Float[np.ndarray, "r r"] | None = None,
 ) -> IdentityScore:
-    """The reward of a similarity matrix; see `multi_id_alignment_reward`."""
-    if convention not in CONVENTIONS:
-        raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
-    if not (missing_penalty >= 0 and extra_penalty >= 0):
-        raise ValueError(
-            f"missing_penalty and extra_penalty must not be negative, got {missing_penalty} and {extra_penalty}"
-        )
+    """The reward of a similarity matrix; see `multi_id_alignment_reward` and, for ``among_references``, `off_pair_similarity`."""
+    check_options(
+        convention=convention,
+        missing_penalty=missing_penalty,
+        extra_penalty=extra_penalty,
+        off_pair_penalty=off_pair_penalty,
+        min_similarity=min_similarity,
+    )
     matrix = check_similarity(similarity)
     count, faces = matrix.shape
     if count == 0:
-        raise ValueError("reference_embeddings must hold at least one reference, got none")
+        raise InputError("reference_embeddings must hold at least one reference, got none")
+    if among_references is not None and np.shape(among_references) != (count, count):
+        raise InputError(f"among_references must be ({count}, {count}), got {np.shape(among_references)}")
     if convention == "multicrafter":
+        costs = None
+        if off_pair_penalty:
+            paired, alone = _off_pair(matrix, among_references)
+            costs = off_pair_penalty / max(count - 1, 1) * (paired - alone)
         matching = match_with_penalties(
-            matrix, missing_penalty=missing_penalty, extra_penalty=extra_penalty, min_similarity=min_similarity
+            matrix,
+            missing_penalty=missing_penalty,
+            extra_penalty=extra_penalty,
+            min_similarity=min_similarity,
+            pair_costs=costs,
         )
     else:
         matching = match(matrix)
@@ -81,6 +162,8 @@ def score_similarity(
     if convention == "multicrafter":
         missing, extra = len(matching.unmatched_references), len(matching.unmatched_faces)
         reward = (matching.total - missing_penalty * missing - extra_penalty * extra) / count
+        if off_pair_penalty:
+            reward -= off_pair_penalty * off_pair_similarity(matrix, matching, among_references)
     elif convention == "umo":
         reward = (2 * matching.total - matrix.sum()) / matrix.size if matrix.size else 0.0
     elif convention == "xverse":
@@ -101,12 +184,15 @@ def multi_id_alignment_reward(
     extra_penalty: float = 0.0,
     convention: Convention = "multicrafter",
     min_similarity: float = 0.0,
+    off_pair_penalty: float = 0.0,
 ) -> IdentityScore:
     """How faithfully the references appear in one picture (MultiCrafter, arXiv 2509.21953, section 3.4).
 
     "multicrafter": ``max over one-to-one pairs P of (sum over P of cos - missing_penalty (r - |P|) - extra_penalty (f - |P|)) / r``. One
     face painted many times can be matched only once; a face whose cosine is at most ``min_similarity`` is nobody's: its reference counts
-    as missing and the face as extra. Between ``-missing_penalty - extra_penalty f / r`` and 1.
+    as missing and the face as extra. Without ``off_pair_penalty`` between ``-missing_penalty - extra_penalty f / r`` and 1. Matching
+    alone does not stop a face that blends several people: the mean of two orthogonal identities, painted twice, earns .71, and one
+    faithful face beside a missing one earns .25 with a missing penalty of .5. ``off_pair_penalty`` takes `off_pair_similarity` away.
     "umo" (arXiv 2509.06818, MIMR): mean over the matrix of +cos on matched pairs, -cos elsewhere; does not punish a missing face.
     "xverse" (XVerseBench, arXiv 2506.21416): mean over references of the best face's cosine, not exclusive.
     "multihuman" (MultiHuman-Testbench, arXiv 2506.20879): matched sum / r, missing counts 0.
@@ -121,6 +207,8 @@ def multi_id_alignment_reward(
         convention: See above.
         min_similarity: Cosine from which a face can be a reference's at all ("multicrafter" only); the face backends' ``same_person`` is a
             strict choice, 0 the paper's.
+        off_pair_penalty: Taken times `off_pair_similarity`, beyond what the references share with each other ("multicrafter" only); 0 is
+            the paper's, from .65 on the average face of two orthogonal people is worth less than one of them painted faithfully.
 
     Raises:
         ValueError: Nothing to look for, widths differ, an embedding is not finite, a penalty is negative, or the convention is unknown.
@@ -134,6 +222,8 @@ def multi_id_alignment_reward(
         extra_penalty=extra_penalty,
         convention=convention,
         min_similarity=min_similarity,
+        off_pair_penalty=off_pair_penalty,
+        among_references=cosine_similarity(reference_embeddings, reference_embeddings) if off_pair_penalty else None,
     )
 
 
@@ -154,7 +244,7 @@ def copy_paste(
         ValueError: Widths differ, or an embedding is not finite.
     """
     if not np.shape(generated) == np.shape(target) == np.shape(reference):
-        raise ValueError(
+        raise InputError(
             f"embeddings must have equal width, got {np.shape(generated)}, {np.shape(target)} and {np.shape(reference)}"
         )
     spread = _angle(target, reference)
@@ -191,7 +281,7 @@ def placed_confusion(
     """
     looks, places = check_similarity(similarity), check_similarity(expected)
     if looks.shape != places.shape:
-        raise ValueError(f"expected must have the shape of similarity, {looks.shape}, got {places.shape}")
+        raise InputError(f"expected must have the shape of similarity, {looks.shape}, got {places.shape}")
     result = np.full((len(looks), len(looks)), np.nan)
     for reference, face in match_with_penalties(places).pairs:
         result[:, reference] = looks[:, face]
@@ -204,7 +294,7 @@ def swap_rate(confusion: Float[np.ndarray, "r r"]) -> float:
     >>> swap_rate(np.array([[0.2, 0.9], [0.8, 0.1]]))
     1.0
     """
-    matrix = np.asarray(confusion, np.float64)
+    matrix = as_floats(confusion)
     painted = [j for j in range(len(matrix)) if not np.isnan(matrix[:, j]).any()]
     if not painted:
         return float("nan")
@@ -213,6 +303,7 @@ def swap_rate(confusion: Float[np.ndarray, "r r"]) -> float:
 
 def box_overlap(a: Float[np.ndarray, "r 4"], b: Float[np.ndarray, "f 4"]) -> Float[np.ndarray, "r f"]:
     """Intersection over union of boxes (left, top, right, bottom)."""
+    a, b = as_floats(a), as_floats(b)
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, 2:], b[None, :, 2:])
     both = np.clip(high - low, 0, None).prod(-1)

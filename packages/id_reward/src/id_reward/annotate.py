@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from id_reward.alignment import IdentityScore
-from id_reward.images import as_array
+from id_reward.images import as_image
+from id_reward.outputs import MARK
 from id_reward.protocols import Faces
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def annotate(
         from PIL import Image, ImageDraw, ImageFont
     except ImportError:
         raise ImportError('drawing needs Pillow: pip install "id-reward[image]"') from None
-    picture = Image.fromarray(as_array(image))
+    picture = as_image(image)
     scale = SIDE / max(picture.size)
     picture = picture.resize((max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)))
     owner = {face: reference for reference, face in score.matching.pairs} if score else {}
@@ -64,7 +66,7 @@ def annotate(
     for number, reference in enumerate(references):
         column, row = divmod(number, per_column)
         left, top = picture.width + 15 + column * (thumb + 20), 5 + row * (thumb + 30)
-        small = Image.fromarray(as_array(reference))
+        small = as_image(reference)
         small.thumbnail((thumb, thumb))
         sheet.paste(small, (left, top))
         colour = COLOURS[number % len(COLOURS)]
@@ -80,6 +82,18 @@ def annotate(
     text = f"reward {score.reward:.3f}" if score else "cannot be scored"
     draw.text((8, height - 28), f"{text}, {len(faces.boxes)} faces, {len(references)} references", fill=INK, font=font)
     return sheet
+
+
+def png(sheet: Image.Image) -> bytes:
+    """The sheet as a PNG that says who wrote it, so that it may be written anew, and a picture of the user's never is."""
+    from PIL.PngImagePlugin import PngInfo
+
+    about = PngInfo()
+    for key, value in MARK.items():
+        about.add_text(key, value)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", pnginfo=about)
+    return buffer.getvalue()
 
 
 def _ink(colour: tuple[int, int, int]) -> tuple[int, int, int]:

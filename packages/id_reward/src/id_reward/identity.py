@@ -2,48 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import threading
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
 
-from id_reward.alignment import CONVENTIONS, Convention, IdentityScore, multi_id_alignment_reward
+from id_reward.alignment import (
+    Convention,
+    IdentityScore,
+    check_options,
+    cosine_similarity,
+    multi_id_alignment_reward,
+    off_pair_similarity,
+)
+from id_reward.errors import InputError
+from id_reward.floats import as_floats
+from id_reward.inputs import content_key, listed, listed_references, row_keys
 from id_reward.protocols import FaceBackend, Faces
+from id_reward.shapes import Float
 
+reference_key = content_key
 SeveralFaces = Literal["largest", "error"]
 NoFace = Literal["nan", "error", "whole"]
 
 
-def reference_key(reference: Any) -> Hashable:
-    """What says that two references are the same picture: a file's path and date, an array's or picture's content.
-
-    Objects of other kinds are told apart by identity only.
-    """
-    if isinstance(reference, (str, Path)):
-        try:
-            state = os.stat(reference)
-        except OSError:
-            return str(reference)  # whoever opens it says what is wrong
-        return (os.path.abspath(reference), state.st_mtime_ns, state.st_size)
-    if hasattr(reference, "detach"):  # a tensor
-        tensor = reference.detach().cpu()
-        reference = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-    if hasattr(reference, "tobytes"):  # an array or a PIL picture
-        about = (
-            getattr(reference, "shape", None),
-            getattr(reference, "size", None),
-            str(getattr(reference, "dtype", "")),
-        )
-        mode = getattr(reference, "mode", "")
-        return (about, mode, hashlib.blake2b(reference.tobytes(), digest_size=16).digest())
-    return id(reference)
+def _as_arrays(faces: Faces) -> Faces:
+    """Faces in float64, whatever a backend gives them in."""
+    return Faces(*map(as_floats, faces))
 
 
 def largest(faces: Faces) -> Float[np.ndarray, " d"]:
@@ -56,6 +45,8 @@ def largest(faces: Faces) -> Float[np.ndarray, " d"]:
 
 def describe(reference: Any, number: int) -> str:
     """How a message names a reference: its file, or its place."""
+    if isinstance(reference, Mapping):
+        reference = reference.get("path")
     name = reference if isinstance(reference, (str, Path)) else getattr(reference, "filename", None)
     return str(name) if name else f"reference {number}"
 
@@ -64,15 +55,17 @@ def describe(reference: Any, number: int) -> str:
 class IdentityScorer:
     """The Multi-ID Alignment Reward as a scorer; a reference is embedded once, not once per picture.
 
-    References may be paths, PIL pictures, arrays or tensors; equal content is recognised, whatever the object. Thread-safe.
+    References may be paths, PIL pictures, arrays or tensors, in any container (`id_reward.inputs`); equal content is recognised, whatever
+    the object or the name of the file. Thread-safe.
 
     Attributes:
         backend: Finds and embeds faces (or objects).
-        missing_penalty, extra_penalty, convention, min_similarity: See `multi_id_alignment_reward`.
+        missing_penalty, extra_penalty, convention, min_similarity, off_pair_penalty: See `multi_id_alignment_reward`.
         cache_size: Reference embeddings kept; the one unused for longest goes.
         several_faces: A reference with several faces: take the "largest" and warn once, or raise an "error" that names it.
-        no_face: A reference without a face: NaN embedding, hence a NaN reward ("nan"); an "error" that names it; or embed the "whole"
-            picture (a backend with ``embed_whole``, for objects).
+        no_face: A reference without a face: NaN embedding, hence a NaN reward, with one warning that names it ("nan"); an "error" that
+            names it; or embed the "whole" picture (a backend with ``embed_whole``, for objects). A backend with
+            ``detect_and_embed_references`` looks at references more closely than at pictures before it says that there is none.
     """
 
     backend: FaceBackend
@@ -83,19 +76,25 @@ class IdentityScorer:
     min_similarity: float = 0.0
     several_faces: SeveralFaces = "largest"
     no_face: NoFace = "nan"
+    off_pair_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.convention not in CONVENTIONS:
-            raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {self.convention!r}")
+        check_options(
+            convention=self.convention,
+            missing_penalty=self.missing_penalty,
+            extra_penalty=self.extra_penalty,
+            off_pair_penalty=self.off_pair_penalty,
+            min_similarity=self.min_similarity,
+        )
         if self.cache_size < 1:
-            raise ValueError(f"cache_size must be at least 1, got {self.cache_size}")
+            raise InputError(f"cache_size must be at least 1, got {self.cache_size}")
         if self.several_faces not in ("largest", "error"):
-            raise ValueError(f"several_faces must be 'largest' or 'error', got {self.several_faces!r}")
+            raise InputError(f"several_faces must be 'largest' or 'error', got {self.several_faces!r}")
         if self.no_face not in ("nan", "error", "whole"):
-            raise ValueError(f"no_face must be 'nan', 'error' or 'whole', got {self.no_face!r}")
+            raise InputError(f"no_face must be 'nan', 'error' or 'whole', got {self.no_face!r}")
         if self.no_face == "whole" and not hasattr(self.backend, "embed_whole"):
-            raise ValueError("no_face='whole' needs a backend with embed_whole, such as ObjectBackend")
-        self._cache: dict[Hashable, tuple[Any, np.ndarray]] = {}
+            raise InputError("no_face='whole' needs a backend with embed_whole, such as ObjectBackend")
+        self._cache: dict[Hashable, np.ndarray] = {}
         self._lock = threading.Lock()
 
     @property
@@ -115,40 +114,61 @@ class IdentityScorer:
         if count > 1:
             message = f"{describe(reference, number)} must show one face, got {count}"
             if self.several_faces == "error":
-                raise ValueError(message)
+                raise InputError(message)
             warnings.warn(f"{message}; the largest is taken", stacklevel=4)
         if count == 0 and self.no_face == "error":
-            raise ValueError(f"{describe(reference, number)} must show a face, but none was found")
+            raise InputError(f"{describe(reference, number)} must show a face, but none was found")
         if count == 0 and self.no_face == "whole":
-            return np.asarray(self.backend.embed_whole([reference])[0])  # type: ignore[attr-defined]
+            return as_floats(self.backend.embed_whole([reference])[0])  # type: ignore[attr-defined]
+        if count == 0:
+            warnings.warn(
+                f"{describe(reference, number)} must show a face, but none was found: every picture that it is a reference of gets NaN",
+                stacklevel=4,
+            )
         return largest(faces)
 
     def embed_references(self, references: Sequence[Any]) -> Float[np.ndarray, "r d"]:
         """Embedding of the (largest) face of every reference; NaN rows where none is found.
 
+        Args:
+            references: The references of one picture, in any container.
+
         Raises:
-            ValueError: A reference shows no face or several, and the options say "error".
+            ValueError: No container of pictures, or a reference shows no face or several, and the options say "error".
         """
+        row = listed(references, "references")
+        (keys,) = row_keys([row])
+        return self._stack(keys, self._look([row], [keys]))
+
+    def _look(self, rows: Sequence[Sequence[Any]], keys: Sequence[Sequence[Hashable]]) -> dict[Hashable, np.ndarray]:
+        """Embeddings of all these references by key; those not met before go to the backend together."""
+        flat = [(key, r, n) for row, mine in zip(rows, keys) for n, (r, key) in enumerate(zip(row, mine), 1)]
         with self._lock:
-            keys = [reference_key(reference) for reference in references]
+            known = {key: self._cache[key] for key, _, _ in flat if key in self._cache}
             todo: dict[Hashable, tuple[Any, int]] = {}
-            for number, (key, reference) in enumerate(zip(keys, references, strict=True), 1):
-                if key not in self._cache:
+            for key, reference, number in flat:
+                if key not in known:
                     todo.setdefault(key, (reference, number))
-            known = {key: self._cache[key] for key in keys if key in self._cache}
             if todo:
-                found = self.backend.detect_and_embed([reference for reference, _ in todo.values()])
-                for (key, (reference, number)), faces in zip(todo.items(), found, strict=True):
-                    keep = reference if isinstance(key, int) else None  # while an object lives, its id is its own
-                    known[key] = (keep, self._embed(reference, faces, number))
-            for key in dict.fromkeys(keys):  # the latest come last
+                find = getattr(self.backend, "detect_and_embed_references", self.backend.detect_and_embed)
+                found = find([reference for reference, _ in todo.values()])
+                for (key, (reference, number)), faces in zip(todo.items(), map(_as_arrays, found), strict=True):
+                    known[key] = self._embed(reference, faces, number)
+            for key in dict.fromkeys(key for key, _, _ in flat):  # the latest come last
                 self._cache.pop(key, None)
-                self._cache[key] = known[key]
+                if isinstance(key, tuple):  # what has no content to be known by is looked at every time
+                    self._cache[key] = known[key]
             for key in list(self._cache)[: max(len(self._cache) - self.cache_size, 0)]:
                 del self._cache[key]
-        rows = [known[key][1] for key in keys]
-        width = max((len(row) for row in rows), default=1)
-        return np.stack([row if len(row) == width else np.full(width, np.nan) for row in rows])
+        return known
+
+    @staticmethod
+    def _stack(keys: Sequence[Hashable], known: dict[Hashable, np.ndarray]) -> np.ndarray:
+        """One row for each reference; a missing face may not know how wide embeddings are."""
+        found = [known[key] for key in keys]
+        width = max((len(row) for row in found), default=1)
+        rows = [row if len(row) == width else np.full(width, np.nan) for row in found]
+        return np.stack(rows) if rows else np.zeros((0, width))
 
     def score(self, images: Sequence[Any], references: Sequence[Sequence[Any]]) -> list[IdentityScore | None]:
         """The whole score of every picture: reward, per reference, matching; None where it cannot be scored.
@@ -161,11 +181,16 @@ class IdentityScorer:
         self, images: Sequence[Any], references: Sequence[Sequence[Any]]
     ) -> list[tuple[IdentityScore | None, Faces]]:
         """`score`, with the faces found in every picture beside it."""
-        if len(images) != len(references):
-            raise ValueError(f"references must have one entry per picture ({len(images)}), got {len(references)}")
-        known = self._embed_all(references)
+        images = listed(images, "images")
+        known = self._embed_all(listed_references(references, len(images)))
+        alone = [number for number, rows in enumerate(known) if rows is None]
+        if alone:
+            warnings.warn(
+                f"{len(alone)} of {len(images)} pictures have no references, picture {alone[0]} for one: their reward is NaN",
+                stacklevel=4,
+            )
         results: list[tuple[IdentityScore | None, Faces]] = []
-        for faces, rows in zip(self.backend.detect_and_embed(images), known, strict=True):
+        for faces, rows in zip(map(_as_arrays, self.backend.detect_and_embed(images)), known, strict=True):
             finite = rows is not None and np.isfinite(rows).all() and np.isfinite(faces.embeddings).all()
             if not finite or rows is None:
                 results.append((None, faces))
@@ -177,29 +202,49 @@ class IdentityScorer:
                 extra_penalty=self.extra_penalty,
                 convention=self.convention,
                 min_similarity=self.min_similarity,
+                off_pair_penalty=self.off_pair_penalty,
             )
             results.append((score, faces))
         return results
 
-    def _embed_all(self, references: Sequence[Sequence[Any]]) -> list[np.ndarray | None]:
-        """References of every picture; pictures of a group often share the very same list, which is then looked at once."""
-        groups: dict[tuple[int, ...], Sequence[Any]] = {}
-        names = []
-        for given in references:
-            name = tuple(id(reference) for reference in given)
-            groups.setdefault(name, given)
-            names.append(name)
-        flat = [reference for given in groups.values() for reference in given]
-        rows = self.embed_references(flat) if flat else np.zeros((0, 1))
-        embedded: dict[tuple[int, ...], np.ndarray | None] = {}
-        start = 0
-        for name, given in groups.items():
-            embedded[name] = rows[start : start + len(given)] if len(given) else None
-            start += len(given)
-        return [embedded[name] for name in names]
+    def _embed_all(self, rows: Sequence[Sequence[Any]]) -> list[np.ndarray | None]:
+        """References of every picture; None where there are none."""
+        keys = row_keys(rows)
+        known = self._look(rows, keys)
+        return [self._stack(mine, known) if mine else None for mine in keys]
 
     def __call__(
         self, images: Sequence[Any], prompts: Sequence[str], references: Sequence[Sequence[Any]]
     ) -> Float[np.ndarray, " b"]:
         """Reward per picture; NaN where it cannot be scored, see `score`."""
         return np.array([np.nan if score is None else score.reward for score in self.score(images, references)])
+
+
+@dataclass(frozen=True)
+class OffPairSimilarity:
+    """`off_pair_similarity` as a scorer of its own: a part to log, or with a negative weight to take away.
+
+    It finds the faces anew: where the same scorer gives the identity reward, its ``off_pair_penalty`` costs nothing beside it.
+    """
+
+    identity: IdentityScorer
+
+    @property
+    def releases_gil(self) -> bool:
+        """As the identity scorer."""
+        return self.identity.releases_gil
+
+    def __call__(
+        self, images: Sequence[Any], prompts: Sequence[str], references: Sequence[Sequence[Any]]
+    ) -> Float[np.ndarray, " b"]:
+        """One number per picture, 0 where no face is found; NaN where the identity reward is."""
+        rows = listed_references(references, len(images))
+        values = []
+        for (score, faces), given in zip(self.identity.inspect(images, rows), rows, strict=True):
+            if score is None:
+                values.append(np.nan)
+                continue
+            known = self.identity.embed_references(given)
+            cosine = cosine_similarity(known, faces.embeddings).reshape(len(known), -1)
+            values.append(off_pair_similarity(cosine, score.matching, cosine_similarity(known, known)))
+        return np.array(values)

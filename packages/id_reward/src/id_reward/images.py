@@ -1,18 +1,40 @@
-"""Reading pictures from a user's disk, and pictures of every kind as arrays: safe, upright, RGB (extra ``image``)."""
+"""One opener for every picture: whatever it is kept in, it comes out upright, opaque, RGB, 8 bits a channel (extra ``image``).
+
+A network must see the same picture whether it came as a path, as a PIL picture, as an array or as a tensor, on the command line or in Python.
+So every scorer, backend and drawing of this package looks through `as_array` or `as_image`, and other packages may do the same.
+
+| what comes | what it becomes |
+|---|---|
+| EXIF orientation | applied |
+| alpha, palette with transparency | laid over ``background``, mid gray by default |
+| 1 bit, palette, gray, CMYK, YCbCr, HSV, LAB | converted to RGB |
+| 16 bits | 65535 is white, however dark the picture is |
+| 32-bit integers, which state no range | up to 255: 8-bit levels, with a warning; up to 65535: 16 bits; else refused |
+| floats | in [0, 1], or levels from 0 to 255; anything else is refused, and so is NaN |
+| animation, several pages | the first frame of a file |
+"""
 
 from __future__ import annotations
 
+import io
+import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import UInt8
+
+from id_reward.errors import InputError
+from id_reward.shapes import Float, UInt8
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 100_000_000
+GROUND = (128, 128, 128)  # mid gray: what is transparent is neither light nor dark
+HALF_LEVEL = 0.5 / 255
+KINDS = "a path, a PIL picture, an array (h, w, 3) or a tensor (3, h, w)"
 
 
 def _pillow() -> Any:
@@ -24,89 +46,213 @@ def _pillow() -> Any:
     return PIL
 
 
-def to_rgb(picture: Image.Image, *, background: tuple[int, int, int] = (128, 128, 128)) -> Image.Image:
-    """An upright RGB copy: EXIF orientation applied, alpha laid over ``background``, 16 bit scaled to 8, CMYK converted."""
-    pil = _pillow()
-    upright = pil.ImageOps.exif_transpose(picture)
+def float_levels(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """Floats as 8-bit levels: ``round(255 v)`` for values in [0, 1], ``round(v)`` for values from 0 to 255.
+
+    Beyond these ranges at most half a level is rounded away. The second reading needs more values above 1 than between 0 and 1, so that a
+    picture in [0, 1] with a few pixels far outside is not taken for a black one.
+
+    Raises:
+        ValueError: NaN, infinity, or values in neither range.
+
+    >>> float_levels(np.array([0.0, 0.5, 1.0])).tolist(), float_levels(np.array([0.0, 254.6])).tolist()
+    ([0, 128, 255], [0, 255])
+    """
+    if not np.isfinite(values).all():
+        raise InputError("a picture must be finite, got NaN or infinity")
+    low, high = float(values.min()), float(values.max())
+    if low >= -HALF_LEVEL and high <= 1 + HALF_LEVEL:
+        return np.asarray((np.clip(values, 0, 1) * 255).round(), np.uint8)
+    between = int(((values > HALF_LEVEL) & (values < 1)).sum())
+    if low >= -0.5 and 2 <= high <= 255.5 and int((values > 1).sum()) > between:
+        return np.asarray(np.clip(values.round(), 0, 255), np.uint8)
+    raise InputError(
+        f"a picture of floats must lie in [0, 1], or hold levels from 0 to 255, got values from {low:.4g} to {high:.4g}"
+    )
+
+
+def _integer_levels(values: np.ndarray, *, sixteen_bits: bool) -> UInt8[np.ndarray, "h w"]:
+    """Gray of 16 or 32 bits as 8-bit levels: 65535 is white, unless 32 bits hold nothing above 255."""
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise InputError(
+            f"a picture of 32-bit integers must hold values from 0 to 65535, got {low} to {high}; save it in 8 or 16 bits"
+        )
+    if not sixteen_bits and high <= 255:
+        if high:
+            warnings.warn(
+                f"a picture of 32-bit integers states no range: its values, at most {high}, are taken for 8-bit levels",
+                stacklevel=2,
+            )
+        return values.astype(np.uint8)
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _over(
+    colours: UInt8[np.ndarray, "h w 3"], alpha: UInt8[np.ndarray, "h w 1"], background: tuple[int, int, int]
+) -> UInt8[np.ndarray, "h w 3"]:
+    """``round((alpha c + (255 - alpha) background) / 255)``."""
+    a = alpha.astype(np.uint32)
+    mixed: np.ndarray = (a * colours + (255 - a) * np.array(background, np.uint32) + 127) // 255
+    return mixed.astype(np.uint8)
+
+
+def _pil_array(picture: Any, background: tuple[int, int, int]) -> UInt8[np.ndarray, "h w 3"]:
+    """A loaded PIL picture as an upright, opaque RGB array."""
+    deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
+    clear = picture.info.get("transparency")
+    upright = _pillow().ImageOps.exif_transpose(picture)
+    if 0 in upright.size:
+        raise InputError(f"a picture must have pixels, got {upright.size[0]} x {upright.size[1]}")
     if upright.mode.startswith("I") or upright.mode == "F":
-        values = np.asarray(upright, np.float64)
-        scale = 255 / 65535 if values.size and values.max() > 255 else 1.0
-        upright = pil.Image.fromarray(np.clip(np.nan_to_num(values) * scale, 0, 255).astype(np.uint8))
-    if upright.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info:
-        rgba = upright.convert("RGBA")
-        upright = pil.Image.alpha_composite(pil.Image.new("RGBA", rgba.size, (*background, 255)), rgba)
-    result: Image.Image = upright.convert("RGB")
+        values = np.asarray(upright)
+        gray = float_levels(values) if upright.mode == "F" else _integer_levels(values, sixteen_bits=deep)
+        colours = np.repeat(gray[..., None], 3, axis=2)
+        seen = np.ones_like(gray) if clear is None else values != clear
+        return _over(colours, 255 * seen[..., None].astype(np.uint8), background)
+    if upright.mode == "La":  # gray with its alpha multiplied in; Pillow knows one way out
+        upright = upright.convert("LA")
+    palette = getattr(upright.palette, "mode", "") if upright.mode == "P" else ""
+    if upright.mode in ("RGBA", "LA", "PA", "RGBa") or clear is not None or palette.endswith("A"):
+        rgba = np.asarray(upright.convert("RGBA"))
+        return _over(rgba[..., :3], rgba[..., 3:], background)
+    return np.array(upright.convert("RGB"))
+
+
+def to_rgb(picture: Image.Image, *, background: tuple[int, int, int] = GROUND) -> Image.Image:
+    """An upright, opaque RGB copy of a PIL picture; the module says what becomes of every kind.
+
+    Raises:
+        ValueError: The file behind it is damaged, or its values cannot be read as a picture.
+    """
+    pil = _pillow()
+    try:
+        picture.load()
+    except Exception as error:
+        name = getattr(picture, "filename", "") or "the picture"
+        raise InputError(f"{name} must be a readable picture, got: {type(error).__name__}: {error}") from None
+    result: Image.Image = pil.Image.fromarray(_pil_array(picture, background))
     return result
 
 
 def open_image(
-    path: str | Path, *, background: tuple[int, int, int] = (128, 128, 128), max_pixels: int = MAX_PIXELS
+    source: str | os.PathLike[str] | bytes | Any,
+    *,
+    background: tuple[int, int, int] = GROUND,
+    max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
-    """Opens a picture as upright RGB.
+    """Opens a file as upright, opaque RGB; the module says what becomes of every kind of picture.
 
-    EXIF orientation is applied, alpha laid over ``background``, 16 bit scaled, CMYK converted; of an animation the first frame.
     Nothing is decoded before the size in the header has been checked.
+
+    Args:
+        source: A path, the bytes of a file, or a file that is open for reading.
+        background: What is seen where the picture is transparent.
+        max_pixels: Width times height up to which a picture is decoded.
 
     Raises:
         ValueError: The file is missing, not a picture, truncated, or larger than ``max_pixels``.
         ImportError: Pillow is missing.
     """
     pil = _pillow()
+    file = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
+    name = str(source) if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "the picture")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with pil.Image.open(path) as picture:
-                if picture.width * picture.height > max_pixels:
-                    raise ValueError(
-                        f"{path} must have at most {max_pixels:,} pixels, got {picture.width} x {picture.height}"
-                    )
-                picture.load()
-                return to_rgb(picture, background=background)
+        with pil.Image.open(file) as picture:
+            if picture.width * picture.height > max_pixels:
+                raise InputError(
+                    f"{name} must have at most {max_pixels:,} pixels, got {picture.width} x {picture.height}"
+                )
+            picture.load()
+            result: Image.Image = pil.Image.fromarray(_pil_array(picture, background))
+            return result
     except FileNotFoundError:
-        raise ValueError(f"{path} must be a picture, but there is no such file") from None
+        raise InputError(f"{name} must be a picture, but there is no such file") from None
     except pil.Image.DecompressionBombError as error:
-        raise ValueError(f"{path} must have at most {max_pixels:,} pixels, got: {error}") from None
+        raise InputError(f"{name} must have at most {max_pixels:,} pixels, got: {error}") from None
     except Exception as error:
-        if isinstance(error, ValueError) and str(path) in str(error):
+        if isinstance(error, ValueError) and str(name) in str(error):
             raise
-        reason = "it is a folder" if Path(path).is_dir() else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} must be a readable picture, got: {reason}") from None
+        folder = isinstance(source, (str, os.PathLike)) and Path(source).is_dir()
+        reason = "it is a folder" if folder else f"{type(error).__name__}: {error}"
+        raise InputError(f"{name} must be a readable picture, got: {reason}") from None
 
 
-def as_array(image: Any) -> UInt8[np.ndarray, "h w 3"]:
-    """Any picture as an RGB array.
+def _values(image: Any) -> np.ndarray:
+    """The pixels of an array or tensor, channels last; a tensor's channels come first unless only the last axis can be theirs."""
+    if not hasattr(image, "detach"):
+        return np.asarray(image)
+    tensor = image.detach().cpu()
+    values: np.ndarray = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return values.transpose(1, 2, 0) if values.ndim == 3 and values.shape[0] in (1, 3, 4) else values
+
+
+def _array_levels(values: np.ndarray) -> UInt8[np.ndarray, "h w c"]:
+    """Any dtype that says what white is, as 8-bit levels."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    if values.dtype == np.uint16:
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if np.issubdtype(values.dtype, np.floating):
+        return float_levels(values.astype(np.float32) if values.dtype == np.float16 else values)
+    raise InputError(
+        f"a picture must hold bool, uint8, uint16 or floats, got {values.dtype}; .astype('uint8') keeps levels from 0 to 255"
+    )
+
+
+def as_array(image: Any, *, background: tuple[int, int, int] = GROUND) -> UInt8[np.ndarray, "h w 3"]:
+    """Any picture as an RGB array; the module says what becomes of every kind.
 
     Args:
-        image: A path; a PIL picture; an array (h, w), (h, w, 3) or (h, w, 4) of uint8, or of floats in [0, 1] (an alpha channel is laid
-            over gray); or a tensor (3, h, w) of floats in [0, 1] or uint8, on any device.
+        image: A path; the bytes of a file; ``{"bytes": ..., "path": ...}`` as data sets keep pictures; a PIL picture; an array (h, w) or
+            (h, w, c), or a tensor (c, h, w) on any device, with c = 1, 3 or 4 channels (an array also 2: gray and alpha). Arrays and
+            tensors hold bool, uint8, uint16 or floats.
+        background: What is seen where the picture is transparent.
 
     Raises:
-        ValueError: The shape is none of these, or a float is not finite.
+        ValueError: It is none of these, or its values cannot be read as a picture.
     """
-    if isinstance(image, (str, Path)):
-        return np.asarray(open_image(image))
-    if hasattr(image, "convert"):
-        return np.asarray(to_rgb(image))
-    if hasattr(image, "detach"):  # a torch tensor; channels first
-        tensor = image.detach().cpu()
-        values = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-        values = values.transpose(1, 2, 0) if values.ndim == 3 and values.shape[0] in (1, 3) else values
-    else:
-        values = np.asarray(image)
+    if isinstance(image, Mapping):
+        if image.get("bytes") is None and image.get("path") is None:
+            raise InputError(f"a picture in a dictionary must have 'bytes' or 'path', got {', '.join(map(str, image))}")
+        image = image["path"] if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(image, "read"):
+        return np.asarray(open_image(image, background=background))
+    if hasattr(image, "convert") and hasattr(image, "mode"):
+        return np.asarray(to_rgb(image, background=background))
+    values = _values(image)
     if values.ndim == 2:
         values = values[..., None]
-    if values.ndim != 3 or values.shape[-1] not in (1, 3, 4) or 0 in values.shape:
-        raise ValueError(
-            f"a picture must be a path, a PIL picture, an array (h, w, 3) or a tensor (3, h, w), got {type(image).__name__} "
-            f"of shape {np.shape(image)}"
-        )
-    if np.issubdtype(values.dtype, np.floating):
-        if not np.isfinite(values).all():
-            raise ValueError("a picture must be finite, got NaN or infinity")
-        values = (np.clip(values, 0, 1) * 255).round().astype(np.uint8)
-    elif values.dtype != np.uint8:
-        raise ValueError(f"a picture must be uint8 or float in [0, 1], got {values.dtype}")
-    if values.shape[-1] == 4:
-        alpha = values[..., 3:].astype(np.float32) / 255
-        values = (values[..., :3] * alpha + 128 * (1 - alpha)).round().astype(np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(values, (*values.shape[:2], 3)))
+    if values.ndim != 3 or values.shape[-1] not in (1, 2, 3, 4) or 0 in values.shape or values.dtype == object:
+        raise InputError(f"a picture must be {KINDS}, got {_about(image)}")
+    channels = values.shape[-1]
+    if channels not in (2, 4):
+        levels = _array_levels(values)
+        return np.ascontiguousarray(np.broadcast_to(levels, (*levels.shape[:2], 3)))
+    colours, alpha = _array_levels(values[..., :-1]), _array_levels(values[..., -1:])
+    return _over(np.broadcast_to(colours, (*colours.shape[:2], 3)), alpha, background)
+
+
+def as_image(image: Any, *, background: tuple[int, int, int] = GROUND) -> Image.Image:
+    """`as_array` as a PIL picture.
+
+    Raises:
+        ValueError: See `as_array`.
+    """
+    result: Image.Image = _pillow().Image.fromarray(as_array(image, background=background))
+    return result
+
+
+def _about(image: Any) -> str:
+    """What came instead of a picture, with a hint where the mistake is a common one."""
+    shape = getattr(image, "shape", None)
+    if shape is None:
+        return f"{type(image).__name__} {image!r}"[:120]
+    text = f"{type(image).__name__} of shape {tuple(shape)}"
+    if len(shape) == 4:
+        return f"{text}, which is a batch: give its pictures one by one"
+    if len(shape) == 3 and shape[0] in (1, 3, 4) and not hasattr(image, "detach"):
+        return f"{text}, whose channels come first: .transpose(1, 2, 0) puts them last"
+    return text

@@ -6,8 +6,10 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
-from scipy.optimize import linear_sum_assignment
+
+from id_reward.errors import InputError
+from id_reward.floats import as_floats
+from id_reward.shapes import Float
 
 
 class Matching(NamedTuple):
@@ -21,12 +23,12 @@ class Matching(NamedTuple):
 
 def check_similarity(similarity: Float[np.ndarray, "r f"]) -> Float[np.ndarray, "r f"]:
     """A float64 matrix of finite numbers, or a ValueError."""
-    matrix = np.asarray(similarity, dtype=np.float64)
+    matrix = as_floats(similarity)
     if matrix.ndim != 2:
-        raise ValueError(f"similarity must be (num_references, num_faces), got shape {matrix.shape}")
+        raise InputError(f"similarity must be (num_references, num_faces), got shape {matrix.shape}")
     # a sum is finite only if every term is, and costs half of asking each one; it may overflow, so ask them before complaining
     if not math.isfinite(matrix.sum()) and not np.isfinite(matrix).all():
-        raise ValueError("similarity must be finite, got NaN or infinity")
+        raise InputError("similarity must be finite, got NaN or infinity")
     return matrix
 
 
@@ -45,6 +47,14 @@ def as_matching(matrix: Float[np.ndarray, "r f"], pairs: tuple[tuple[int, int], 
     return Matching(pairs, unmatched_references, unmatched_faces, total)
 
 
+def _assign(worth: Float[np.ndarray, "r f"]) -> tuple[tuple[int, int], ...]:
+    """Scipy's Hungarian assignment with the largest sum; scipy is loaded when it is first needed, which takes a third of a second."""
+    from scipy.optimize import linear_sum_assignment
+
+    rows, columns = linear_sum_assignment(worth, maximize=True)
+    return tuple(zip(rows.tolist(), columns.tolist(), strict=True))
+
+
 def match(similarity: Float[np.ndarray, "r f"]) -> Matching:
     """The assignment with the largest total similarity, every row and column used at most once (Kuhn 1955; scipy's solver).
 
@@ -58,8 +68,7 @@ def match(similarity: Float[np.ndarray, "r f"]) -> Matching:
     ((0, 1), (1, 0))
     """
     matrix = check_similarity(similarity)
-    rows, columns = linear_sum_assignment(matrix, maximize=True)
-    return as_matching(matrix, tuple(zip(rows.tolist(), columns.tolist(), strict=True)))
+    return as_matching(matrix, _assign(matrix))
 
 
 def match_with_penalties(
@@ -68,12 +77,13 @@ def match_with_penalties(
     missing_penalty: float = 0.0,
     extra_penalty: float = 0.0,
     min_similarity: float = 0.0,
+    pair_costs: Float[np.ndarray, "r f"] | None = None,
 ) -> Matching:
     """The one-to-one assignment with the largest reward, in which anyone may stay alone at a price.
 
-    ``max over pairs P of  sum over P of c[r, f] - missing_penalty * (r - |P|) - extra_penalty * (f - |P|)``, where only pairs with
-    ``c > min_similarity`` are allowed. It is the Hungarian assignment of ``max(c + missing_penalty + extra_penalty, 0)``, since a pair
-    saves both penalties. Our choice: docs/adr/0041.
+    ``max over pairs P of  sum over P of (c[r, f] - pair_costs[r, f]) - missing_penalty * (r - |P|) - extra_penalty * (f - |P|)``, where
+    only pairs with ``c > min_similarity`` are allowed. It is the Hungarian assignment of ``max(c - pair_costs + missing_penalty +
+    extra_penalty, 0)``, since a pair saves both penalties. Our choice: docs/adr/0041.
 
     >>> match_with_penalties(np.array([[0.9, 0.2], [0.8, -0.1]])).pairs
     ((0, 1), (1, 0))
@@ -81,8 +91,7 @@ def match_with_penalties(
     ((0, 0),)
     """
     matrix = check_similarity(similarity)
-    saved = matrix + (missing_penalty + extra_penalty)
+    saved = matrix + (missing_penalty + extra_penalty) - (0.0 if pair_costs is None else pair_costs)
     worth = np.where(matrix > min_similarity, saved.clip(min=0.0), 0.0)
-    rows, columns = linear_sum_assignment(worth, maximize=True)
-    pairs = tuple((r, f) for r, f in zip(rows.tolist(), columns.tolist(), strict=True) if worth.item(r, f) > 0)
+    pairs = tuple(pair for pair in _assign(worth) if worth.item(pair) > 0)
     return as_matching(matrix, pairs)

@@ -20,12 +20,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from id_reward.alignment import CONVENTIONS, copy_paste, cosine_similarity, score_similarity, swap_matrix, swap_rate
+from id_reward.errors import InputError
+from id_reward.floats import as_floats, part_values
 from id_reward.identity import IdentityScorer
+from id_reward.inputs import listed_batch, listed_references, row_keys
 from id_reward.matching import match
 from id_reward.protocols import Scorer
+from id_reward.shapes import Float
 
 PictureEmbedder = Callable[[Sequence[Any]], Float[np.ndarray, "b d"]]
 
@@ -39,7 +42,7 @@ def id_confidence(similarity: Float[np.ndarray, "r f"]) -> float:
     >>> round(id_confidence(np.array([[0.8, 0.4], [0.0, 0.5]])), 3)
     0.75
     """
-    matrix = np.asarray(similarity, np.float64)
+    matrix = as_floats(similarity)
     if not len(matrix) or matrix.shape[1] < 2:
         return float("nan")
     second, first = np.sort(matrix, axis=1)[:, -2:].T
@@ -111,7 +114,7 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         if not any((self.identity, self.text, self.aesthetics, self.clip_pictures, self.dino_pictures, self.others)):
-            raise ValueError("an evaluator must have at least one part, got none")
+            raise InputError("an evaluator must have at least one part, got none")
 
     def __call__(
         self,
@@ -131,10 +134,8 @@ class Evaluator:
         Raises:
             ValueError: Lengths differ.
         """
-        count = len(images)
-        for name, given in (("prompts", prompts), ("references", references), ("targets", targets)):
-            if given is not None and len(given) != count:
-                raise ValueError(f"{name} must have one entry per picture ({count}), got {len(given)}")
+        images, prompts, references = listed_batch(images, prompts, references)
+        targets = None if targets is None else listed_references(targets, len(images), "targets")
         values: dict[str, np.ndarray] = {}
         conventions: dict[str, np.ndarray] = {}
         if self.identity is not None:
@@ -142,13 +143,14 @@ class Evaluator:
         scorers = {"CLIP-T": self.text, "AES": self.aesthetics, **self.others}
         for name, scorer in scorers.items():
             if scorer is not None:
-                values[name] = np.asarray(scorer(images, prompts, references), np.float64)
+                values[name] = part_values(scorer(images, prompts, references), name, len(images))
         for name, embed in (("CLIP-I", self.clip_pictures), ("DINO-I", self.dino_pictures)):
             if embed is not None:
-                unique = list({id(r): r for given in references for r in given}.values())
-                known = dict(zip([id(r) for r in unique], embed(unique))) if unique else {}
-                rows = [np.array([known[id(r)] for r in given]) for given in references]
-                values[name] = mean_reference_cosine(embed(images), rows)
+                keys = row_keys(references)
+                unique = {key: r for mine, given in zip(keys, references) for key, r in zip(mine, given)}
+                known = dict(zip(unique, as_floats(embed(list(unique.values()))))) if unique else {}
+                rows = [np.array([known[key] for key in mine]) for mine in keys]
+                values[name] = mean_reference_cosine(as_floats(embed(images)), rows)
         return Evaluation(values, conventions)
 
     @staticmethod
@@ -175,6 +177,8 @@ class Evaluator:
                     missing_penalty=scorer.missing_penalty,
                     extra_penalty=scorer.extra_penalty,
                     min_similarity=scorer.min_similarity,
+                    off_pair_penalty=scorer.off_pair_penalty,
+                    among_references=cosine_similarity(known, known) if scorer.off_pair_penalty else None,
                 ).reward
             values["Face-Sim"][row] = conventions["multihuman"][row]
             values["ID-Sim"][row] = conventions["xverse"][row]
@@ -184,7 +188,7 @@ class Evaluator:
             if targets is not None:
                 wanted = scorer.embed_references(targets[row])
                 if len(wanted) != len(known):
-                    raise ValueError(
+                    raise InputError(
                         f"targets must match references ({len(known)}), got {len(wanted)} for picture {row}"
                     )
                 pasted = [

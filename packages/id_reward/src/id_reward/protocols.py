@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+
+from id_reward.shapes import Float
 
 
 class Faces(NamedTuple):
@@ -22,13 +23,18 @@ class Faces(NamedTuple):
 
 @runtime_checkable
 class FaceBackend(Protocol):
-    """Finds and embeds faces."""
+    """Finds and embeds faces.
+
+    A backend may also have ``detect_and_embed_references(images) -> list[Faces]``. References are photos in which a face is known to be, so
+    it may find one where `detect_and_embed` is not sure enough; `IdentityScorer` asks it for references where it exists.
+    """
 
     def detect_and_embed(self, images: Sequence[Any]) -> list[Faces]:
         """One `Faces` per picture; a picture without faces gives empty arrays."""
         ...
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Scores pictures: (images, prompts, references) -> (b,) float array, higher is better."""
 

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+
+from id_reward.shapes import Float
 
 
 @dataclass
@@ -28,8 +29,8 @@ class RunningStatistics:
     seconds: float = 0.0
 
     def update(self, values: Float[np.ndarray, " b"], seconds: float = 0.0) -> None:
-        """Adds values; NaNs are counted and left out."""
-        known = values[~np.isnan(values)]
+        """Adds values; what is not finite is counted as NaN and left out."""
+        known = values[np.isfinite(values)]
         self.nan += len(values) - len(known)
         self.seconds += seconds
         if not len(known):

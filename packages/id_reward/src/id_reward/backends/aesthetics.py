@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
-
+from id_reward.backends.loading import read_state
 from id_reward.backends.text import ClipScorer, OpenClip, open_clip_module
+from id_reward.errors import InputError
+from id_reward.shapes import Float
 
 try:
-    import torch
     from torch import Tensor
     from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
     from torchvision.transforms import functional as TF
@@ -77,10 +77,10 @@ class HPSv2Scorer(ClipScorer):
         """
         library, path = open_clip_module(), Path(checkpoint)
         if not path.is_file():
-            raise ValueError(
+            raise InputError(
                 f"checkpoint must be HPS_v2_compressed.pt or HPS_v2.1_compressed.pt of the hub's xswu/HPSv2, but there is no {path}"
             )
-        state = _read_state(path)
+        state = read_state(path)
         if isinstance(architecture, str):
             model = library.create_model(architecture, pretrained=None, load_weights=False, device=device)
             size = model.visual.image_size
@@ -92,23 +92,6 @@ class HPSv2Scorer(ClipScorer):
             model.load_state_dict(state)
         except RuntimeError as error:
             first = str(error).strip().splitlines()[-1].strip()
-            raise ValueError(f"{path} must fit {architecture}, got: {first}") from None
+            raise InputError(f"{path} must fit {architecture}, got: {first}") from None
         tokenizer = library.get_tokenizer("ViT-H-14")
         return cls(OpenClip(model, lambda image: hps_preprocess(image, size), tokenizer, batch_size=batch_size))
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict of a checkpoint; only tensors are read."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return dict(load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        state = content.get("state_dict", content)
-        if not state or not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError("it holds no state dict")
-        return {name.removeprefix("module."): value for name, value in state.items()}
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} must be a checkpoint of tensors, got: {first}") from None

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
 
 from id_reward.backends.loading import load, transformers_module
-from id_reward.images import as_array
+from id_reward.errors import InputError
+from id_reward.images import as_array, as_image
 from id_reward.protocols import Faces
+from id_reward.shapes import Bool, Float, UInt8
 
 try:
     import torch
@@ -81,7 +82,7 @@ class FlorenceLocator:
 
     def locate(self, images: Sequence[Any], phrases: Sequence[Sequence[str]] | None = None) -> list[Located]:
         """Boxes in every picture: of everything ("<OD>"), or of each of its phrases ("<OPEN_VOCABULARY_DETECTION>")."""
-        pictures = [Image.fromarray(as_array(image)) for image in images]
+        pictures = [as_image(image) for image in images]
         if phrases is None:
             task, owners = "<OD>", list(range(len(pictures)))
             queries = [task] * len(pictures)
@@ -167,7 +168,7 @@ class DinoEmbedder:
         """Unit embeddings of whole pictures."""
         parts = []
         for some in _batches(images, self.batch_size):
-            inputs = self.processor(images=[Image.fromarray(as_array(image)) for image in some], return_tensors="pt")
+            inputs = self.processor(images=[as_image(image) for image in some], return_tensors="pt")
             with torch.inference_mode():
                 found = self.model(pixel_values=inputs["pixel_values"].to(self.model.device, self.model.dtype))
                 parts.append(F.normalize(found.last_hidden_state[:, 0].double(), dim=1).cpu().numpy())
@@ -220,7 +221,7 @@ class ObjectBackend:
     ) -> None:
         """Puts the parts together."""
         if not 0 <= min_share < 1 or not 0 < max_overlap <= 1 or max_objects < 1:
-            raise ValueError(
+            raise InputError(
                 "min_share must be in [0, 1), max_overlap in (0, 1] and max_objects at least 1, "
                 f"got {min_share}, {max_overlap} and {max_objects}"
             )
@@ -276,7 +277,7 @@ class ObjectBackend:
         """
         pictures = [as_array(image) for image in images]
         if phrases is not None and len(phrases) != len(pictures):
-            raise ValueError(f"phrases must have one entry per picture ({len(pictures)}), got {len(phrases)}")
+            raise InputError(f"phrases must have one entry per picture ({len(pictures)}), got {len(phrases)}")
         boxes = []
         for picture, found in zip(pictures, self.locator.locate(pictures, phrases), strict=True):
             height, width = picture.shape[:2]

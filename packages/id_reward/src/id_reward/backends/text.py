@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
 
 from id_reward.backends.loading import load, transformers_module
-from id_reward.images import as_array
+from id_reward.errors import InputError
+from id_reward.images import as_image
+from id_reward.shapes import Float
 
 try:
     import torch
     import torch.nn.functional as F
-    from PIL import Image
     from torch import Tensor
 except ImportError:
     raise ImportError('CLIP needs torch and Pillow: pip install "id-reward[clip]"') from None
@@ -64,9 +64,22 @@ class TransformersClip:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: str = "cpu", batch_size: int = 32, local_files_only: bool = True
+        cls,
+        folder: str | Path,
+        *,
+        processor: str | Path | None = None,
+        device: str = "cpu",
+        batch_size: int = 32,
+        local_files_only: bool = True,
     ) -> TransformersClip:
         """Loads a folder in transformers' format, for example of openai/clip-vit-large-patch14: safetensors, else the tensors of a .bin.
+
+        Args:
+            folder: The model.
+            processor: Where its processor is; None: with the model.
+            device: Where the model runs.
+            batch_size: Pictures, or prompts, at a time.
+            local_files_only: Whether folder names must be folders; False allows hub ids.
 
         Raises:
             ValueError: The folder is missing, cannot be read, or holds another kind of model.
@@ -76,10 +89,11 @@ class TransformersClip:
         if not isinstance(
             model, hf.CLIPModel
         ):  # CLIPModel.from_pretrained would fill what it misses with random numbers
-            raise ValueError(
+            raise InputError(
                 f"clip must be a CLIPModel, of pictures and text, but {folder} holds a {type(model).__name__}"
             )
-        return cls(model, load(hf.CLIPProcessor, folder, "clip", **options), batch_size=batch_size)
+        found = load(hf.CLIPProcessor, folder if processor is None else processor, "clip's processor", **options)
+        return cls(model, found, batch_size=batch_size)
 
     def to(self, device: Any) -> TransformersClip:
         """Moves the model."""
@@ -90,7 +104,7 @@ class TransformersClip:
         """Unit embeddings of pictures."""
 
         def embed(some: list[Any]) -> Tensor:
-            inputs = self.processor(images=[Image.fromarray(as_array(image)) for image in some], return_tensors="pt")
+            inputs = self.processor(images=[as_image(image) for image in some], return_tensors="pt")
             found = self.model.get_image_features(inputs["pixel_values"].to(self.model.device, self.model.dtype))
             features: Tensor = getattr(found, "pooler_output", found)
             return features
@@ -140,9 +154,9 @@ class OpenClip:
         library = open_clip_module()
         local = name.startswith("local-dir:")
         if checkpoint is None and not local:
-            raise ValueError(f"checkpoint must be a file for {name}, got None (or name a folder: local-dir:PATH)")
+            raise InputError(f"checkpoint must be a file for {name}, got None (or name a folder: local-dir:PATH)")
         if checkpoint is not None and not Path(checkpoint).is_file():
-            raise ValueError(f"checkpoint must be a file, but there is no {checkpoint}")
+            raise InputError(f"checkpoint must be a file, but there is no {checkpoint}")
         try:
             model, _, preprocess = library.create_model_and_transforms(
                 name, pretrained=None if checkpoint is None else str(checkpoint), device=device
@@ -150,7 +164,7 @@ class OpenClip:
             tokenizer = library.get_tokenizer(name)
         except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"{name} with {checkpoint or 'its own weights'} cannot be loaded: {first}") from None
+            raise InputError(f"{name} with {checkpoint or 'its own weights'} cannot be loaded: {first}") from None
         return cls(model, preprocess, tokenizer, batch_size=batch_size)
 
     @property
@@ -167,7 +181,7 @@ class OpenClip:
         """Unit embeddings of pictures."""
 
         def embed(some: list[Any]) -> Tensor:
-            batch = torch.stack([self.preprocess(Image.fromarray(as_array(image))) for image in some])
+            batch = torch.stack([self.preprocess(as_image(image)) for image in some])
             features: Tensor = self.model.encode_image(batch.to(self.device))
             return features
 
@@ -209,7 +223,7 @@ class ClipScorer:
     def __init__(self, encoder: ClipEncoder, *, scale: Literal["cosine", "clipscore", "unit"] = "cosine") -> None:
         """Takes an encoder."""
         if scale not in ("cosine", "clipscore", "unit"):
-            raise ValueError(f"scale must be 'cosine', 'clipscore' or 'unit', got {scale!r}")
+            raise InputError(f"scale must be 'cosine', 'clipscore' or 'unit', got {scale!r}")
         self.encoder, self.scale = encoder, scale
 
     def to(self, device: Any) -> ClipScorer:
@@ -223,7 +237,7 @@ class ClipScorer:
     ) -> Float[np.ndarray, " b"]:
         """One number per picture; references do not matter."""
         if len(images) != len(prompts):
-            raise ValueError(f"prompts must have one entry per picture ({len(images)}), got {len(prompts)}")
+            raise InputError(f"prompts must have one entry per picture ({len(images)}), got {len(prompts)}")
         if not len(images):
             return np.zeros(0)
         cosine = (self.encoder.embed_pictures(images) * self.encoder.embed_text(prompts)).sum(1)

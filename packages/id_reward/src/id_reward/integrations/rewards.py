@@ -7,7 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from id_reward.aggregate import CompositeReward, CompositeScore
+from id_reward.aggregate import CompositeReward, as_composite
+from id_reward.errors import InputError
+from id_reward.inputs import listed
+from id_reward.protocols import Scorer
+from id_reward.shapes import Float
+
+Rewarding = CompositeReward | Scorer | Mapping[str, tuple[Scorer, float]]
 
 
 def _text(prompt: Any) -> str:
@@ -24,9 +30,10 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _pictures(images: Any) -> list[Any]:
-    """A batch as a list; floats (b, h, w, 3) or tensors (b, 3, h, w) fall into pictures."""
-    return list(images)
+def _known_mean(values: Float[np.ndarray, " b"], otherwise: float) -> float:
+    """Mean over frames that have a value."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else otherwise
 
 
 class TRLReward:
@@ -35,14 +42,14 @@ class TRLReward:
     The completions are pictures; the references come from a column of the data set. None tells TRL that a sample has no reward.
 
     Args:
-        reward: The composite.
+        reward: A composite, a scorer, or a dictionary of ``name -> (scorer, weight)``.
         references: Column with the references of each sample.
         name: What TRL logs it as.
     """
 
-    def __init__(self, reward: CompositeReward, *, references: str = "references", name: str = "id_reward") -> None:
+    def __init__(self, reward: Rewarding, *, references: str = "references", name: str = "id_reward") -> None:
         """Keeps the reward."""
-        self.reward, self.references, self.__name__ = reward, references, name
+        self.reward, self.references, self.__name__ = as_composite(reward), references, name
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """One reward per completion.
@@ -51,10 +58,11 @@ class TRLReward:
             ValueError: The column of references is missing.
         """
         if self.references not in columns:
-            raise ValueError(
+            raise InputError(
                 f"the data set must have a column {self.references!r}, got {', '.join(sorted(columns)) or 'none'}"
             )
-        score = self.reward(_pictures(completions), [_text(p) for p in prompts], columns[self.references])
+        texts = [_text(prompt) for prompt in listed(prompts, "prompts", "prompts")]
+        score = self.reward(completions, texts, columns[self.references])
         log = columns.get("log_metric")
         if callable(log):  # recent versions of TRL hand a logger over
             for name, row in CompositeReward.statistics(score).items():
@@ -69,13 +77,13 @@ class FlowGRPOReward:
     advantage is small, and its NaN stays visible in the parts.
 
     Args:
-        reward: The composite.
+        reward: A composite, a scorer, or a dictionary of ``name -> (scorer, weight)``.
         references: Key of the references in each sample's metadata.
     """
 
-    def __init__(self, reward: CompositeReward, *, references: str = "references") -> None:
+    def __init__(self, reward: Rewarding, *, references: str = "references") -> None:
         """Keeps the reward."""
-        self.reward, self.references = reward, references
+        self.reward, self.references = as_composite(reward), references
 
     def __call__(
         self, images: Any, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], only_strict: bool = True
@@ -85,10 +93,11 @@ class FlowGRPOReward:
         Raises:
             ValueError: A sample's metadata has no references.
         """
+        metadata = list(metadata)
         lacking = [number for number, one in enumerate(metadata) if self.references not in one]
         if lacking:
-            raise ValueError(f"metadata must hold {self.references!r}, which sample {lacking[0]} lacks")
-        score = self.reward(_pictures(images), list(prompts), [one[self.references] for one in metadata])
+            raise InputError(f"metadata must hold {self.references!r}, which sample {lacking[0]} lacks")
+        score = self.reward(images, prompts, [one[self.references] for one in metadata])
         known = score.totals[~np.isnan(score.totals)]
         totals = np.where(np.isnan(score.totals), known.mean() if len(known) else 0.0, score.totals)
         scores = {name: values.tolist() for name, values in score.parts.items()}
@@ -101,13 +110,19 @@ class VerlOmniReward:
     "score" is what is trained on; the parts beside it are logged. A sample that cannot be scored gets ``missing_score``.
 
     Args:
-        reward: The composite.
+        reward: A composite, a scorer, or a dictionary of ``name -> (scorer, weight)``.
         references: Key of the references in ``extra_info``.
         missing_score: Score of a sample without a reward.
     """
 
-    def __init__(self, reward: CompositeReward, *, references: str = "references", missing_score: float = 0.0) -> None:
+    def __init__(self, reward: Rewarding, *, references: str = "references", missing_score: float = 0.0) -> None:
         """Keeps the reward."""
+        reward = as_composite(reward)
+        batch = [name for name, how in reward.normalization.items() if how == "batch"]
+        if batch:
+            raise InputError(
+                f"verl scores one picture at a time, so {batch[0]} must be normalised by (shift, scale), got 'batch'"
+            )
         self.reward, self.references, self.missing_score = reward, references, missing_score
 
     def __call__(
@@ -118,17 +133,17 @@ class VerlOmniReward:
         extra_info: Mapping[str, Any] | None = None,
         **ignored: Any,
     ) -> dict[str, float]:
-        """Score and parts of one picture; ``ground_truth`` is its prompt.
+        """Score and parts of one picture, or their means over frames (n, c, h, w); ``ground_truth`` is the prompt.
 
         Raises:
             ValueError: ``extra_info`` has no references.
         """
         if self.references not in (extra_info or {}):
-            raise ValueError(
+            raise InputError(
                 f"extra_info must hold {self.references!r}, got {', '.join(sorted(extra_info or {})) or 'nothing'}"
             )
         assert extra_info is not None
-        score: CompositeScore = self.reward([solution_image], [ground_truth], [extra_info[self.references]])
-        total = float(score.totals[0])
-        parts = {name: float(values[0]) for name, values in score.parts.items()}
-        return {"score": self.missing_score if np.isnan(total) else total, **parts}
+        frames = list(solution_image) if getattr(solution_image, "ndim", 3) == 4 else [solution_image]
+        score = self.reward(frames, [ground_truth] * len(frames), [extra_info[self.references]] * len(frames))
+        parts = {name: _known_mean(values, float("nan")) for name, values in score.parts.items()}
+        return {"score": _known_mean(score.totals, self.missing_score), **parts}

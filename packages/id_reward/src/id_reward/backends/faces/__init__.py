@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any, Literal
 
+from id_reward.errors import InputError
 from id_reward.protocols import FaceBackend
 
 FaceBackendName = Literal["auto", "dlib", "insightface", "torch"]
@@ -23,7 +24,7 @@ def get_face_backend(name: FaceBackendName = "auto", **options: Any) -> FaceBack
         ImportError: The extra is missing; names the pip line.
     """
     if name not in ("auto", "dlib", "insightface", "torch"):
-        raise ValueError(f"name must be 'auto', 'dlib', 'insightface' or 'torch', got {name!r}")
+        raise InputError(f"name must be 'auto', 'dlib', 'insightface' or 'torch', got {name!r}")
     if name == "auto":
         found = [candidate for candidate in ("dlib", "insightface") if importlib.util.find_spec(candidate)]
         if not found:

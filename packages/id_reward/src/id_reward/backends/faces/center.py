@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+
+from id_reward.shapes import Float
 
 MEAN_FILE = Path(__file__).with_name("dlib_mean_face.json")
 

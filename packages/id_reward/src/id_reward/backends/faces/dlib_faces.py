@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
 
 from id_reward.backends.faces.center import center
+from id_reward.backends.faces.dlib_weights import EXTRA, model_folder
+from id_reward.errors import InputError
 from id_reward.images import as_array
 from id_reward.protocols import Faces
+from id_reward.shapes import Float, UInt8
 
 Embedder = Literal["auto", "dlib", "torch"]
 Describe = Callable[[np.ndarray], np.ndarray]
-EXTRA = 'the dlib backend needs dlib and its models: pip install "id-reward[dlib]"'
 CHIP = 150  # side of an aligned face, the network's input
 DIM = 128
 
@@ -33,14 +34,6 @@ def _dlib() -> Any:
     except ImportError:
         raise ImportError(EXTRA) from None
     return dlib
-
-
-def model_folder() -> Path:
-    """Where ``face-recognition-models`` keeps its files; found without importing it (its import needs pkg_resources)."""
-    spec = importlib.util.find_spec("face_recognition_models")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(EXTRA)
-    return Path(spec.submodule_search_locations[0]) / "models"
 
 
 def _describer(embedder: str | None, path: Path) -> Describe | None:
@@ -54,7 +47,7 @@ def _describer(embedder: str | None, path: Path) -> Describe | None:
         ).reshape(-1, DIM)
     import torch
 
-    from id_reward.backends.faces.torch_faces import load_network
+    from id_reward.backends.faces.dlib_network import load_network
 
     module = load_network(path)
 
@@ -99,6 +92,7 @@ class DlibBackend:
     Args:
         side: Long side in pixels at which faces are looked for.
         threshold: Detector score from which a box counts; 0.3 finds six of six faces in the group photo and none on a cat.
+        reference_threshold: The same for a reference in which nothing reaches ``threshold``; its best box is taken then. 0 is dlib's own.
         workers: Threads; by default one per core.
         embedder: What runs the network: "dlib"; "torch", with the same weights, some four times faster, equal up to rounding (needs torch);
             "auto": torch where it is installed; None: nothing (`align` only).
@@ -114,6 +108,7 @@ class DlibBackend:
         *,
         side: int = 1024,
         threshold: float = 0.3,
+        reference_threshold: float = 0.0,
         workers: int | None = None,
         embedder: Embedder | None = "auto",
     ) -> None:
@@ -123,13 +118,18 @@ class DlibBackend:
             ImportError: dlib or face-recognition-models is missing.
         """
         if side < 80:
-            raise ValueError(f"side must be at least 80 pixels, got {side}")
+            raise InputError(f"side must be at least 80 pixels, got {side}")
         if workers is not None and workers < 1:
-            raise ValueError(f"workers must be at least 1, got {workers}")
+            raise InputError(f"workers must be at least 1, got {workers}")
+        if not (np.isfinite(threshold) and np.isfinite(reference_threshold)):
+            raise InputError(
+                f"threshold and reference_threshold must be finite, got {threshold} and {reference_threshold}"
+            )
         if embedder not in ("auto", "dlib", "torch", None):
-            raise ValueError(f"embedder must be 'auto', 'dlib', 'torch' or None, got {embedder!r}")
+            raise InputError(f"embedder must be 'auto', 'dlib', 'torch' or None, got {embedder!r}")
         self._dlib, folder = _dlib(), model_folder()
-        self.side, self.threshold, self.workers = side, threshold, workers or os.cpu_count() or 1
+        self.side, self.workers = side, workers or os.cpu_count() or 1
+        self.threshold, self.reference_threshold = threshold, reference_threshold
         self._predictor = self._dlib.shape_predictor(str(folder / "shape_predictor_5_face_landmarks.dat"))
         if embedder == "auto":
             embedder = "torch" if importlib.util.find_spec("torch") else "dlib"
@@ -143,15 +143,16 @@ class DlibBackend:
             self._local.detector = self._dlib.get_frontal_face_detector()
         return self._local.detector
 
-    def align(self, image: Any) -> AlignedFaces:
+    def align(self, image: Any, *, threshold: float | None = None) -> AlignedFaces:
         """Boxes, scores and aligned faces of one picture (anything `id_reward.images.as_array` takes), best score first."""
+        threshold = self.threshold if threshold is None else threshold
         picture = as_array(image)
         height, width = picture.shape[:2]
         scale = self.side / max(height, width)
         if min(height, width) * scale < 16:  # nothing to see in a line of pixels
             return AlignedFaces(np.zeros((0, 4)), np.zeros(0), np.zeros((0, CHIP, CHIP, 3), np.uint8), np.zeros((0, 4)))
         small = self._dlib.resize_image(picture, rows=round(height * scale), cols=round(width * scale))
-        found, scores, _ = self._detector().run(small, 0, self.threshold)
+        found, scores, _ = self._detector().run(small, 0, threshold)
         boxes = np.array([[b.left(), b.top(), b.right() + 1, b.bottom() + 1] for b in found], np.float64).reshape(-1, 4)
         boxes /= scale
         details = []
@@ -167,27 +168,41 @@ class DlibBackend:
             np.array(frames, np.float64).reshape(-1, 4),
         )
 
-    def align_all(self, images: Sequence[Any]) -> list[AlignedFaces]:
-        """`align` of every picture, in threads."""
+    def align_reference(self, image: Any) -> AlignedFaces:
+        """`align`; where nothing is found, the one box that looks most like a face, if it reaches ``reference_threshold``."""
+        found = self.align(image)
+        if len(found.scores) or self.reference_threshold >= self.threshold:
+            return found
+        return AlignedFaces(*(part[:1] for part in self.align(image, threshold=self.reference_threshold)))
+
+    def align_all(self, images: Sequence[Any], *, references: bool = False) -> list[AlignedFaces]:
+        """`align`, or `align_reference`, of every picture, in threads."""
         with ThreadPoolExecutor(min(self.workers, max(len(images), 1))) as pool:
-            return list(pool.map(self.align, images))
+            return list(pool.map(self.align_reference if references else self.align, images))
 
     def describe(self, chips: UInt8[np.ndarray, "f h w 3"]) -> Float[np.ndarray, "f d"]:
         """Raw dlib descriptors of aligned RGB faces of 150 x 150 pixels, to be compared by L2 (same person below .6)."""
         if self._describe is None:
-            raise ValueError("embedder must be 'dlib' or 'torch' to embed faces, got None")
+            raise InputError("embedder must be 'dlib' or 'torch' to embed faces, got None")
         return self._describe(chips) if len(chips) else np.zeros((0, DIM))
 
     def embed(self, chips: UInt8[np.ndarray, "f h w 3"]) -> Float[np.ndarray, "f d"]:
         """Unit embeddings of aligned RGB faces of 150 x 150 pixels, comparable by cosine."""
         return center(self.describe(chips))
 
-    def detect_and_embed(self, images: Sequence[Any]) -> list[Faces]:
-        """One `Faces` per picture; detection in threads, all faces of the batch embedded together."""
-        aligned = self.align_all(images)
+    def _embed_aligned(self, aligned: list[AlignedFaces]) -> list[Faces]:
+        """All faces of the batch are embedded together."""
         counts = [len(found.scores) for found in aligned]
         embeddings = (
             self.embed(np.concatenate([found.chips for found in aligned])) if sum(counts) else np.zeros((0, DIM))
         )
         parts = np.split(embeddings, np.cumsum(counts)[:-1]) if counts else []
         return [Faces(found.boxes, found.scores, part) for found, part in zip(aligned, parts, strict=True)]
+
+    def detect_and_embed(self, images: Sequence[Any]) -> list[Faces]:
+        """One `Faces` per picture; detection in threads."""
+        return self._embed_aligned(self.align_all(images))
+
+    def detect_and_embed_references(self, images: Sequence[Any]) -> list[Faces]:
+        """`detect_and_embed`, with ``reference_threshold`` where no face reaches ``threshold``."""
+        return self._embed_aligned(self.align_all(images, references=True))

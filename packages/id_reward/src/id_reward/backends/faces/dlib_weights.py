@@ -7,14 +7,18 @@ one linear layer. `face-recognition-models` (PyPI, CC0) has dlib's own file in f
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
+from id_reward.errors import InputError
+from id_reward.shapes import Float
+
+EXTRA = 'the dlib backend needs dlib and its models: pip install "id-reward[dlib]"'
 BLOCKS = (
     *("conv32_1", "conv32_2", "conv32_3"),
     *("conv64_down", "conv64_1", "conv64_2", "conv64_3"),
@@ -22,6 +26,14 @@ BLOCKS = (
     *("conv256_down", "conv256_1", "conv256_2", "conv256_down_out"),
 )
 CONVOLUTIONS = ("conv32_down", *(f"{block}/conv{i}" for block in BLOCKS for i in (1, 2)))
+
+
+def model_folder() -> Path:
+    """Where ``face-recognition-models`` keeps its files; found without importing it (its import needs pkg_resources)."""
+    spec = importlib.util.find_spec("face_recognition_models")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(EXTRA)
+    return Path(spec.submodule_search_locations[0]) / "models"
 
 
 class Convolution(NamedTuple):
@@ -51,13 +63,13 @@ def _tensor(data: bytes, at: int) -> np.ndarray:
     """A tensor: version 2, four sizes, then little-endian floats."""
     version, at = _integer(data, at)
     if version != 2:
-        raise ValueError(f"a dlib tensor must be of version 2, got {version}")
+        raise InputError(f"a dlib tensor must be of version 2, got {version}")
     count = 1
     for _ in range(4):
         size, at = _integer(data, at)
         count *= size
     if not 0 < count * 4 <= len(data) - at:
-        raise ValueError(f"a dlib tensor must fit into its file, got {count} numbers with {len(data) - at} bytes left")
+        raise InputError(f"a dlib tensor must fit into its file, got {count} numbers with {len(data) - at} bytes left")
     return np.frombuffer(data, "<f4", count, at)
 
 
@@ -72,7 +84,7 @@ def read_dlib(path: str | Path) -> Weights:
         convolutions = [_tensor(data, m.end()) for m in re.finditer(rb"con_4(?=\x01\x02)", data)]
         affine = [_tensor(data, m.end()) for m in re.finditer(rb"affine_(?=\x01\x02)", data)]
         if len(convolutions) != len(CONVOLUTIONS) or len(affine) != len(CONVOLUTIONS):
-            raise ValueError(f"it must have {len(CONVOLUTIONS)} convolutions, got {len(convolutions)}")
+            raise InputError(f"it must have {len(CONVOLUTIONS)} convolutions, got {len(convolutions)}")
         (linear,) = (
             t for m in re.finditer(rb"fc_2(?=\x01)", data) for t in [_fc_tensor(data, m.end())] if t.size == 256 * 128
         )
@@ -83,7 +95,7 @@ def read_dlib(path: str | Path) -> Weights:
             result.append(Convolution(filters, both[-out:], scale_shift[:out], scale_shift[out:]))
             channels = out
     except (ValueError, IndexError) as error:
-        raise ValueError(f"{path} must be dlib_face_recognition_resnet_model_v1.dat: {error}") from None
+        raise InputError(f"{path} must be dlib_face_recognition_resnet_model_v1.dat: {error}") from None
     return Weights(tuple(result), linear.reshape(256, 128))
 
 
@@ -124,11 +136,11 @@ def read_face_api(folder: str | Path) -> Weights:
         ]
         return Weights(tuple(result), tensors["fc"])
     except FileNotFoundError as error:
-        raise ValueError(
+        raise InputError(
             f"{folder} must hold face_recognition_model.bin and its -weights_manifest.json (npm pack @vladmandic/face-api@1.7.15, "
             f"folder model/), but {Path(error.filename).name} is missing"
         ) from None
     except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{folder} must hold the face_recognition_model of @vladmandic/face-api, got: {error}"
         ) from None
