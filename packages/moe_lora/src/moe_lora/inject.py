@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from moe_lora.checkpoint import load_tensors, read_config, save_tensors, whole, write_parameter
 from moe_lora.config import MoELoRAConfig
 from moe_lora.layer import MoELoRALayer
-from moe_lora.stats import RoutingStatistics, routing_statistics
+from moe_lora.routing import RoutingStatistics, routing_statistics
+from moe_lora.standin import check_target
 
 Targets = str | Sequence[str] | Callable[[str], bool]
 
@@ -37,7 +38,8 @@ def find_targets(model: nn.Module, targets: Targets) -> list[str]:
     """Names of the modules that regexes (full match) or a predicate on names choose.
 
     Raises:
-        ValueError: A regex matches nothing (the nearest names are listed), one target lies inside another or inside a mixture.
+        ValueError: A regex matches nothing (the nearest names are listed), one target lies inside another or inside a mixture, or no mixture
+            can stand beside one (see `moe_lora.standin.check_target`).
 
     >>> find_targets(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), ["[02]"])
     ['0', '2']
@@ -66,6 +68,7 @@ def find_targets(model: nn.Module, targets: Targets) -> list[str]:
             raise ValueError(
                 f"targets must be modules without a mixture, got {name!r}: remove() the first handle or name others"
             )
+        check_target(modules[name], name)
     return found
 
 
@@ -231,7 +234,7 @@ def inject(
     ['0.lora_a', '0.lora_b', '0.router.weight']
     """
     layers = {
-        name: MoELoRALayer(model.get_submodule(name), config, generator=generator)
+        name: MoELoRALayer(model.get_submodule(name), config, generator=generator, name=name)
         for name in find_targets(model, targets)
     }
     for name, layer in layers.items():
