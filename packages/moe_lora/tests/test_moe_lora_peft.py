@@ -297,7 +297,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     model = peft.get_peft_model(llama(), llama_config())
     with pytest.raises(ValueError, match="different tokens get different updates"):
         model.merge_and_unload()
-    with pytest.raises(ValueError, match=r"must be a mixture on.*ordinary LoRA"):
+    with pytest.raises(ValueError, match=r"must be an ordinary LoRA on.*got a mixture"):
         model.add_adapter("plain", llama_config(mixture_modules=["q_proj"]))
     with pytest.raises(ValueError, match="adapter_names must not be given"):
         next(m for m in model.modules() if isinstance(m, PeftMoELoRALayer))(

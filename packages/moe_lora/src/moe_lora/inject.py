@@ -134,7 +134,7 @@ class MoELoRA:
         parts = [part for layer in self.layers.values() if wanted and (part := layer.aux_loss()) is not None]
         self.forget()
         if not parts:
-            return torch.zeros((), device=next(self.parameters()).device)
+            return torch.zeros((), device=next((p.device for p in self.parameters()), None))
         balance = torch.stack([p.balance for p in parts]).mean()
         return self.config.balance_coef * balance + self.config.z_coef * torch.stack([p.z for p in parts]).mean()
 
