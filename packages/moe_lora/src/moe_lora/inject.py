@@ -17,7 +17,7 @@ from moe_lora.checkpoint import load_tensors, read_config, save_tensors, whole, 
 from moe_lora.config import MoELoRAConfig
 from moe_lora.layer import MoELoRALayer
 from moe_lora.routing import RoutingStatistics, routing_statistics
-from moe_lora.standin import check_target
+from moe_lora.standin import StandIn, check_target
 
 Targets = str | Sequence[str] | Callable[[str], bool]
 
@@ -99,6 +99,18 @@ class MoELoRA:
             yield f"{name}.router.weight", router
             yield f"{name}.lora_a", layer.lora_a
             yield f"{name}.lora_b", layer.lora_b
+
+    def module(self, name: str) -> StandIn:
+        """What stands in the model at the place of a layer."""
+        return self.layers[name]
+
+    def name_in_base(self, name: str) -> str:
+        """A layer's name in the model as it was before anybody wrapped it."""
+        return name
+
+    def ordinary_loras(self) -> dict[str, tuple[Float[Tensor, "r d"], Float[Tensor, "o r"]]]:
+        """A and scaled B of the ordinary LoRAs of the same adapter, by name; here there are none, PEFT's adapters have some."""
+        return {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The adapter's tensors, detached; sharded ones (`fully_shard`) are gathered, which every rank has to join."""

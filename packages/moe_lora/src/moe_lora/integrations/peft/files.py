@@ -105,5 +105,7 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
     prefix = PREFIX if isinstance(model, PeftModel) else ""
     set_peft_model_state_dict(model, {prefix + k: t for k, t in tensors.items()}, adapter_name=adapter_name)
     return (
-        handle(model, adapter_name) if mixtures_of(base, [adapter_name]) else PeftMoELoRA(model, config.mixture(), {})
+        handle(model, adapter_name)
+        if mixtures_of(base, [adapter_name])
+        else PeftMoELoRA(model, config.mixture(), {}, adapter_name)
     )
