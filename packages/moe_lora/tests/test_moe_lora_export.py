@@ -93,7 +93,7 @@ def test_approximation_of_an_exact_case_has_no_error(capsys: pytest.CaptureFixtu
 
 
 def test_peft_reads_what_is_written(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", "0.21", reason="needs the extra peft")
     net, handle = build(num_experts=1)
     out = net(X)
     save_peft_lora(handle, tmp_path)
@@ -118,7 +118,7 @@ def test_peft_files_of_an_approximation_and_of_other_modules(tmp_path: Path) -> 
 
 def peft_model(**changes: object):  # type: ignore[no-untyped-def]
     """Ordinary LoRAs at 0 and 3, a mixture at 2, all awake."""
-    peft = pytest.importorskip("peft", reason="needs the extra peft")
+    peft = pytest.importorskip("peft", "0.21", reason="needs the extra peft")
     from moe_lora.integrations.peft import PeftMoELoRAConfig, handle
 
     torch.manual_seed(0)
@@ -140,7 +140,7 @@ def peft_model(**changes: object):  # type: ignore[no-untyped-def]
 def test_an_adapter_of_peft_is_exported_with_the_scale_that_it_has(
     tmp_path: Path, changes: dict[str, object], scale: float
 ) -> None:
-    peft = pytest.importorskip("peft", reason="needs the extra peft")
+    peft = pytest.importorskip("peft", "0.21", reason="needs the extra peft")
     model, found = peft_model(**changes)
     for layer in model.modules():
         if hasattr(layer, "set_scale"):
@@ -190,7 +190,7 @@ def nested() -> nn.Sequential:
 
 
 def test_ranks_may_differ_and_names_are_whole_names(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="needs the extra peft")
+    peft = pytest.importorskip("peft", "0.21", reason="needs the extra peft")
     net = nested()
     handle = inject(net, MoELoRAConfig(rank=2, alpha=3.0, num_experts=1), ["0", "2"])
     with torch.no_grad():

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-peft = pytest.importorskip("peft", reason="needs the extra peft")
+peft = pytest.importorskip("peft", "0.21", reason="needs the extra peft")
 
 from moe_lora.integrations.peft import (  # noqa: E402
     PeftMoELoRAConfig,

@@ -9,11 +9,10 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moe_lora.checkpoint import whole
+from moe_lora.checkpoint import read_tensors, whole
 from moe_lora.inject import MoELoRA
 from moe_lora.integrations.peft.config import PeftMoELoRAConfig
 from moe_lora.integrations.peft.handle import PeftMoELoRA, handle
@@ -52,12 +51,11 @@ def _read(folder: Path) -> tuple[PeftMoELoRAConfig, dict[str, Tensor]]:
             raise ValueError(f"{folder} must hold {name}, but it is missing")
     try:
         config = PeftMoELoRAConfig.from_pretrained(str(folder))
-        tensors = {k.removeprefix(PREFIX): t for k, t in load_file(folder / WEIGHTS).items()}
-    except (SafetensorError, json.JSONDecodeError, TypeError, OSError) as error:
+    except (json.JSONDecodeError, TypeError, OSError) as error:
         raise ValueError(
             f"{folder} must be written by save_adapter or save_pretrained, got {type(error).__name__}: {error}"
         ) from None
-    return config, tensors
+    return config, {k.removeprefix(PREFIX): t for k, t in read_tensors(folder / WEIGHTS).items()}
 
 
 def _expected(model: nn.Module, config: PeftMoELoRAConfig) -> dict[str, tuple[int, ...]]:
