@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from moe_lora import MoELoRAConfig, MoELoRALayer, experts
@@ -31,6 +33,7 @@ def test_compiled_layer_is_one_graph_and_equal(top_k: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 def test_inductor() -> None:
     torch.manual_seed(0)
     h, a, b = (torch.randn(*s, requires_grad=True) for s in ((12, 8), (3, 4, 8), (3, 8, 4)))

@@ -58,7 +58,7 @@ def test_truncation_is_the_best_of_its_rank() -> None:
     torch.testing.assert_close(near.lora_b @ near.lora_a, whole, atol=1e-5, rtol=1e-5)
     assert error == pytest.approx(0, abs=1e-6)
     assert truncate(LowRank(torch.zeros(2, 4), torch.zeros(4, 2)), 1)[1] == 0
-    with pytest.raises(ValueError, match="rank must be at least 1"):
+    with pytest.raises(ValueError, match="rank must be an integer of at least 1"):
         truncate(lora, 0)
 
 
@@ -93,7 +93,7 @@ def test_approximation_of_an_exact_case_has_no_error(capsys: pytest.CaptureFixtu
 
 
 def test_peft_reads_what_is_written(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", "0.21", reason="needs the extra peft")
     net, handle = build(num_experts=1)
     out = net(X)
     save_peft_lora(handle, tmp_path)
@@ -114,3 +114,150 @@ def test_peft_files_of_an_approximation_and_of_other_modules(tmp_path: Path) -> 
     assert isinstance(around.layers["0"], MoELoRALayer) and to_lora(around.layers["0"]).lora_a.shape == (2, 8)
     with pytest.raises(ValueError, match=r"one nn\.Linear.*Sequential"):
         save_peft_lora(around, tmp_path)
+
+
+def peft_model(**changes: object):  # type: ignore[no-untyped-def]
+    """Ordinary LoRAs at 0 and 3, a mixture at 2, all awake."""
+    peft = pytest.importorskip("peft", "0.21", reason="needs the extra peft")
+    from moe_lora.integrations.peft import PeftMoELoRAConfig, handle
+
+    torch.manual_seed(0)
+    options = {"r": 4, "lora_alpha": 6, "num_experts": 1, "target_modules": ["0", "2", "3"], "mixture_modules": ["2"]}
+    net = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8), nn.Linear(8, 8)).eval()
+    model = peft.get_peft_model(net, PeftMoELoRAConfig(**(options | changes))).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.normal_(0, 0.3)
+    return model, handle(model)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25, -2.0])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"use_rslora": True}, {"rank_pattern": {"2": 3, "3": 1}, "alpha_pattern": {"2": 9}, "use_rslora": True}],
+)
+def test_an_adapter_of_peft_is_exported_with_the_scale_that_it_has(
+    tmp_path: Path, changes: dict[str, object], scale: float
+) -> None:
+    peft = pytest.importorskip("peft", "0.21", reason="needs the extra peft")
+    model, found = peft_model(**changes)
+    for layer in model.modules():
+        if hasattr(layer, "set_scale"):
+            layer.set_scale("default", scale)
+    out, (name,), x = model(X), found.layers, torch.randn(5, 12)
+    module = found.module(name)
+    a, b = to_lora(found.layers[name])
+    torch.testing.assert_close(x @ a.T @ b.T, module(x) - module.base_layer(x), atol=1e-5, rtol=1e-4)
+    (near,) = approximate(found, 4, lambda: model(X), report=lambda line: None).values()
+    assert near.output_error is not None and near.output_error < 1e-5
+    save_peft_lora(found, tmp_path)
+    again = peft.PeftModel.from_pretrained(model.unload(), tmp_path).eval()
+    torch.testing.assert_close(again(X), out, atol=1e-5, rtol=1e-4)
+
+
+def test_the_measured_error_of_an_adapter_of_peft_is_true() -> None:
+    model, found = peft_model(num_experts=3, top_k=2, use_rslora=True)
+    ((name, near),) = approximate(found, 2, lambda: model(X), report=lambda line: None).items()
+    module, (a, b) = found.module(name), near.lora
+    seen = torch.nn.functional.gelu(model.base_model.model[0](X))
+    delta = module(seen) - module.base_layer(seen)
+    want = float((delta - seen @ a.T @ b.T).detach().norm() / delta.detach().norm())
+    assert near.output_error == pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bias": "lora_only"}, "bias must be none"),
+        ({"modules_to_save": ["1"]}, "modules_to_save must be None"),
+        ({"mixture_modules": ["2"], "num_experts": 2}, "top_k = 1 of 2"),
+    ],
+)
+def test_what_a_lora_cannot_hold_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    _, found = peft_model(**changes)
+    with pytest.raises(ValueError, match=message):
+        save_peft_lora(found, tmp_path / "out")
+    for method in (found.save, found.load):
+        with pytest.raises(ValueError, match="adapters of PEFT must be"):
+            method(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def nested() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.GELU()), nn.Linear(8, 8))
+
+
+def test_ranks_may_differ_and_names_are_whole_names(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", "0.21", reason="needs the extra peft")
+    net = nested()
+    handle = inject(net, MoELoRAConfig(rank=2, alpha=3.0, num_experts=1), ["0", "2"])
+    with torch.no_grad():
+        for p in handle.parameters():
+            p.normal_(0, 0.4)
+    loras = {"0": to_lora(handle.layers["0"]), "2": LowRank(torch.randn(5, 8) / 3, torch.randn(8, 5) / 3)}
+    want = net[0](X)
+    want = net[1](want)
+    want = net[2].base(want) + want @ loras["2"].lora_a.T @ loras["2"].lora_b.T
+    save_peft_lora(handle, tmp_path, loras)
+    again = peft.PeftModel.from_pretrained(nested(), tmp_path)
+    torch.testing.assert_close(again(X), want, atol=1e-5, rtol=1e-4)
+    assert [n for n, m in again.named_modules() if hasattr(m, "lora_A")] == ["base_model.model.0", "base_model.model.2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {"0": t["0"]}, r"exactly the layers of the handle.*\['2'\]"),
+        (lambda t: t | {"1": t["0"]}, r"difference in \['1'\]"),
+        (lambda t: t | {"2": LowRank(torch.zeros(2, 7), torch.zeros(8, 2))}, r"loras\['2'\] must be lora_a \(r, 12\)"),
+        (lambda t: t | {"2": LowRank(torch.zeros(2, 12), torch.zeros(8, 3))}, r"got \(2, 12\) and \(8, 3\)"),
+        (lambda t: {}, "exactly the layers"),
+    ],
+)
+def test_loras_that_do_not_fit_are_refused(tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
+    _, handle = build(num_experts=1)
+    loras = {name: to_lora(layer) for name, layer in handle.layers.items()}
+    with pytest.raises(ValueError, match=message):
+        save_peft_lora(handle, tmp_path / "out", change(loras))
+    handle.remove()
+    with pytest.raises(ValueError, match="handle must hold mixtures"):
+        save_peft_lora(handle, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_are_found_by_name_and_padding_is_left_out() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ff = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.ff(input=x)
+
+    torch.manual_seed(0)
+    net = Named()
+    handle = inject(net, MoELoRAConfig(rank=2, alpha=4.0, num_experts=3, top_k=2), "ff")
+    with torch.no_grad():
+        for p in handle.parameters():
+            p.normal_(0, 0.5)
+    mask = torch.arange(6) < 4
+    padded = X.clone()
+    padded[:, 4:] = float("nan")
+    whole = approximate(handle, 2, lambda: net(X[:, :4]), report=lambda line: None)["ff"]
+    with handle.token_mask(mask):
+        masked = approximate(handle, 2, lambda: net(padded), report=lambda line: None)["ff"]
+    assert masked.output_error == pytest.approx(whole.output_error, rel=1e-5)
+    torch.testing.assert_close(masked.lora.lora_b @ masked.lora.lora_a, whole.lora.lora_b @ whole.lora.lora_a)
+
+
+def test_a_run_that_shows_nothing_is_refused() -> None:
+    net, handle = build()
+    for run in (lambda: None, lambda: net[0](X), lambda: net(X[:0])):
+        with pytest.raises(ValueError, match="run must show every layer some tokens, got none at"):
+            approximate(handle, 2, run)
+    assert all(not layer.state.observers for layer in handle.layers.values())
+    for rank in (0, 2.5, "2"):
+        with pytest.raises(ValueError, match="rank must be an integer"):
+            approximate(handle, rank, lambda: 1 / 0)  # type: ignore[arg-type]

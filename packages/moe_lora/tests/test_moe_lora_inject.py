@@ -196,6 +196,11 @@ def test_broken_files_name_what_is_wrong_and_change_nothing(tmp_path: Path) -> N
     refused(r"1.ff.lora_b must have shape \(4, 8, 4\), got \(4, 8, 2\)")
     save_file(good | {"1.ff.lora_c": torch.zeros(1)}, tmp_path / "moe_lora.safetensors")
     refused("'1.ff.lora_c'; nearest: .*1.ff.lora")
+    for bad, got in ((float("nan"), "NaN or infinity"), (float("inf"), "NaN or infinity")):
+        save_file(good | {"1.ff.lora_b": torch.full((4, 8, 4), bad)}, tmp_path / "moe_lora.safetensors")
+        refused(f"finite floating-point numbers, got {got} in '1.ff.lora_b'")
+    save_file(good | {"1.ff.lora_b": torch.zeros(4, 8, 4, dtype=torch.int32)}, tmp_path / "moe_lora.safetensors")
+    refused("got int32 in '1.ff.lora_b'")
     (tmp_path / "moe_lora.safetensors").write_bytes(b"junk")
     refused("readable safetensors")
     (tmp_path / "moe_lora.json").write_text(json.dumps(meta | {"targets": ["0.ff"]}))

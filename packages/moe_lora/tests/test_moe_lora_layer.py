@@ -193,7 +193,8 @@ def test_extra_arguments_reach_the_base() -> None:
     "changes",
     [
         {"rank": 0}, {"rank": 2.5}, {"num_experts": 0}, {"top_k": 0}, {"top_k": 5}, {"alpha": 0}, {"alpha": float("nan")}, {"jitter": 1.0},
-        {"gating": "x"}, {"dispatch": "x"}, {"balance_coef": -1.0}, {"z_coef": float("inf")},
+        {"gating": "x"}, {"dispatch": "x"}, {"balance_coef": -1.0}, {"z_coef": float("inf")}, {"alpha": "8"}, {"jitter": None},
+        {"alpha": True}, {"z_coef": [1]}, {"gating": ["x"]}, {"check_gate": "no"}, {"rank": "4"}, {"top_k": True},
     ],
 )  # fmt: skip
 def test_bad_config_is_named(changes: dict[str, object]) -> None:

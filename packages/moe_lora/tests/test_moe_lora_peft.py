@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-peft = pytest.importorskip("peft")
-diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft", "0.21", reason="needs the extra peft")
+transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 from moe_lora import collect, route_replay  # noqa: E402
 from moe_lora.integrations.peft import (  # noqa: E402
@@ -45,6 +44,7 @@ def llama_config(**changes: object) -> PeftMoELoRAConfig:
 
 
 def flux() -> nn.Module:
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
     torch.manual_seed(0)
     sizes = {
         "in_channels": 8,
@@ -297,7 +297,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     model = peft.get_peft_model(llama(), llama_config())
     with pytest.raises(ValueError, match="different tokens get different updates"):
         model.merge_and_unload()
-    with pytest.raises(ValueError, match=r"must be a mixture on.*ordinary LoRA"):
+    with pytest.raises(ValueError, match=r"must be an ordinary LoRA on.*got a mixture"):
         model.add_adapter("plain", llama_config(mixture_modules=["q_proj"]))
     with pytest.raises(ValueError, match="adapter_names must not be given"):
         next(m for m in model.modules() if isinstance(m, PeftMoELoRALayer))(
@@ -323,5 +323,5 @@ def test_a_file_of_another_rank_names_the_key_and_leaves_no_adapter(tmp_path: Pa
             load_adapter(model, tmp_path, "wrong")
         assert "wrong" not in getattr(model, "peft_config", {})
     (tmp_path / "adapter_model.safetensors").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="SafetensorError"):
+    with pytest.raises(ValueError, match="readable safetensors"):
         load_adapter(flux(), tmp_path, "wrong")

@@ -147,6 +147,7 @@ def test_specialisation_of_a_log_finds_a_router_that_reads_the_layout() -> None:
 
 @pytest.mark.parametrize("by", ["kind", "sigma", "layout", "block"])
 def test_plot_is_written_whole(by: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
     from moe_lora.plot import plot_load
     from PIL import Image
 

@@ -93,8 +93,21 @@ def load_tensors(folder: Path, config: MoELoRAConfig, targets: list[str]) -> dic
         raise ValueError(f"{folder} must have the model's targets, but lacks {lacking[:3]}")
     if unknown := sorted(set(saved_targets) - set(targets)):
         raise ValueError(f"{folder} must have the model's targets only, got {unknown[:3]} too")
+    return read_tensors(folder / WEIGHTS)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file.
+
+    Raises:
+        ValueError: It cannot be read, or a tensor is no floating-point tensor of finite numbers.
+    """
     try:
-        tensors: dict[str, Tensor] = load_file(folder / WEIGHTS)
-        return tensors
+        tensors: dict[str, Tensor] = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / WEIGHTS} must be a readable safetensors file, got: {error}") from None
+        raise ValueError(f"{file} must be a readable safetensors file, got: {error}") from None
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            what = "NaN or infinity" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{file} must hold finite floating-point numbers, got {what} in {key!r}")
+    return tensors

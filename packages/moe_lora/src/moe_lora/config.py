@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Gating = Literal["softmax_then_topk", "topk_then_softmax"]
 Dispatch = Literal["grouped", "loop", "dense"]
@@ -46,17 +46,22 @@ class MoELoRAConfig:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k must be at most num_experts = {self.num_experts}, got {self.top_k}")
-        if not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise ValueError(f"alpha must be positive and finite, got {self.alpha}")
-        if self.gating not in ("softmax_then_topk", "topk_then_softmax"):
-            raise ValueError(f"gating must be 'softmax_then_topk' or 'topk_then_softmax', got {self.gating!r}")
-        if self.dispatch not in ("grouped", "loop", "dense"):
-            raise ValueError(f"dispatch must be 'grouped', 'loop' or 'dense', got {self.dispatch!r}")
+        for name in ("alpha", "jitter", "balance_coef", "z_coef"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
+        if self.alpha <= 0:
+            raise ValueError(f"alpha must be positive, got {self.alpha}")
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter must be in [0, 1), got {self.jitter}")
         for name in ("balance_coef", "z_coef"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name, known in (("gating", get_args(Gating)), ("dispatch", get_args(Dispatch))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
+        if not isinstance(self.check_gate, bool):
+            raise ValueError(f"check_gate must be a bool, got {self.check_gate!r}")
 
     @property
     def scaling(self) -> float:

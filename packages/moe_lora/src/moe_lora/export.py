@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moe_lora.checkpoint import whole
+from moe_lora.dispatch import experts
 from moe_lora.inject import MoELoRA
-from moe_lora.layer import Mixture, MoELoRALayer
+from moe_lora.layer import Mixture
 from moe_lora.routing import Routing
+from moe_lora.standin import StandIn
 
 
 class LowRank(NamedTuple):
@@ -39,9 +42,9 @@ class Approximation(NamedTuple):
 
 
 def _stacked(mixture: Mixture, gates: Float[Tensor, " e"]) -> LowRank:
-    """``sum_i g_i s B_i A_i`` as one product of rank e r."""
+    """``sum_i g_i s B_i A_i`` as one product of rank e r; s is the layer's own scaling, which PEFT may have changed."""
     a, b = whole(mixture.lora_a.detach()), whole(mixture.lora_b.detach())
-    scaled = b * (gates.to(b.dtype).to(b.device) * mixture.config.scaling)[:, None, None]
+    scaled = b * (gates.to(b.dtype).to(b.device) * mixture.scaling)[:, None, None]
     return LowRank(a.flatten(0, 1).clone(), scaled.transpose(0, 1).flatten(1).clone())
 
 
@@ -70,6 +73,11 @@ def to_lora(mixture: Mixture) -> LowRank:
     return _stacked(mixture, torch.full((config.num_experts,), 1 / config.num_experts))
 
 
+def _check_rank(rank: int) -> None:
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
+
+
 def truncate(lora: LowRank, rank: int) -> tuple[LowRank, float]:
     """The product of rank ``rank`` nearest to ``lora_b lora_a`` (Eckart-Young), and its relative Frobenius error.
 
@@ -78,8 +86,7 @@ def truncate(lora: LowRank, rank: int) -> tuple[LowRank, float]:
     Raises:
         ValueError: rank < 1.
     """
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+    _check_rank(rank)
     q_a, r_a = torch.linalg.qr(lora.lora_a.double().T)
     q_b, r_b = torch.linalg.qr(lora.lora_b.double())
     u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
@@ -90,22 +97,37 @@ def truncate(lora: LowRank, rank: int) -> tuple[LowRank, float]:
     return LowRank(near.lora_a.to(dtype).contiguous(), near.lora_b.to(dtype).contiguous()), lost / norm if norm else 0.0
 
 
-def _mean_gates(handle: MoELoRA, run: Callable[[], object]) -> dict[str, Tensor]:
-    """Mean weight of each expert over all tokens that ``run`` shows a layer; an expert that is not chosen counts as 0."""
-    total = {
-        name: torch.zeros(layer.config.num_experts + 1, dtype=torch.float64) for name, layer in handle.layers.items()
-    }
+Seen = Callable[[str, Float[Tensor, "n d"], Routing], None]
 
-    def observer(name: str, e: int) -> Callable[[Routing, tuple[int, ...]], None]:
-        def observe(routing: Routing, shape: tuple[int, ...]) -> None:
-            index, weights = routing.expert_index.cpu(), routing.gate_weights.detach().double().cpu()
-            kept = index >= 0
-            total[name].index_add_(0, index[kept], weights[kept])
-            total[name][e] += int(kept[:, 0].sum())
 
-        return observe
+def _watch(handle: MoELoRA, run: Callable[[], object], seen: Seen) -> None:
+    """Calls ``seen`` with the name, the tokens and the routing of every pass of a layer that ``run`` makes; padding is left out.
 
-    observers = {name: observer(name, layer.config.num_experts) for name, layer in handle.layers.items()}
+    Raises:
+        ValueError: A layer was shown no token.
+    """
+    shown: dict[str, int] = dict.fromkeys(handle.layers, 0)
+    latest: dict[str, Routing] = {}
+
+    def observer(name: str) -> Callable[[Routing, tuple[int, ...]], None]:
+        return lambda routing, shape: latest.__setitem__(name, routing)
+
+    def hook(name: str, width: int) -> Callable[..., None]:
+        def after(module: StandIn, args: tuple[object, ...], kwargs: dict[str, object], out: object) -> None:
+            routing = latest.pop(name, None)  # none where the adapter is off
+            if routing is not None:
+                routed = routing.expert_index[:, 0] >= 0
+                tokens = module.tokens(args, kwargs, width).reshape(-1, width)[routed]
+                shown[name] += len(tokens)
+                seen(name, tokens, Routing(*(t.detach()[routed] for t in routing)))
+
+        return after
+
+    observers = {name: observer(name) for name in handle.layers}
+    hooks = [
+        handle.module(name).register_forward_hook(hook(name, layer.lora_a.shape[-1]), with_kwargs=True)
+        for name, layer in handle.layers.items()
+    ]
     for name, layer in handle.layers.items():
         layer.state.observers.append(observers[name])
     try:
@@ -114,30 +136,37 @@ def _mean_gates(handle: MoELoRA, run: Callable[[], object]) -> dict[str, Tensor]
     finally:
         for name, layer in handle.layers.items():
             layer.state.observers.remove(observers[name])
-    return {name: t[:-1] / t[-1].clamp_min(1) for name, t in total.items()}
+        for h in hooks:
+            h.remove()
+    if unseen := [name for name, count in shown.items() if not count]:
+        raise ValueError(f"run must show every layer some tokens, got none at {unseen[:3]}")
+
+
+def _mean_gates(handle: MoELoRA, run: Callable[[], object]) -> dict[str, Tensor]:
+    """Mean weight of each expert over all tokens that ``run`` shows a layer; an expert that is not chosen counts as 0."""
+    total = {n: torch.zeros(layer.config.num_experts, dtype=torch.float64) for n, layer in handle.layers.items()}
+    count = dict.fromkeys(handle.layers, 0)
+
+    def seen(name: str, tokens: Tensor, routing: Routing) -> None:
+        total[name].index_add_(0, routing.expert_index.flatten().cpu(), routing.gate_weights.double().flatten().cpu())
+        count[name] += len(tokens)
+
+    _watch(handle, run, seen)
+    return {name: t / count[name] for name, t in total.items()}
 
 
 def _output_errors(handle: MoELoRA, loras: dict[str, LowRank], run: Callable[[], object]) -> dict[str, float]:
     """``sqrt(sum |delta(h) - B A h|^2 / sum |delta(h)|^2)`` over the tokens that ``run`` shows."""
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in loras}
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def compare(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            assert isinstance(module, MoELoRALayer)
-            delta = Mixture.forward(module, args[0])
-            h, (a, b) = args[0].reshape(-1, args[0].shape[-1]), loras[name]
-            near = (h.to(a.dtype) @ a.T) @ b.T
-            sums[name] += torch.stack([(delta - near).double().square().sum(), delta.double().square().sum()]).cpu()
+    def seen(name: str, tokens: Tensor, routing: Routing) -> None:
+        layer, (a, b) = handle.layers[name], loras[name]
+        h, up, down = tokens.to(a.dtype), whole(layer.lora_b.detach()), whole(layer.lora_a.detach())
+        delta = experts(h, down, up, routing.gate_weights * layer.scaling, routing.expert_index)
+        near = (h @ a.T) @ b.T
+        sums[name] += torch.stack([(delta - near).double().square().sum(), delta.double().square().sum()]).cpu()
 
-        return compare
-
-    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in handle.layers.items()]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for h in hooks:
-            h.remove()
+    _watch(handle, run, seen)
     return {name: float((s[0] / s[1].clamp_min(1e-300)).sqrt()) for name, s in sums.items()}
 
 
@@ -154,8 +183,9 @@ def approximate(
         report: Gets one line per layer.
 
     Raises:
-        ValueError: rank < 1.
+        ValueError: rank < 1, or ``run`` shows some layer no token.
     """
+    _check_rank(rank)
     gates = {
         n: torch.full((layer.config.num_experts,), 1 / layer.config.num_experts) for n, layer in handle.layers.items()
     }
@@ -170,8 +200,35 @@ def approximate(
     return result
 
 
+def _check_linears(handle: MoELoRA) -> None:
+    for name, layer in handle.layers.items():
+        if not isinstance(layer.base, nn.Linear):
+            raise ValueError(
+                f"{name} must be one nn.Linear to be a LoRA in peft's format, got {type(layer.base).__name__}"
+            )
+
+
+def _checked(handle: MoELoRA, loras: dict[str, LowRank]) -> dict[str, LowRank]:
+    """The LoRAs that go into a file, by the module's name in the model that it is for."""
+    if loras.keys() != handle.layers.keys():
+        odd = sorted(loras.keys() ^ handle.layers.keys())
+        raise ValueError(
+            f"loras must hold exactly the layers of the handle, {list(handle.layers)[:3]}, ..., got a difference in {odd[:3]}"
+        )
+    for name, (a, b) in loras.items():
+        base = handle.layers[name].base
+        assert isinstance(base, nn.Linear)
+        want = f"lora_a (r, {base.in_features}) and lora_b ({base.out_features}, r)"
+        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != base.in_features or b.shape != (base.out_features, len(a)):
+            raise ValueError(f"loras[{name!r}] must be {want}, got {tuple(a.shape)} and {tuple(b.shape)}")
+    named = {handle.name_in_base(name): lora for name, lora in loras.items()}
+    return named | {name: LowRank(a, b) for name, (a, b) in handle.ordinary_loras().items()}
+
+
 def save_peft_lora(handle: MoELoRA, path: str | Path, loras: dict[str, LowRank] | None = None) -> Path:
     """Writes ordinary LoRA files as peft does (``adapter_config.json``, ``adapter_model.safetensors``); peft itself is not needed.
+
+    Ranks may differ between layers. Of an adapter of PEFT the ordinary LoRAs beside the mixtures are written too.
 
     Args:
         handle: Of the model.
@@ -179,25 +236,31 @@ def save_peft_lora(handle: MoELoRA, path: str | Path, loras: dict[str, LowRank] 
         loras: Of every layer, for example from `approximate`; by default `to_lora` of each.
 
     Raises:
-        ValueError: A mixture is no ordinary LoRA (see `to_lora`), or sits around a module that is not one linear, which peft cannot adapt.
+        ValueError: A mixture is no ordinary LoRA (see `to_lora`), or sits around a module that is not one linear, which peft cannot adapt; or
+            ``loras`` has other layers or shapes than the handle. Nothing is written then.
     """
-    for name, layer in handle.layers.items():
-        if not isinstance(layer.base, nn.Linear):
-            raise ValueError(
-                f"{name} must be one nn.Linear to be a LoRA in peft's format, got {type(layer.base).__name__}"
-            )
+    if not handle.layers:
+        raise ValueError("handle must hold mixtures to be written, got none (removed?)")
+    _check_linears(handle)
     loras = {name: to_lora(layer) for name, layer in handle.layers.items()} if loras is None else loras
-    ranks = {len(lora.lora_a) for lora in loras.values()}
+    written = {
+        n: LowRank(*(t.detach().contiguous().cpu() for t in lora)) for n, lora in _checked(handle, loras).items()
+    }
+    ranks = {name: len(lora.lora_a) for name, lora in written.items()}
+    rank = max(set(ranks.values()), key=list(ranks.values()).count)
+    other = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"base_model.model.{n}.lora_A.weight": lora.lora_a.contiguous().cpu() for n, lora in loras.items()}
-    tensors |= {f"base_model.model.{n}.lora_B.weight": lora.lora_b.contiguous().cpu() for n, lora in loras.items()}
-    (rank,) = ranks
+    tensors = {f"base_model.model.{n}.lora_A.weight": lora.lora_a for n, lora in written.items()}
+    tensors |= {f"base_model.model.{n}.lora_B.weight": lora.lora_b for n, lora in written.items()}
     meta = {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": sorted(loras),
+        "rank_pattern": other,
+        "alpha_pattern": other,
+        # a list would be taken for suffixes, and match "1.0" where "0" is meant
+        "target_modules": "|".join(re.escape(name) for name in sorted(written)),
         "lora_dropout": 0.0,
         "bias": "none",
     }

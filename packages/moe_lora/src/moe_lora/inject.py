@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from moe_lora.checkpoint import load_tensors, read_config, save_tensors, whole, write_parameter
 from moe_lora.config import MoELoRAConfig
 from moe_lora.layer import MoELoRALayer
-from moe_lora.stats import RoutingStatistics, routing_statistics
+from moe_lora.routing import RoutingStatistics, routing_statistics
+from moe_lora.standin import StandIn, check_target
 
 Targets = str | Sequence[str] | Callable[[str], bool]
 
@@ -37,7 +38,8 @@ def find_targets(model: nn.Module, targets: Targets) -> list[str]:
     """Names of the modules that regexes (full match) or a predicate on names choose.
 
     Raises:
-        ValueError: A regex matches nothing (the nearest names are listed), one target lies inside another or inside a mixture.
+        ValueError: A regex matches nothing (the nearest names are listed), one target lies inside another or inside a mixture, or no mixture
+            can stand beside one (see `moe_lora.standin.check_target`).
 
     >>> find_targets(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), ["[02]"])
     ['0', '2']
@@ -66,6 +68,7 @@ def find_targets(model: nn.Module, targets: Targets) -> list[str]:
             raise ValueError(
                 f"targets must be modules without a mixture, got {name!r}: remove() the first handle or name others"
             )
+        check_target(modules[name], name)
     return found
 
 
@@ -96,6 +99,18 @@ class MoELoRA:
             yield f"{name}.router.weight", router
             yield f"{name}.lora_a", layer.lora_a
             yield f"{name}.lora_b", layer.lora_b
+
+    def module(self, name: str) -> StandIn:
+        """What stands in the model at the place of a layer."""
+        return self.layers[name]
+
+    def name_in_base(self, name: str) -> str:
+        """A layer's name in the model as it was before anybody wrapped it."""
+        return name
+
+    def ordinary_loras(self) -> dict[str, tuple[Float[Tensor, "r d"], Float[Tensor, "o r"]]]:
+        """A and scaled B of the ordinary LoRAs of the same adapter, by name; here there are none, PEFT's adapters have some."""
+        return {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The adapter's tensors, detached; sharded ones (`fully_shard`) are gathered, which every rank has to join."""
@@ -131,7 +146,7 @@ class MoELoRA:
         parts = [part for layer in self.layers.values() if wanted and (part := layer.aux_loss()) is not None]
         self.forget()
         if not parts:
-            return torch.zeros((), device=next(self.parameters()).device)
+            return torch.zeros((), device=next((p.device for p in self.parameters()), None))
         balance = torch.stack([p.balance for p in parts]).mean()
         return self.config.balance_coef * balance + self.config.z_coef * torch.stack([p.z for p in parts]).mean()
 
@@ -231,7 +246,7 @@ def inject(
     ['0.lora_a', '0.lora_b', '0.router.weight']
     """
     layers = {
-        name: MoELoRALayer(model.get_submodule(name), config, generator=generator)
+        name: MoELoRALayer(model.get_submodule(name), config, generator=generator, name=name)
         for name in find_targets(model, targets)
     }
     for name, layer in layers.items():

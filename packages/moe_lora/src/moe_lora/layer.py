@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moe_lora.config import MoELoRAConfig
 from moe_lora.dispatch import experts
 from moe_lora.routing import Router, Routing
+from moe_lora.standin import StandIn, check_target
 from moe_lora.state import AuxLoss, RoutingState
 
 
@@ -48,17 +49,19 @@ def mixture(
 
 
 def infer_features(base: nn.Module) -> tuple[int, int]:
-    """Input and output width of a module: of a linear, or of its first and last linear.
+    """Input and output width of a module: of a linear (or GPT-2's Conv1D), or of its first and last one.
 
     Raises:
         ValueError: It holds no linear.
     """
-    linears = [m for m in base.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
-    if not linears:
+    names = (("in_features", "out_features"), ("nx", "nf"))
+    found = [(getattr(m, i, None), getattr(m, o, None)) for m in base.modules() for i, o in names]
+    widths = [(i, o) for i, o in found if isinstance(i, int) and isinstance(o, int)]
+    if not widths:
         raise ValueError(
             f"base must hold a linear layer to infer widths from, got {type(base).__name__}: give in_features and out_features"
         )
-    return int(linears[0].in_features), int(linears[-1].out_features)  # type: ignore[arg-type]
+    return widths[0][0], widths[-1][1]
 
 
 def reset_mixture(
@@ -121,8 +124,13 @@ class Mixture(nn.Module):
         """The mixture's part alone, tokens flattened."""
         return mixture(
             hidden_states, self.router.weight, self.lora_a, self.lora_b, self.state,
-            scaling=self.config.scaling, training=self.training,
+            scaling=self.scaling, training=self.training,
         )  # fmt: skip
+
+    @property
+    def scaling(self) -> float:
+        """What the experts' sum is multiplied by."""
+        return self.config.scaling
 
     @property
     def last(self) -> Routing | None:
@@ -134,10 +142,11 @@ class Mixture(nn.Module):
         return self.state.aux_loss(self.training and self.router.weight.requires_grad)
 
 
-class MoELoRALayer(Mixture):
+class MoELoRALayer(StandIn, Mixture):
     """``h_out = base(h) + sum_i p_i * (alpha / r) * B_i A_i h`` (MultiCrafter, arXiv 2509.21953, section 3.3).
 
-    B is zero at first, so wrapping changes no output bit.
+    B is zero at first, so wrapping changes no output bit. Attributes of the base are visible through the layer (see `StandIn`), unless the layer
+    has one of that name: then ask ``layer.base``.
     """
 
     def __init__(
@@ -148,17 +157,19 @@ class MoELoRALayer(Mixture):
         out_features: int | None = None,
         *,
         generator: torch.Generator | None = None,
+        name: str = "",
     ) -> None:
-        """Wraps ``base``, any module that maps (..., d_in) to (..., d_out).
+        """Wraps ``base``, any module that maps (..., d_in) to (..., d_out); ``name`` is for messages.
 
         Raises:
-            ValueError: Widths are not given and ``base`` holds no linear.
+            ValueError: Widths are not given and ``base`` holds no linear; or see `moe_lora.standin.check_target`.
 
         >>> layer = MoELoRALayer(nn.Linear(8, 8), MoELoRAConfig(rank=2, alpha=2.0))
         >>> x = torch.randn(3, 8)
         >>> torch.equal(layer(x), layer.base(x))
         True
         """
+        check_target(base, name)
         if in_features is None or out_features is None:
             inferred = infer_features(base)
             in_features, out_features = in_features or inferred[0], out_features or inferred[1]
@@ -167,12 +178,20 @@ class MoELoRALayer(Mixture):
         self.base = base
         self.enabled = True
         self.train(base.training)
+        self.stand_for(base, name)
 
     def delta(self, hidden_states: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens o"]:
         """The mixture's part alone."""
-        return super().forward(hidden_states).view(*hidden_states.shape[:-1], self.lora_b.shape[1])
+        return Mixture.forward(self, hidden_states).view(*hidden_states.shape[:-1], self.lora_b.shape[1])
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's output, plus the mixture where it is enabled."""
-        out: Tensor = self.base(hidden_states, *args, **kwargs)
-        return out + super().forward(hidden_states).to(out.dtype).view_as(out) if self.enabled else out
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's output, plus the mixture of the first argument where it is enabled.
+
+        Raises:
+            ValueError: The first argument is no tokens of the expected width, or the base returns something else than one tensor.
+        """
+        out: Tensor = self.base(*args, **kwargs)
+        if not self.enabled:
+            return out
+        tokens = self.tokens(args, kwargs, self.lora_a.shape[-1])
+        return self.joined(out, Mixture.forward(self, tokens), tokens)

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from moe_lora.balance import load_balance_loss, router_z_loss
 from moe_lora.config import Gating
 
-__all__ = ["Router", "Routing", "gate_logits", "load_balance_loss", "route", "router_z_loss"]
+__all__ = [
+    "Router",
+    "Routing",
+    "RoutingStatistics",
+    "gate_logits",
+    "load_balance_loss",
+    "route",
+    "router_z_loss",
+    "routing_statistics",
+]
 
 
 class Routing(NamedTuple):
@@ -139,3 +148,32 @@ class Router(nn.Linear):
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
         return super()._apply(keep_float32, recurse)  # type: ignore[no-untyped-call]
+
+
+class RoutingStatistics(NamedTuple):
+    """How tokens were routed.
+
+    load (e,): share of assignments per expert, sums to 1; load_entropy: its entropy in nats, at most log e; gate_entropy: mean
+    entropy of a token's probabilities in nats.
+    """
+
+    load: Float[Tensor, " e"]
+    load_entropy: float
+    gate_entropy: float
+
+
+def entropy_of(p: Float[Tensor, "*rows e"]) -> Float[Tensor, "*rows"]:
+    """``-sum p log p`` over the last axis, in nats."""
+    result: Tensor = torch.special.entr(p).sum(-1)
+    return result
+
+
+def routing_statistics(routing: Routing, mask: Bool[Tensor, " n"] | None = None) -> RoutingStatistics:
+    """Statistics of one routing; tokens with index -1 or mask False are not counted."""
+    routed = routing.expert_index[:, 0] >= 0
+    routed = routed if mask is None else routed & mask
+    logits, index = routing.gate_logits.detach()[routed], routing.expert_index[routed]
+    load = torch.bincount(index.flatten(), minlength=logits.shape[-1]).double()
+    load = load / load.sum().clamp_min(1)
+    entropy = entropy_of(logits.softmax(-1)).sum() / max(len(logits), 1)
+    return RoutingStatistics(load.float(), float(entropy_of(load)), float(entropy))

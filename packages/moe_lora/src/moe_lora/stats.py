@@ -5,31 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lora.routing import Routing
+from moe_lora.inject import MoELoRA, for_layer
+from moe_lora.routing import Routing, RoutingStatistics, entropy_of, routing_statistics
+from moe_lora.state import Observer
 
-if TYPE_CHECKING:
-    from moe_lora.inject import MoELoRA
-    from moe_lora.state import Observer
+__all__ = [
+    "By",
+    "RoutingLog",
+    "RoutingStatistics",
+    "Specialisation",
+    "collect",
+    "load_by_kind",
+    "mutual_information",
+    "routing_statistics",
+    "specialisation",
+]
 
 By = Literal["block", "kind", "sigma", "layout"]
-
-
-class RoutingStatistics(NamedTuple):
-    """How tokens were routed.
-
-    load (e,): share of assignments per expert, sums to 1; load_entropy: its entropy in nats, at most log e; gate_entropy: mean
-    entropy of a token's probabilities in nats.
-    """
-
-    load: Float[Tensor, " e"]
-    load_entropy: float
-    gate_entropy: float
 
 
 class Specialisation(NamedTuple):
@@ -43,22 +41,6 @@ class Specialisation(NamedTuple):
     share: float
     chance: float
     p_value: float
-
-
-def _entropy(p: Tensor) -> Tensor:
-    result: Tensor = torch.special.entr(p).sum(-1)
-    return result
-
-
-def routing_statistics(routing: Routing, mask: Bool[Tensor, " n"] | None = None) -> RoutingStatistics:
-    """Statistics of one routing; tokens with index -1 or mask False are not counted."""
-    routed = routing.expert_index[:, 0] >= 0
-    routed = routed if mask is None else routed & mask
-    logits, index = routing.gate_logits.detach()[routed], routing.expert_index[routed]
-    load = torch.bincount(index.flatten(), minlength=logits.shape[-1]).double()
-    load = load / load.sum().clamp_min(1)
-    entropy = _entropy(logits.softmax(-1)).sum() / max(len(logits), 1)
-    return RoutingStatistics(load.float(), float(_entropy(load)), float(entropy))
 
 
 def load_by_kind(expert_index: Int[Tensor, "n k"], kinds: Int[Tensor, " n"], num_experts: int) -> Float[Tensor, "c e"]:
@@ -85,7 +67,7 @@ def mutual_information(joint: Float[Tensor, "c e"]) -> float:
     0.6931
     """
     p = joint.double() / joint.double().sum().clamp_min(1e-300)
-    return max(0.0, float(_entropy(p.sum(0)) + _entropy(p.sum(1)) - _entropy(p.flatten())))
+    return max(0.0, float(entropy_of(p.sum(0)) + entropy_of(p.sum(1)) - entropy_of(p.flatten())))
 
 
 def specialisation(
@@ -129,7 +111,7 @@ def specialisation(
         [information(torch.randperm(len(labels), generator=generator)) for _ in range(permutations)]
     )
     share_of_label = onehot.T @ counts.sum(1)
-    entropy = float(_entropy(share_of_label / share_of_label.sum().clamp_min(1)))
+    entropy = float(entropy_of(share_of_label / share_of_label.sum().clamp_min(1)))
     reached = int((shuffled >= nats - 1e-12).sum())
     return Specialisation(
         nats, nats / entropy if entropy else 0.0, float(shuffled.mean()), (1 + reached) / (1 + permutations)
@@ -184,7 +166,7 @@ class RoutingLog:
 
     def entropy(self) -> dict[str, float]:
         """Per layer, entropy of the load in nats: log e when balanced, 0 when one expert takes all."""
-        return {layer: float(_entropy(load[0].double())) for layer, load in self.load("block").items()}
+        return {layer: float(entropy_of(load[0].double())) for layer, load in self.load("block").items()}
 
     def mutual_information(self, by: By) -> dict[str, float]:
         """Per layer, `mutual_information` between experts and kinds, sigma bins or layouts (experts of two layers have nothing in common)."""
@@ -235,8 +217,6 @@ def collect(
     Raises:
         ValueError: A layer has no kinds, or they do not fit its tokens.
     """
-    from moe_lora.inject import for_layer
-
     given: Mapping[str, Tensor] = {} if kinds is None else {".*": kinds} if isinstance(kinds, Tensor) else kinds
     count = max((int(t.max()) + 1 for t in given.values()), default=1)
     names = (
