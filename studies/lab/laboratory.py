@@ -8,7 +8,8 @@
     python -m studies.<study> --smoke           in miniature, into runs/science-smoke
 
 A record is named after what decides it: base, both stages, tests. So a study goes on where it was interrupted, on another machine too, several processes share the
-work, and studies share runs. Records lie in ``studies/results/runs``, a study's summary in ``studies/results/<study>.json``, its page in ``docs/results/<study>.md``.
+work, and studies share runs. Records lie in ``studies/results/runs``, in the table of the study that made them (`studies.lab.records`), a study's summary in
+``studies/results/<study>.json``, its page in ``docs/results/<study>.md``.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from multicrafter.world.train_base import BaseConfig, train
 from benchmarks.run import ROOT, circumstances
 from studies.lab import poses, probes, results_index
 from studies.lab.experiment import FULL, SMOKE, Base, Budget, Experiment, deciding, key_of
+from studies.lab.records import OTHERS, RUNS, TABLES, Records, read_rows
 from studies.lab.report import Record
 
 DIGITS = 4
@@ -86,7 +88,7 @@ class Laboratory:
     """
 
     runs: Path
-    records: Path
+    records: Records
     results: Path
     pages: Path
     pose_steps: int = poses.STEPS
@@ -99,13 +101,14 @@ class Laboratory:
     @classmethod
     def full(cls) -> Laboratory:
         """Records and pages are part of the repository."""
-        results = ROOT / "studies" / "results"
-        return cls(ROOT / "runs" / "science", results / "runs", results, ROOT / "docs" / "results")
+        return cls(RUNS, Records(TABLES, RUNS / "records.lock"), TABLES.parent, ROOT / "docs" / "results")
 
     @classmethod
     def within(cls, folder: Path) -> Laboratory:
         """Everything in one folder."""
-        return cls(folder / "runs", folder / "records", folder, folder / "pages", pose_steps=2, judge_share=0.001)
+        runs = folder / "runs"
+        records = Records(folder / "records", runs / "records.lock")
+        return cls(runs, records, folder, folder / "pages", pose_steps=2, judge_share=0.001)
 
     def alone(self, path: Path) -> filelock.BaseFileLock:
         """Keeps other processes from making ``path``; raises `filelock.Timeout` if one of them is at it after ``patience``."""
@@ -263,23 +266,27 @@ class Laboratory:
             found["routing"] = probes.routing(loaded, scenes, seed=test.seed + 3)
         return found
 
-    def record(self, experiment: Experiment) -> Record | None:
-        """The record of an experiment, made if need be; None if another process is at it, or at what it starts from, for longer than ``patience``."""
-        path = self.records / f"{self.key(experiment)}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def record(self, experiment: Experiment, study: str = OTHERS) -> Record | None:
+        """The record of an experiment, made if need be, for the table of ``study``; None if another process is at it, or at what it starts from, for longer
+        than ``patience``.
+        """
+        key = self.key(experiment)
+        made = self.runs / f"{key}.json"
         self.runs.mkdir(parents=True, exist_ok=True)
         try:
-            with self.alone(self.runs / path.stem):
-                if not path.is_file():
-                    write_json(path, self.perform(experiment))
+            with self.alone(self.runs / key):
+                if self.records.get(key) is None:
+                    if not made.is_file():  # it is there if a process died before the next line
+                        write_json(made, self.perform(experiment))
+                    self.records.add(study, read_rows(made))
+                    made.unlink()
         except filelock.Timeout:
             return None
-        return dict(json.loads(path.read_text()))
+        return self.records.get(key)
 
     def known(self, experiment: Experiment) -> Record | None:
         """The record of an experiment, if there is one."""
-        path = self.records / f"{self.key(experiment)}.json"
-        return dict(json.loads(path.read_text())) if path.is_file() else None
+        return self.records.get(self.key(experiment))
 
     def publish(self, study: Study, budget: Budget) -> Path | None:
         """Summary, page and plots of what is recorded; None where nothing is."""
@@ -394,7 +401,7 @@ def carry_out(
             laboratory.publish(study, budget)
             return False
         print(f"==> {study.name}: {label}, seed {seed}", flush=True)
-        if laboratory.record(experiment) is None:
+        if laboratory.record(experiment, study.name) is None:
             print("    another process is at it", flush=True)
         if time.monotonic() > published + 60:
             laboratory.publish(study, budget)
