@@ -149,7 +149,7 @@ def capture_attention(
     modules: Mapping[str, nn.Module],
     layout: SubjectLayout | Callable[[dict[str, Any]], SubjectLayout],
     *,
-    direction: Direction = "reference_to_image",
+    direction: Direction = "image_to_reference",
     keep_blocks: bool = False,
     num_samples: int | None = None,
     generator: torch.Generator | None = None,
@@ -164,7 +164,8 @@ def capture_attention(
         model: What a pass is a pass of.
         modules: Modules of it, by name, whose forward calls ``torch.nn.functional.scaled_dot_product_attention``.
         layout: Where text, image and references are in the joint sequence, or a function of the keyword arguments of the model's forward.
-        direction: See `idar.subject_attention`.
+        direction: See `idar.subject_attention`. By default "image_to_reference": what carries features into the picture, and what is worth
+            supervising (docs/adr/0020).
         keep_blocks: Keep the maps of the single blocks too (``captured.blocks``).
         num_samples: See `idar.subject_attention`; one subset is drawn per pass.
         generator: Source of the subset.

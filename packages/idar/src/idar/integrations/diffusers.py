@@ -53,7 +53,7 @@ def capture_subject_attention(
     transformer: nn.Module,
     layout: Layout,
     *,
-    direction: Direction = "reference_to_image",
+    direction: Direction = "image_to_reference",
     blocks: Callable[[str], bool] | Sequence[str] | None = None,
     keep_blocks: bool = False,
     num_samples: int | None = None,
@@ -71,7 +71,7 @@ def capture_subject_attention(
             another MM-DiT with the same attention modules; it may be wrapped in DDP.
         layout: Where text, image and references are in the joint sequence; or a function that says so from the keyword arguments of
             the transformer's forward (`flux_layout`, `qwen_layout`).
-        direction: See `idar.subject_attention`.
+        direction: See `idar.capture_attention`.
         blocks: Names of attention modules, or a predicate on them; the double-stream blocks by default.
         keep_blocks: Keep the maps of the single blocks too (``captured.blocks``).
         num_samples: Queries of each reference to estimate from, see `idar.subject_attention`; one subset is drawn per pass.
