@@ -38,7 +38,7 @@ def step(
     with capture_subject_attention(model, LAYOUT, direction=direction) as captured:  # type: ignore[arg-type]
         output = model(**given, return_dict=False)[0]
         maps = captured.maps
-        (output.square().mean() + idar_loss(maps, masks).loss).backward()
+        (output.square().mean() + idar_loss(maps, masks, kind="dice").loss).backward()
     return [output.detach(), maps.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 

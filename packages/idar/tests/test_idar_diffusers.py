@@ -49,7 +49,7 @@ def run(
     with capture_subject_attention(model, LAYOUT, direction=direction, **options) as captured:  # type: ignore[arg-type]
         output = model(**inputs(), return_dict=False)[0]
         maps = captured.maps
-        (output.square().mean() + idar_loss(maps, masks()).loss).backward()
+        (output.square().mean() + idar_loss(maps, masks(), kind="dice").loss).backward()
     return (
         output.detach(),
         maps.detach(),
@@ -191,7 +191,12 @@ def test_both_directions_at_once_and_pass_after_pass() -> None:
 def test_the_estimator_draws_once_a_pass_and_again_for_the_next() -> None:
     model = tiny_flux().requires_grad_(False)
     with capture_subject_attention(
-        model, LAYOUT, num_samples=2, generator=torch.Generator().manual_seed(0), keep_blocks=True
+        model,
+        LAYOUT,
+        direction="reference_to_image",
+        num_samples=2,
+        generator=torch.Generator().manual_seed(0),
+        keep_blocks=True,
     ) as captured:
         passes = []
         for _ in range(100):
@@ -241,7 +246,7 @@ def test_memory_kept_for_the_backward_does_not_grow_with_blocks() -> None:
 
             with (
                 torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
-                capture_subject_attention(model, LAYOUT) if capture else nullcontext(),
+                capture_subject_attention(model, LAYOUT, direction="reference_to_image") if capture else nullcontext(),
             ):
                 model(**inputs(), return_dict=False)
                 kept.append(sum(storage.nbytes() for storage in found.values()))
@@ -279,7 +284,7 @@ def test_processors_that_hold_parameters_and_extra_arguments_still_work() -> Non
         block.attn.set_processor(FluxIPAdapterAttnProcessor(32, 32, num_tokens=(2,)))
     given = {**inputs(), "joint_attention_kwargs": {"ip_hidden_states": [torch.randn(2, 2, 32)]}}
     plain, names = model(**given, return_dict=False)[0], list(model.state_dict())
-    with capture_subject_attention(model, LAYOUT) as captured:
+    with capture_subject_attention(model, LAYOUT, direction="reference_to_image") as captured:
         assert torch.equal(model(**given, return_dict=False)[0], plain)
         assert list(model.state_dict()) == names
     torch.testing.assert_close(captured.maps.sum(-1), torch.ones(2, 2))

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
 
 import pytest
 import torch
-from idar import idar_loss, leakage, map_iou, normalize_maps, peak_in_mask, sigma_weight
+from idar import capture_attention, idar_loss, leakage, map_iou, normalize_maps, peak_in_mask, sigma_weight
+from idar.integrations.diffusers import capture_subject_attention
 
 MAPS = torch.tensor([[[0.6, 0.2, 0.1, 0.1], [0.1, 0.1, 0.2, 0.6]]])
 MASKS = torch.tensor([[[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]])
 
 
 def test_dice_by_hand() -> None:
-    value = idar_loss(MAPS, MASKS, eps=0.0)
+    value = idar_loss(MAPS, MASKS, kind="dice", eps=0.0)
     # 1 - 2 * 0.8 / (1 + 2), for both subjects; the loss is their sum
     torch.testing.assert_close(value.per_subject, torch.full((1, 2), 1 - 1.6 / 3))
     torch.testing.assert_close(value.loss, torch.tensor(2 * (1 - 1.6 / 3)))
@@ -44,12 +47,30 @@ def test_a_token_is_asked_how_much_it_listens_or_only_to_whom() -> None:
         torch.testing.assert_close(quiet - loud, torch.tensor(grows))
 
 
+def test_the_defaults_are_what_worked() -> None:
+    """Decision 0020: cross-entropy of shares, of what image tokens take from each reference."""
+    takes = MAPS * 0.3
+    assert torch.equal(idar_loss(takes, MASKS).loss, idar_loss(takes, MASKS, kind="share_cross_entropy").loss)
+    for function in (capture_attention, capture_subject_attention):
+        assert inspect.signature(function).parameters["direction"].default == "image_to_reference"
+
+
+def test_a_loss_of_shares_on_maps_of_the_other_direction_is_said() -> None:
+    with pytest.warns(UserWarning, match="image_to_reference"):
+        idar_loss(MAPS, MASKS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        idar_loss(MAPS * 0.3, MASKS)
+        idar_loss(torch.cat([MAPS[:, :1], MAPS[:, 1:] * 0.3], 1), MASKS)
+        idar_loss(MAPS, MASKS, kind="dice", normalization="max")
+
+
 def test_absent_subjects_are_left_out() -> None:
     masks = MASKS.clone()
     masks[:, 1] = 0
-    value = idar_loss(MAPS, masks)
+    value = idar_loss(MAPS, masks, kind="dice")
     assert value.present.tolist() == [[True, False]]
-    torch.testing.assert_close(value.loss, idar_loss(MAPS[:, :1], MASKS[:, :1]).loss)
+    torch.testing.assert_close(value.loss, idar_loss(MAPS[:, :1], MASKS[:, :1], kind="dice").loss)
     with pytest.raises(ValueError, match="masks"):
         idar_loss(MAPS, torch.zeros_like(MASKS))
 
@@ -130,7 +151,7 @@ def test_absent_subjects_get_no_gradient_and_no_nan() -> None:
 def test_overlapping_masks_are_allowed() -> None:
     """Both subjects cover the two tokens in the middle: perfect maps have Dice 0 all the same."""
     masks = torch.tensor([[[1.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 1.0]]])
-    torch.testing.assert_close(idar_loss(masks / 3, masks, normalization="max").loss, torch.tensor(0.0))
+    torch.testing.assert_close(idar_loss(masks / 3, masks, kind="dice", normalization="max").loss, torch.tensor(0.0))
     assert leakage(masks, masks)[0, 0] == 0  # what one shares with the other is no leak
 
 

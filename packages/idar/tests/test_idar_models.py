@@ -163,7 +163,10 @@ def test_references_with_a_cache_of_keys() -> None:
         full = torch.softmax(call["query"][:, :, 5:] @ call["key"].transpose(2, 3) * 16**-0.5, -1)
         want = torch.stack([full[..., a:b].sum(-1).mean(1) for a, b in layout.subject_spans], 1)
         torch.testing.assert_close(maps, want, atol=1e-6, rtol=1e-5)
-    with pytest.raises(ValueError, match="image_to_reference"), capture_subject_attention(model, layout):
+    with (
+        pytest.raises(ValueError, match="image_to_reference"),
+        capture_subject_attention(model, layout, direction="reference_to_image"),
+    ):
         model(**given, kv_cache=cache, kv_cache_mode="cached")
 
 

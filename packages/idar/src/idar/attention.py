@@ -67,7 +67,9 @@ def subject_attention(
 
         maps_ij = mean over heads of sum over k in reference i of softmax_k(Q_j K_k^T / sqrt(d)),  k over ALL tokens
 
-    the share of its attention that token j spends on reference i: the arrows that carry features into the picture.
+    the share of its attention that token j spends on reference i: the arrows that carry features into the picture. Without a
+    direction this function is the paper's equation; what is worth supervising is the other (docs/adr/0020), and what
+    `idar.capture_attention` collects by default.
 
     Args:
         query: Queries of the joint sequence after normalisation and RoPE.

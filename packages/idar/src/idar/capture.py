@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from idar.attention import Direction, check_direction, draw_queries, streaming_maps
-from idar.intercept import Call, Visitor, additive, meet
+from idar.intercept import Call, Visitor, additive, by_name, meet
 from idar.layout import SubjectLayout
 
 
@@ -149,11 +149,12 @@ def capture_attention(
     modules: Mapping[str, nn.Module],
     layout: SubjectLayout | Callable[[dict[str, Any]], SubjectLayout],
     *,
-    direction: Direction = "reference_to_image",
+    direction: Direction = "image_to_reference",
     keep_blocks: bool = False,
     num_samples: int | None = None,
     generator: torch.Generator | None = None,
     chunk_size: int | None = None,
+    check: Callable[[SubjectLayout, dict[str, Any]], None] = lambda _, __: None,
 ) -> Iterator[CapturedMaps]:
     """Collects subject maps of ``modules`` during the forward passes of ``model``; any torch model will do.
 
@@ -163,15 +164,20 @@ def capture_attention(
     Args:
         model: What a pass is a pass of.
         modules: Modules of it, by name, whose forward calls ``torch.nn.functional.scaled_dot_product_attention``.
-        layout: Where text, image and references are in the joint sequence, or a function of the keyword arguments of the model's forward.
-        direction: See `idar.subject_attention`.
+        layout: Where text, image and references are in the joint sequence, or a function of the arguments (by name) of the model's forward.
+        direction: See `idar.subject_attention`. By default "image_to_reference": what carries features into the picture, and what is worth
+            supervising (docs/adr/0020).
         keep_blocks: Keep the maps of the single blocks too (``captured.blocks``).
         num_samples: See `idar.subject_attention`; one subset is drawn per pass.
         generator: Source of the subset.
         chunk_size: See `idar.subject_attention`.
+        check: Raises ValueError where a layout does not fit the arguments (by name) of the model's forward.
 
     Yields:
         `CapturedMaps`; ``captured.maps`` is the mean over the modules in the last forward pass.
+
+    Raises:
+        ValueError: A number is out of range; in the pass, the layout is not that of the sequence.
     """
     check_direction(direction)
     fixed = layout if isinstance(layout, SubjectLayout) else SubjectLayout.in_order(0, 1, [1])
@@ -180,12 +186,19 @@ def capture_attention(
     captured._blocks = list(blocks.values())
     captured.start()
 
-    def begin(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        captured.start(None if isinstance(layout, SubjectLayout) else layout(kwargs))
+    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = by_name(model, args, kwargs)
+        found = layout if isinstance(layout, SubjectLayout) else layout(given)
+        check(found, given)
+        captured.start(found)
 
     def visitor_of(name: str) -> Visitor:
         block = blocks[name]  # a cell of its own: torch.compile must not see the name, or it compiles every block anew
-        return Visitor(num_keys=lambda: captured.layout.stop, watch=lambda call: captured._add(block, call))
+        return Visitor(
+            num_keys=lambda: captured.layout.stop,
+            length=lambda: captured.layout.length,
+            watch=lambda call: captured._add(block, call),
+        )
 
     hook = model.register_forward_pre_hook(begin, with_kwargs=True)
     try:

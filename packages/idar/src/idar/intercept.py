@@ -7,6 +7,7 @@ model uses. Changes come first and watchers second, whoever came first: what is 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,12 +29,14 @@ class Visitor:
     """Somebody who meets the attention calls of a module.
 
     Attributes:
-        num_keys: Calls with fewer keys are let pass (as a function: it may change between passes).
-        change: Returns the call that takes place in place of this one.
+        num_keys: Calls with fewer keys are not watched (as a function: it may change between passes).
+        length: Keys that a watched call must hold, where that is known.
+        change: Returns the call that takes place in place of this one; it is asked about calls with fewer keys too.
         watch: Is shown the first call that takes place, after the module has run; its result counts as seen.
     """
 
     num_keys: Callable[[], int]
+    length: Callable[[], int | None] = lambda: None
     change: Callable[[Call], Call] | None = None
     watch: Callable[[Call], None] | None = None
 
@@ -61,19 +64,26 @@ class _Meeting(TorchFunctionMode):
         if func is not ATTENTION:
             return func(*args, **kwargs)
         call: Call = {**dict(zip(NAMES, args, strict=False)), **kwargs}
-        length, changed = call["key"].shape[2], False
-        here = [length >= visitor.num_keys() for visitor in self.visitors]
-        for visitor, met in zip(self.visitors, here, strict=True):
-            if met and visitor.change is not None:
+        keys, changed = call["key"].shape[2], False
+        for visitor in self.visitors:
+            if visitor.change is not None:
+                _check_length(visitor, keys)
                 new = visitor.change(call)
                 changed, call = changed or new is not call, new
-        for index, met in enumerate(here):
-            if met and self.seen[index] is None:
+        for index, visitor in enumerate(self.visitors):
+            if keys >= visitor.num_keys() and self.seen[index] is None:
+                _check_length(visitor, keys)
                 self.seen[index] = call
         if not changed:
             return func(*args, **kwargs)
         attend = call.get("attend", func)
         return attend(**{k: v for k, v in call.items() if k != "attend"})
+
+
+def _check_length(visitor: Visitor, keys: int) -> None:
+    length = visitor.length()
+    if length is not None and keys >= visitor.num_keys() and keys != length:
+        raise ValueError(f"layout must be that of the {keys} tokens of the attention, got one of {length}")
 
 
 def _met(entry: _Entry) -> Callable[..., Any]:
@@ -130,3 +140,23 @@ def additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The model inside wrappers such as DDP, torch.compile's and PEFT's."""
+    while True:
+        base = getattr(model, "get_base_model", None)
+        found = base() if callable(base) else getattr(model, "module", getattr(model, "_orig_mod", None))
+        if not isinstance(found, nn.Module) or found is model:
+            return model
+        model = found
+
+
+def by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a model's forward by name, those given by position too."""
+    if not args:
+        return kwargs
+    try:
+        return dict(inspect.signature(inner(model).forward).bind_partial(*args, **kwargs).arguments)
+    except TypeError:  # not its arguments: the model itself will say so
+        return kwargs

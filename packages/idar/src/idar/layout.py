@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from idar.attention import Span, check_spans
@@ -17,16 +17,21 @@ class SubjectLayout:
         num_text: Text tokens.
         image_span: (start, stop) of the image tokens in the joint sequence.
         subject_spans: (start, stop) of every reference in the joint sequence.
+        length: Tokens of the whole sequence, where that is known: passes of another length are refused then. None where tokens
+            may follow that belong to no subject.
     """
 
     num_text: int
     image_span: Span
     subject_spans: tuple[Span, ...]
+    length: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         check_spans(self.stop, self.subject_spans, self.image_span)
         if self.num_text < 0:
             raise ValueError(f"num_text must not be negative, got {self.num_text}")
+        if self.length is not None and self.length < self.stop:
+            raise ValueError(f"length must be at least {self.stop}, where the last span stops, got {self.length}")
 
     @property
     def stop(self) -> int:
@@ -54,4 +59,7 @@ class SubjectLayout:
         for count in num_references:
             spans.append((start, start + count))
             start += count
-        return cls(num_text=num_text, image_span=(begin, begin + num_image), subject_spans=tuple(spans))
+        length = num_text + num_image + sum(num_references)
+        return cls(
+            num_text=num_text, image_span=(begin, begin + num_image), subject_spans=tuple(spans), length=length
+        )

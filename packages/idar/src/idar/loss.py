@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal, NamedTuple
 
 import torch
@@ -95,20 +96,22 @@ def idar_loss(
     maps: Float[Tensor, "b s n"],
     masks: Float[Tensor, "b s n"],
     *,
-    kind: LossKind = "dice",
+    kind: LossKind = "share_cross_entropy",
     normalization: Normalization = "none",
     weight: Float[Tensor, " b"] | None = None,
     eps: float = 1e-6,
 ) -> IDARLoss:
     """Attention loss of subjects against their masks; overlapping masks are allowed.
 
-    A subject whose mask is empty (absent from the target) is left out.
+    A subject whose mask is empty (absent from the target) is left out. The default is the form that made pictures better in this
+    project's studies (docs/adr/0020), on maps of "image_to_reference"; the paper's letter, which did not, is ``kind="dice"`` and
+    ``normalization="max"`` on maps of "reference_to_image".
 
     Args:
-        maps: From `subject_attention`, averaged over blocks.
+        maps: From `capture_attention` or `subject_attention`, averaged over blocks.
         masks: From `token_masks`, in [0, 1].
-        kind: "dice" (the paper), "soft_iou", "cross_entropy" of the map, "balanced" (FastComposer); of image_to_reference
-            "share_cross_entropy" or "token_cross_entropy" as well.
+        kind: "share_cross_entropy" or "token_cross_entropy" of image_to_reference; "dice" (the paper), "soft_iou", "cross_entropy" of
+            the map, "balanced" (FastComposer) of either direction.
         normalization: Applied to the maps before the loss (`normalize_maps`).
         weight: One factor of at least 0 per sample, such as `sigma_weight`.
         eps: Smoothing.
@@ -123,6 +126,8 @@ def idar_loss(
     check_masks(maps, masks)
     if kind not in _LOSSES:
         raise ValueError(f"kind must be one of {tuple(_LOSSES)}, got {kind!r}")
+    if kind in ("share_cross_entropy", "token_cross_entropy") and normalization == "none":
+        _warn_of_the_other_direction(maps, kind)
     present = masks.sum(-1) > 0
     if not bool(present.any()):
         raise ValueError("masks must cover something for at least one subject, got only empty masks")
@@ -130,6 +135,16 @@ def idar_loss(
     values = torch.where(present, values, torch.zeros_like(values))
     total = values.sum(1) if weight is None else values.sum(1) * weight
     return IDARLoss(total.mean(), values.detach(), present)
+
+
+def _warn_of_the_other_direction(maps: Tensor, kind: str) -> None:
+    """Maps of "reference_to_image" each sum to one over the picture: what a token's shares of them say has no meaning."""
+    if not bool(((maps.detach().sum(-1) - 1).abs() > 1e-3).any()):
+        warnings.warn(
+            f'kind="{kind}" is made for maps of direction "image_to_reference", got maps that each sum to 1 as those of '
+            '"reference_to_image" do; capture the other direction, or say kind="dice" and normalization="max"',
+            stacklevel=3,
+        )
 
 
 def sigma_weight(sigma: Float[Tensor, " b"], *, sigma_max: float = 1.0, power: float = 0.0) -> Float[Tensor, " b"]:

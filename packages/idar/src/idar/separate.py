@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from idar.intercept import ATTENTION, Call, Visitor, additive, meet
+from idar.intercept import ATTENTION, Call, Visitor, additive, by_name, meet
 from idar.layout import SubjectLayout
 from idar.separation import (
     SUBJECT_ARROWS,
@@ -68,8 +68,17 @@ class Separation:
     @property
     def num_keys(self) -> int:
         """Keys that a call must hold at least."""
-        layouts = self.layout if isinstance(self.layout, list) else [self.layout]
-        return max(one.stop for one in layouts if one is not None)
+        return max(one.stop for one in self._layouts)
+
+    @property
+    def length(self) -> int | None:
+        """Keys that it must hold, where the layout says so."""
+        return max((one.length for one in self._layouts if one.length is not None), default=None)
+
+    @property
+    def _layouts(self) -> list[SubjectLayout]:
+        assert self.layout is not None
+        return [self.layout] if isinstance(self.layout, SubjectLayout) else self.layout
 
     def start(self, layout: SubjectLayout | Sequence[SubjectLayout], sigma: Tensor | None = None) -> None:
         """Before each pass: what holds in it. Called by the model's forward.
@@ -107,38 +116,69 @@ class Separation:
         if self.backend == "flex" or (self.backend == "auto" and self.masks.is_cuda):
             self._roles = TokenRoles(layouts, self.masks, self.background, self.arrows, self.num_keys)
         else:
-            self._bias = separation_bias(
-                self.layout, self.masks, strength=power, background=self.background, arrows=self.arrows
-            )
+            self._bias = self._bias_of(self.masks)
 
     def change(self, call: Call) -> Call:
         """The attention call with the arrows between subjects weighed."""
         if not self._active:
             return call
         query, key = call["query"], call["key"]
-        if self._roles is not None and _flex_can(call):
+        if key.shape[2] < self.num_keys:
+            bias = self._among_references(query, key)
+            if bias is None:
+                return call
+        elif self._roles is not None and _flex_can(call):
             return self._flex(call, self._roles)
-        bias = self._bias
-        if not isinstance(self.masks, Tensor):
-            assert self.masks is not None and isinstance(self.layout, SubjectLayout)
-            with torch.no_grad():
-                routed = self.masks(query.detach(), key.detach(), self.layout)
-                bias = separation_bias(
-                    self.layout, routed, strength=self._power, background=self.background, arrows=self.arrows
-                )
-        elif bias is None:
-            assert self.layout is not None
-            bias = separation_bias(
-                self.layout, self.masks, strength=self._power, background=self.background, arrows=self.arrows
-            )
-        assert bias is not None
-        bias = _fitted(bias, query, key, self.layout)
-        if self.heads is not None:
-            chosen = torch.zeros(query.shape[1], dtype=torch.bool, device=query.device)
-            chosen[list(self.heads)] = True
+        else:
+            bias = _fitted(self._bias_for(query, key), query, key, self.layout)
+        chosen = self._chosen(query)
+        if chosen is not None:
             bias = torch.where(chosen[None, :, None, None], bias, torch.zeros_like(bias))
         there = additive(call.get("attn_mask"), query)
         return {**call, "attn_mask": bias if there is None else bias + there}
+
+    def _bias_of(self, masks: Tensor) -> Tensor:
+        assert self.layout is not None
+        with torch.no_grad():
+            return separation_bias(
+                self.layout, masks, strength=self._power, background=self.background, arrows=self.arrows
+            )
+
+    def _bias_for(self, query: Tensor, key: Tensor) -> Tensor:
+        """The bias of the pass, or of this call where its own attention says who owns a token."""
+        if not isinstance(self.masks, Tensor):
+            if self.masks is None or not isinstance(self.layout, SubjectLayout):
+                raise ValueError("layout must be one for all rows where masks are a router, got one per row")
+            return self._bias_of(self.masks(query.detach(), key.detach(), self.layout))
+        if self._bias is None:  # FlexAttention cannot take this call
+            self._bias = self._bias_of(self.masks)
+        return self._bias
+
+    def _among_references(self, query: Tensor, key: Tensor) -> Tensor | None:
+        """The bias of a call that holds the references alone, as FLUX.2-klein-KV makes; None for other short calls, or nothing to do."""
+        if "reference_to_reference" not in self.arrows or len(self._layouts) != 1:
+            return None
+        spans = sorted((span, i) for i, span in enumerate(self._layouts[0].subject_spans))
+        owners = [i for (start, stop), i in spans for _ in range(stop - start)]
+        if len(spans) < 2 or not query.shape[2] == key.shape[2] == len(owners):
+            return None
+        owner = torch.tensor(owners, device=query.device)
+        allowed = (owner[:, None] == owner).float()
+        power = torch.as_tensor(self._power, dtype=torch.float32, device=query.device).reshape(-1, 1, 1, 1)
+        if query.shape[0] % len(power):
+            raise ValueError(f"strength must have one row per sample ({query.shape[0]}), got {len(power)}")
+        bias = (1 - power * (1 - allowed)).log().to(query.dtype)
+        return bias.repeat(query.shape[0] // len(bias), 1, 1, 1)
+
+    def _chosen(self, query: Tensor) -> Tensor | None:
+        """Which heads are separated, (h,); None is all of them."""
+        if self.heads is None:
+            return None
+        if max(self.heads) >= query.shape[1]:
+            raise ValueError(f"heads must be below the attention's {query.shape[1]}, got {list(self.heads)}")
+        chosen = torch.zeros(query.shape[1], dtype=torch.bool, device=query.device)
+        chosen[list(self.heads)] = True
+        return chosen
 
     def _flex(self, call: Call, roles: TokenRoles) -> Call:
         """The call through FlexAttention, which skips blocks of forbidden arrows and weighs the others."""
@@ -149,10 +189,7 @@ class Separation:
             raise ValueError(f"masks must have one row per sample ({rows}) or divide them, got {len(roles.masks)}")
         power = torch.as_tensor(self._power, dtype=torch.float32, device=query.device).reshape(-1)
         power = power.expand(len(roles.masks)) if len(power) == 1 else power
-        heads = None
-        if self.heads is not None:
-            heads = torch.zeros(query.shape[1], dtype=torch.bool, device=query.device)
-            heads[list(self.heads)] = True
+        heads = self._chosen(query)
         stop = roles.subject.shape[1]
 
         def weight(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -219,7 +256,8 @@ def _fitted(
     if extra:  # text that comes last
         bias = nn.functional.pad(bias, (0, extra, 0, extra))
     if query.shape[2] != key.shape[2]:  # FLUX.2-klein-KV: the references' queries are elsewhere
-        assert isinstance(layout, SubjectLayout)
+        if not isinstance(layout, SubjectLayout):
+            raise ValueError("layout must be one for all rows where references have no queries, got one per row")
         kept = torch.ones(key.shape[2], dtype=torch.bool)
         for start, stop in layout.subject_spans:
             kept[start:stop] = False
@@ -244,6 +282,7 @@ def separate_attention(
     heads: Sequence[int] | None = None,
     backend: Backend = "auto",
     sigma_of: Callable[[dict[str, Any]], Tensor | None] = lambda _: None,
+    check: Callable[[SubjectLayout | Sequence[SubjectLayout], dict[str, Any]], None] = lambda _, __: None,
 ) -> Iterator[Separation]:
     """Weighs arrows between subjects in the attention of ``modules`` during the forward passes of ``model``.
 
@@ -253,14 +292,15 @@ def separate_attention(
     Args:
         model: What a pass is a pass of.
         modules: Modules of it, by name, whose forward calls ``torch.nn.functional.scaled_dot_product_attention``.
-        layout: Where everything is in the joint sequence; one, one per row, or a function of the keyword arguments of the model's forward.
+        layout: Where everything is in the joint sequence; one, one per row, or a function of the arguments (by name) of the model's forward.
         masks: Where each subject is in the picture, for every row or for rows that repeat (guidance doubles the batch); or a `Router`.
         strength: See `separation_bias`; or a function from the rows' noise levels (b,) to strengths (b,).
         background: See `separation_bias`.
         arrows: See `separation_bias`.
         heads: Only these heads.
         backend: See `Separation`.
-        sigma_of: Noise levels of the rows, from the keyword arguments of the model's forward.
+        sigma_of: Noise levels of the rows, from the arguments (by name) of the model's forward.
+        check: Raises ValueError where a layout does not fit those arguments.
 
     Yields:
         The `Separation`; change its masks or strength between passes.
@@ -277,12 +317,18 @@ def separate_attention(
             layout, masks, strength if isinstance(strength, (int, float, Tensor)) else 1.0, background, arrows
         )
 
-    def begin(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state.start(layout(kwargs) if callable(layout) else layout, sigma_of(kwargs))
+    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = by_name(model, args, kwargs)
+        found = layout(given) if callable(layout) else layout
+        check(found, given)
+        state.start(found, sigma_of(given))
+
+    def visitor_of(_: str) -> Visitor:
+        return Visitor(num_keys=lambda: state.num_keys, length=lambda: state.length, change=state.change)
 
     hook = model.register_forward_pre_hook(begin, with_kwargs=True)
     try:
-        with meet(modules, lambda _: Visitor(num_keys=lambda: state.num_keys, change=state.change)):
+        with meet(modules, visitor_of):
             yield state
     finally:
         hook.remove()

@@ -101,8 +101,8 @@ def check_separation(
 ) -> list[SubjectLayout]:
     """The layouts, one for all rows or one per row; raises ValueError where something does not fit."""
     layouts = [layout] if isinstance(layout, SubjectLayout) else list(layout)
-    if masks.dim() != 3:
-        raise ValueError(f"masks must be (b, s, m), got {tuple(masks.shape)}")
+    if masks.dim() != 3 or not len(masks) or masks.is_complex():
+        raise ValueError(f"masks must be (b, s, m), real and of at least one row, got {tuple(masks.shape)}")
     if len(layouts) not in (1, len(masks)):
         raise ValueError(f"layout must be one, or one per row of masks ({len(masks)}), got {len(layouts)}")
     for one in layouts:
@@ -225,6 +225,7 @@ def separates_nothing(strength: float | Tensor, masks: Tensor, background: Backg
         return False
     if "reference_to_text" in arrows or "text_to_reference" in arrows:
         return False
+    masks = masks.float()
     reach = masks if background == "none" else (masks + 1 - masks.amax(1, keepdim=True)).clamp(max=1)
     return bool((reach == 1).all())
 

@@ -12,11 +12,21 @@ from torch import Tensor, nn
 
 from idar.attention import Direction
 from idar.capture import CapturedMaps, capture_attention
-from idar.layout import SubjectLayout
+from idar.integrations.layouts import Layout, checker, flux_kv_layout, flux_layout, qwen_layout, sd3_layout
+from idar.intercept import inner
 from idar.separate import Backend, Layouts, Router, Separation, Strength, separate_attention
 from idar.separation import SUBJECT_ARROWS, Arrow, Background
 
-Layout = SubjectLayout | Callable[[dict[str, Any]], SubjectLayout]
+__all__ = [
+    "Layout",
+    "attention_blocks",
+    "capture_subject_attention",
+    "flux_kv_layout",
+    "flux_layout",
+    "qwen_layout",
+    "sd3_layout",
+    "separate_subjects",
+]
 
 
 def attention_blocks(
@@ -53,7 +63,7 @@ def capture_subject_attention(
     transformer: nn.Module,
     layout: Layout,
     *,
-    direction: Direction = "reference_to_image",
+    direction: Direction = "image_to_reference",
     blocks: Callable[[str], bool] | Sequence[str] | None = None,
     keep_blocks: bool = False,
     num_samples: int | None = None,
@@ -69,9 +79,10 @@ def capture_subject_attention(
     Args:
         transformer: A FluxTransformer2DModel, Flux2Transformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel or
             another MM-DiT with the same attention modules; it may be wrapped in DDP.
-        layout: Where text, image and references are in the joint sequence; or a function that says so from the keyword arguments of
-            the transformer's forward (`flux_layout`, `qwen_layout`).
-        direction: See `idar.subject_attention`.
+        layout: Where text, image and references are in the joint sequence; or a function that says so from the arguments of the
+            transformer's forward (`flux_layout`, `flux_kv_layout()`, `qwen_layout`, `sd3_layout(...)`). One that is not that of the pass
+            is refused.
+        direction: See `idar.capture_attention`.
         blocks: Names of attention modules, or a predicate on them; the double-stream blocks by default.
         keep_blocks: Keep the maps of the single blocks too (``captured.blocks``).
         num_samples: Queries of each reference to estimate from, see `idar.subject_attention`; one subset is drawn per pass.
@@ -82,7 +93,7 @@ def capture_subject_attention(
         `CapturedMaps`; ``captured.maps`` is the mean over the blocks of the last forward pass.
 
     Raises:
-        ValueError: The transformer has no such blocks.
+        ValueError: The transformer has no such blocks; in the pass, the layout is not that of the sequence.
     """
     with capture_attention(
         transformer,
@@ -93,6 +104,7 @@ def capture_subject_attention(
         num_samples=num_samples,
         generator=generator,
         chunk_size=chunk_size,
+        check=checker(transformer),
     ) as captured:
         yield captured
 
@@ -137,9 +149,9 @@ def separate_subjects(
         The `idar.Separation`; its masks and strength may be changed between passes.
 
     Raises:
-        ValueError: The transformer has no such blocks, or masks and layout do not fit.
+        ValueError: The transformer has no such blocks, or masks and layout do not fit each other or, in the pass, the sequence.
     """
-    levels = 1000.0 if type(transformer).__name__ == "SD3Transformer2DModel" else 1.0
+    levels = 1000.0 if type(inner(transformer)).__name__ == "SD3Transformer2DModel" else 1.0
 
     def sigma_of(kwargs: dict[str, Any]) -> Tensor | None:
         timestep = kwargs.get("timestep")
@@ -156,49 +168,6 @@ def separate_subjects(
         heads=heads,
         backend=backend,
         sigma_of=sigma_of,
+        check=checker(transformer),
     ) as separation:
         yield separation
-
-
-def flux_layout(kwargs: dict[str, Any]) -> SubjectLayout:
-    """Layout of a pass of FLUX.1-Kontext or FLUX.2, read off the position ids: the first axis numbers the pictures.
-
-    The picture that is being made has 0 there; each reference another number (FLUX.2: 10, 20, ...).
-
-    Raises:
-        ValueError: There are no references in the pass.
-    """
-    return _layout_of_groups(_rows(kwargs["img_ids"])[:, 0], _rows(kwargs["txt_ids"]).shape[0])
-
-
-def qwen_layout(kwargs: dict[str, Any]) -> SubjectLayout:
-    """Layout of a pass of Qwen-Image-Edit, read off ``img_shapes``: the picture that is being made, then the references.
-
-    Raises:
-        ValueError: There are no references in the pass.
-    """
-    shapes = kwargs["img_shapes"]
-    shapes = shapes[0] if isinstance(shapes[0], list) else shapes
-    image, *references = [frames * rows * columns for frames, rows, columns in shapes]
-    if not references:
-        raise ValueError("img_shapes must hold at least one reference, got the picture alone")
-    return SubjectLayout.in_order(kwargs["encoder_hidden_states"].shape[1], image, references)
-
-
-def _rows(ids: Tensor) -> Tensor:
-    return ids[0] if ids.dim() == 3 else ids
-
-
-def _layout_of_groups(group: Tensor, num_text: int) -> SubjectLayout:
-    """Consecutive equal numbers are one picture; 0 is the one being made."""
-    values, counts = torch.unique_consecutive(group, return_counts=True)
-    stops = (counts.cumsum(0) + num_text).tolist()
-    spans = [(stop - count, stop) for stop, count in zip(stops, counts.tolist(), strict=True)]
-    image = [span for span, value in zip(spans, values.tolist(), strict=True) if value == 0]
-    if len(image) != 1 or len(spans) < 2:
-        raise ValueError(
-            f"img_ids must number one picture 0 and each reference otherwise on their first axis, got {values.tolist()}"
-        )
-    return SubjectLayout(
-        num_text=num_text, image_span=image[0], subject_spans=tuple(span for span in spans if span != image[0])
-    )

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from idar.attention import DIRECTIONS, Direction
 from idar.capture import CapturedMaps
-from idar.integrations.diffusers import Layout, capture_subject_attention, flux_layout, qwen_layout
+from idar.integrations.diffusers import (
+    Layout,
+    capture_subject_attention,
+    flux_kv_layout,
+    flux_layout,
+    qwen_layout,
+)
 from idar.layout import SubjectLayout
 
 # how references reach the model, and how many at most
@@ -23,7 +29,7 @@ SUPPORTED: dict[str, tuple[str, int | None]] = {
     "FluxKontextPipeline": ("flux", 1),
     "Flux2Pipeline": ("flux", None),
     "Flux2KleinPipeline": ("flux", None),
-    "Flux2KleinKVPipeline": ("flux", None),
+    "Flux2KleinKVPipeline": ("flux-kv", None),
     "QwenImageEditPlusPipeline": ("qwen", None),
 }
 
@@ -179,7 +185,7 @@ def ready(
     if min(height, width) < side or height % side or width % side:
         raise ValueError(f"size must be multiples of {side} pixels, got {height} x {width}")
     given: dict[str, Any] = {"prompt": prompt or None, "height": height, "width": width, "output_type": "pt"}
-    layout: Layout = qwen_layout if way == "qwen" else flux_layout
+    layout: Layout = {"qwen": qwen_layout, "flux-kv": flux_kv_layout()}.get(way, flux_layout)
     with ExitStack() as stack:
         if way == "context":
             longest = int(getattr(pipe.tokenizer_2, "model_max_length", 512)) if pipe.tokenizer_2 else 512
