@@ -55,12 +55,13 @@ def run(rank: int, split: list[int], wrapped: bool) -> dict[str, torch.Tensor]:
         ids = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3])
         rewards[:4] = 1.0
     rows = torch.arange(12).split(split)[rank]
-    advantages = group_advantages(rewards[rows], ids[rows])
+    everyone = dist.group.WORLD if dist.is_initialized() else None
+    advantages = group_advantages(rewards[rows], ids[rows], process_group=everyone)
     model = torch.nn.parallel.DistributedDataParallel(layer) if wrapped else layer
     config = PolicyConfig(num_inner_epochs=3, max_grad_norm=1e9, reduce_gradients=not wrapped, target_clip_fraction=0.3)
     trainer = PolicyTrainer(list(layer.parameters()), torch.optim.SGD(layer.parameters(), lr=0.3), config)
-    statistics = trainer.update(lambda x, s, i: model(x), part(drawn, rows), advantages, FlowSDE())
-    counted = group_statistics(rewards[rows], ids[rows])
+    statistics = trainer.update(lambda x, s, i: model(x), part(drawn, rows), advantages, group_ids=ids[rows])
+    counted = group_statistics(rewards[rows], ids[rows], process_group=everyone)
     return {
         "weight": layer.weight.detach().clone(),
         "clip_range": torch.tensor(statistics.clip_range),

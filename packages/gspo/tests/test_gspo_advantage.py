@@ -79,8 +79,6 @@ def test_rewards_are_normalised_one_by_one() -> None:
     got = multi_reward_advantages({"a": small, "b": large}, {"a": 1.0, "b": 0.5}, ids, eps=0.0)
     torch.testing.assert_close(got, torch.tensor([-0.5, 1.5, -1.5, 0.5]))
     assert multi_reward_advantages({"a": small, "b": -small}, {"a": 1.0, "b": 1.0}, ids).abs().max() < 1e-6
-    broken = multi_reward_advantages({"a": small, "b": torch.tensor([NAN, 1.0, 2.0, 3.0])}, {"a": 1.0, "b": 1.0}, ids)
-    assert broken.isnan().tolist() == [True, False, False, False]
 
 
 def test_rows_may_come_in_any_order() -> None:

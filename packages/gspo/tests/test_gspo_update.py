@@ -47,7 +47,7 @@ class Case:
 
     def trained_gradient(self, **options) -> torch.Tensor:  # type: ignore[no-untyped-def]
         extra = {k: options.pop(k) for k in ("reference", "replay") if k in options}
-        config = PolicyConfig(**{"clip_range": 0.01, "num_inner_epochs": 1, "max_grad_norm": 1e9, **options})
+        config = PolicyConfig(**{"clip_range": 0.01, "num_inner_epochs": 1, "max_grad_norm": 1e9, "off_policy": "allow", **options})
         trainer = PolicyTrainer([self.weight], torch.optim.SGD([self.weight], lr=0.0), config)
         self.statistics = trainer.update(self.policy, self.rollout, self.advantages, self.kernel, **extra)
         assert self.weight.grad is not None
@@ -125,15 +125,16 @@ def test_kl_to_the_reference_is_added_with_its_gradient() -> None:
         yield
         case.weight.data = kept
 
-    new = rescore(case.policy, case.rollout, case.kernel, rows=case.kept)
+    # over all samples: the one without a reward and those of the flat group too
+    new = rescore(case.policy, case.rollout, case.kernel)
     with torch.no_grad(), reference():
-        fixed = rescore(case.policy, case.rollout, case.kernel, rows=case.kept)
+        fixed = rescore(case.policy, case.rollout, case.kernel)
     kl = torch.stack([gaussian_kl(new.mean[:, t], fixed.mean[:, t], new.std[:, t]) for t in range(3)]).mean()
     (gradient,) = torch.autograd.grad(kl, case.weight)
     want = case.slow_gradient("sequence") + 0.7 * gradient
     got = case.trained_gradient(kl_coef=0.7, reference=reference, micro_batch_size=3)
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-3)
-    assert case.statistics.kl == pytest.approx(float(kl), rel=1e-4)
+    assert case.statistics.kl == pytest.approx(kl.item(), rel=1e-4)
     with pytest.raises(ValueError, match="reference"):
         case.trained_gradient(kl_coef=0.7)
 
@@ -180,7 +181,7 @@ def test_nothing_to_learn_is_skipped_and_a_broken_gradient_does_no_harm() -> Non
         case.weight.mul_(1)
     broken = lambda x, s, i: (x @ case.weight) * torch.sqrt((x * 0) @ case.weight)  # noqa: E731  (gradient of sqrt at 0)
     statistics = PolicyTrainer(
-        [case.weight], torch.optim.SGD([case.weight], lr=1.0), PolicyConfig(clip_range=0.1)
+        [case.weight], torch.optim.SGD([case.weight], lr=1.0), PolicyConfig(clip_range=0.1, off_policy="allow")
     ).update(broken, case.rollout, case.advantages, case.kernel)
     assert statistics.skipped and torch.equal(case.weight, before)
 
@@ -198,6 +199,65 @@ def test_replayed_rows_keep_their_place() -> None:
     got = case.trained_gradient(ratio="step", replay=replay, micro_batch_size=8)
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-3)
     assert seen == [(p, rows) for p in range(3) for rows in (list(range(8)), list(range(8, 12)))]
+
+
+def one_step(rewards: list, **options):  # type: ignore[no-untyped-def]
+    """The gradient of one on-policy update, and its statistics, for groups of 3 with these rewards."""
+    g = torch.Generator().manual_seed(1)
+    weight = torch.nn.Parameter(torch.randn(3, 3, generator=g) * 0.1)
+    policy = lambda x, s, i: x @ weight  # noqa: E731
+    got = rollout(
+        policy, torch.randn(len(rewards) // 3, 3, generator=g), torch.linspace(1, 0, 9), kernel=FlowSDE(), window=(2, 3),
+        group_size=3, generator=g,
+    )  # fmt: skip
+    config = PolicyConfig(num_inner_epochs=1, max_grad_norm=1e9, **options)
+    trainer = PolicyTrainer([weight], torch.optim.SGD([weight], lr=0.0), config)
+    statistics = trainer.update(policy, got, group_advantages(rewards, got.index, eps=0.0))
+    new = rescore(policy, got)
+    return weight, statistics, new
+
+
+@pytest.mark.parametrize("ratio", ["sequence", "step", "guarded"])
+def test_an_advantage_of_0_inside_a_group_with_a_signal_is_a_sample_like_others(ratio: str) -> None:
+    """Rewards 1, 2, 3: the mean is over three samples, not over the two that pull."""
+    weight, statistics, new = one_step([1, 2, 3], ratio=ratio)
+    assert statistics.num_samples == 3
+    gain = torch.tensor([-1.0, 0.0, 1.0]) * 1.5**0.5
+    per_entry = new.log_prob_mean * (new.std.detach() if ratio == "guarded" else 1.0)
+    want = torch.autograd.grad(-(per_entry * gain[:, None]).mean(), weight)[0]
+    torch.testing.assert_close(weight.grad, want, atol=1e-6, rtol=1e-4)
+
+
+def test_only_groups_without_variance_are_dropped_from_the_mean() -> None:
+    weight, statistics, new = one_step([1, 2, 3, 5, 5, 5, None, 1, 1.5, None, 2, 2])
+    assert statistics.num_samples == 3 + 2
+    gain = torch.tensor([-(1.5**0.5), 0.0, 1.5**0.5, -1.0, 1.0])
+    rows = torch.tensor([0, 1, 2, 7, 8])
+    want = torch.autograd.grad(-(new.log_prob_mean[rows].mean(1) * gain).mean(), weight)[0]
+    torch.testing.assert_close(weight.grad, want, atol=1e-6, rtol=1e-4)
+    assert one_step([5, 5, 5])[1].skipped and one_step([None, None, 1])[1].skipped
+
+
+def test_the_divergence_is_a_mean_over_samples_without_a_signal_too() -> None:
+    """Every group is flat: no surrogate, and still the reference holds the policy."""
+    case, base = Case(), torch.zeros(3, 3)
+
+    @contextmanager
+    def reference():  # type: ignore[no-untyped-def]
+        kept = case.weight.data
+        case.weight.data = base
+        yield
+        case.weight.data = kept
+
+    new = rescore(case.policy, case.rollout)
+    with torch.no_grad(), reference():
+        fixed = rescore(case.policy, case.rollout)
+    kl = torch.stack([gaussian_kl(new.mean[:, t], fixed.mean[:, t], new.std[:, t]) for t in range(3)]).mean()
+    (want,) = torch.autograd.grad(kl, case.weight)
+    case.advantages = torch.zeros(12)
+    got = case.trained_gradient(kl_coef=1.0, reference=reference)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-3)
+    assert not case.statistics.skipped and case.statistics.num_samples == 0
 
 
 @pytest.mark.parametrize("kind", ["sequence", "step", "guarded"])

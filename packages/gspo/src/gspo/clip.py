@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.distributed import gather_rows
+from gspo.distributed import ProcessGroup, gather_rows, total
+from gspo.inputs import Numbers, as_numbers, require_tensor
+from gspo.objective import ClipRange
 
 
 def auto_clip_range(
     ratio: Float[Tensor, " b"] | Float[Tensor, "b t"],
     target_clip_fraction: float = 0.1,
-    advantages: Float[Tensor, " b"] | None = None,
+    advantages: Numbers | None = None,
+    *,
+    process_group: ProcessGroup | None = None,
 ) -> float:
     """The clip range that would clip ``target_clip_fraction`` of these entries: a quantile of their progress.
 
@@ -23,30 +30,37 @@ def auto_clip_range(
 
     Without advantages, or where that quantile is not positive, ``|ratio - 1|`` stands for the progress. Measured on the ratio
     after the first update of a rollout, beta follows the scale of the log-ratio, which differs by orders of magnitude between
-    kernels, window positions and numbers of elements. Over all ranks of an initialised torch.distributed.
+    kernels, window positions and numbers of elements.
 
     Args:
         ratio: Off-policy ratios.
         target_clip_fraction: In (0, 1).
         advantages: One per sample; NaN and 0 leave a sample out.
+        process_group: Ranks whose entries count, all of which must call; None is this rank alone.
 
     Raises:
-        ValueError: No entry is finite.
+        ValueError: No entry is finite, or there is not one advantage per sample.
 
     >>> round(auto_clip_range(torch.tensor([0.9, 1.0, 1.05, 1.2]), 0.25), 3)
     0.125
     >>> round(auto_clip_range(torch.tensor([0.9, 0.8, 1.1, 1.3]), 0.5, torch.tensor([1.0, -1.0, 1.0, 1.0])), 3)
     0.15
     """
+    require_tensor(ratio=ratio)
+    if not 0 < target_clip_fraction < 1:
+        raise ValueError(f"target_clip_fraction must be in (0, 1), got {target_clip_fraction}")
     away = ratio.detach().double() - 1
     away = away if away.dim() == 2 else away[:, None]
     sign = torch.zeros(len(ratio), 1, dtype=away.dtype, device=away.device)
     if advantages is not None:
-        sign = torch.nan_to_num(advantages).sign().to(away).unsqueeze(1)
+        gains = as_numbers("advantages", advantages)
+        if gains.shape != ratio.shape[:1]:
+            raise ValueError(f"advantages must be (b,) for ratio {tuple(ratio.shape)}, got {tuple(gains.shape)}")
+        sign = torch.nan_to_num(gains).sign().to(away).unsqueeze(1)
         away = away[sign[:, 0] != 0]
         sign = sign[sign[:, 0] != 0]
     pairs = torch.stack([away.abs().flatten(), (away * sign).flatten()], 1)
-    away_everywhere, progress = gather_rows(pairs[torch.isfinite(pairs).all(1)])[0].unbind(1)
+    away_everywhere, progress = gather_rows(pairs[torch.isfinite(pairs).all(1)], process_group)[0].unbind(1)
     if away_everywhere.numel() == 0:
         raise ValueError("ratio must hold at least one finite entry, got none")
     beta = float(torch.quantile(progress, 1 - target_clip_fraction))
@@ -86,9 +100,54 @@ class ClipRangeTracker:
         """One number per window start seen."""
         return {f"clip_range.{start}": value for start, value in self.ranges.items()}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Restores `state_dict`; other keys are ignored."""
         found = {k.removeprefix("clip_range."): v for k, v in state.items() if k.startswith("clip_range.")}
         if not all(math.isfinite(v) and v > 0 for v in found.values()):
             raise ValueError(f"state must hold positive clip ranges, got {found}")
         self.ranges = {int(start): float(value) for start, value in found.items()}
+
+
+class ClipPolicy(Protocol):
+    """Which clip range an update uses, by where its window starts."""
+
+    def at(self, start: int) -> ClipRange | None:
+        """The range, None where it is not known yet."""
+        ...
+
+    def observe(self, start: int, ratio: Tensor, advantages: Tensor) -> None:
+        """Learns from the ratios of a policy that has moved."""
+        ...
+
+
+@dataclass(frozen=True)
+class FixedClipRange:
+    """The same everywhere, always."""
+
+    value: ClipRange
+
+    def at(self, start: int) -> ClipRange:
+        """The range."""
+        return self.value
+
+    def observe(self, start: int, ratio: Tensor, advantages: Tensor) -> None:
+        """Learns nothing."""
+
+
+@dataclass(frozen=True)
+class MeasuredClipRange:
+    """`auto_clip_range` of what was observed, remembered by a `ClipRangeTracker`."""
+
+    target_clip_fraction: float = 0.1
+    tracker: ClipRangeTracker = field(default_factory=ClipRangeTracker)
+    process_group: ProcessGroup | None = None
+
+    def at(self, start: int) -> float | None:
+        """The range, None before the first measurement at this start."""
+        return self.tracker.at(start)
+
+    def observe(self, start: int, ratio: Tensor, advantages: Tensor) -> None:
+        """Measures, unless no ratio has moved (on any rank)."""
+        if total(float((ratio != 1).sum()), self.process_group) > 0:
+            measured = auto_clip_range(ratio, self.target_clip_fraction, advantages, process_group=self.process_group)
+            self.tracker.observe(start, measured)

@@ -1,54 +1,92 @@
-"""What statistics over all ranks need of torch.distributed; without an initialised process group every function is the identity."""
+"""What statistics over several ranks need of torch.distributed; with the group None (this rank alone) every function is the identity."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if TYPE_CHECKING or dist.is_available():
+    from torch.distributed import ProcessGroup as ProcessGroup
+else:  # a torch without it: one rank
+    ProcessGroup = Any
 
-def world_size() -> int:
-    """Number of ranks; 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+def resolve(process_group: ProcessGroup | Literal["world"] | None) -> ProcessGroup | None:
+    """The group of all ranks for "world" where torch.distributed is initialised (None where it is not); any other as it is."""
+    if process_group != "world":
+        return process_group
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
-def _carried(tensor: Tensor) -> Tensor:
+def world_size(group: ProcessGroup | None) -> int:
+    """Number of ranks in the group; 1 for None."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def rank_in(group: ProcessGroup | None) -> int:
+    """This process's place in the group; 0 for None."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def _carried(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """The tensor where the backend can send it from: NCCL takes CUDA tensors only."""
-    return tensor.cuda() if dist.get_backend() == "nccl" else tensor
+    return tensor.cuda() if dist.get_backend(group) == "nccl" else tensor
 
 
-def gather_rows(rows: Tensor) -> tuple[Tensor, slice]:
+def gather_rows(rows: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, slice]:
     """All ranks' rows, in the order of the ranks, and where this rank's are among them. Ranks may have different numbers of rows."""
-    if world_size() == 1:
+    if group is None or world_size(group) == 1:
         return rows, slice(0, len(rows))
-    local, rows = rows, _carried(rows)
+    local, rows = rows, _carried(rows, group)
     mine = torch.tensor([len(rows)], device=rows.device)
-    sizes = [torch.zeros_like(mine) for _ in range(world_size())]
-    dist.all_gather(sizes, mine)
+    sizes = [torch.zeros_like(mine) for _ in range(world_size(group))]
+    dist.all_gather(sizes, mine, group=group)
     counts = [int(s) for s in sizes]
     padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
     parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    start = sum(counts[: dist.get_rank()])
+    dist.all_gather(parts, padded, group=group)
+    start = sum(counts[: rank_in(group)])
     whole = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(local.device)
     return whole, slice(start, start + len(rows))
 
 
-def total(value: float) -> float:
-    """The sum of one number over all ranks."""
-    if world_size() == 1:
+def gather_objects(value: Any, group: ProcessGroup | None = None) -> list[Any]:
+    """Every rank's ``value`` (plain Python), in the order of ranks."""
+    if group is None or world_size(group) == 1:
+        return [value]
+    values: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def total(value: float, group: ProcessGroup | None = None) -> float:
+    """The sum of one number over the group."""
+    if group is None or world_size(group) == 1:
         return value
-    tensor = _carried(torch.tensor([value], dtype=torch.float64))
-    dist.all_reduce(tensor)
+    tensor = _carried(torch.tensor([value], dtype=torch.float64), group)
+    dist.all_reduce(tensor, group=group)
     return float(tensor)
 
 
-def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Adds up the gradients over all ranks, in place; a parameter without one counts as 0."""
-    if world_size() == 1:
+def largest(value: float, group: ProcessGroup | None = None) -> float:
+    """The largest of one number over the group."""
+    if group is None or world_size(group) == 1:
+        return value
+    tensor = _carried(torch.tensor([value], dtype=torch.float64), group)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return float(tensor)
+
+
+def sum_gradients(parameters: Sequence[torch.nn.Parameter], group: ProcessGroup | None = None) -> None:
+    """Adds up the gradients over the group, in place; a parameter without one counts as 0."""
+    if group is None or world_size(group) == 1:
         return
     for parameter in parameters:
         if parameter.requires_grad:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+            dist.all_reduce(parameter.grad, group=group)

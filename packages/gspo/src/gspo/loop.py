@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gspo.advantage import GroupStatistics, Scale, group_advantages, group_statistics, multi_reward_advantages
-from gspo.distributed import gather_rows
-from gspo.rollout import Hook, Rollout, VelocityFunction, rollout
-from gspo.sde import FlowSDE, Kernel
-from gspo.step import PolicyConfig, PolicyTrainer, Reference, UpdateStatistics
-from gspo.window import SlidingWindow
-
-Rewards = Tensor | Sequence[float | None] | Mapping[str, Tensor | Sequence[float | None]]
-RewardFunction = Callable[[Tensor, Tensor], Rewards]
-"""``(final latents (b, ...), index (b,)) -> rewards (b,)``, or several of them by name; None or NaN where there is none."""
+from gspo.advantage import GroupStatistics, group_statistics
+from gspo.distributed import ProcessGroup, gather_rows, largest, rank_in, resolve, total, world_size
+from gspo.finite import FiniteVelocity
+from gspo.inputs import Ids, as_ids, require_tensor
+from gspo.online_config import OnlineConfig as OnlineConfig
+from gspo.reward import RewardFunction as RewardFunction
+from gspo.reward import Rewards as Rewards
+from gspo.reward import RewardTable
+from gspo.reward import as_rewards as as_rewards
+from gspo.rollout import Hook, Rollout, Sigmas, VelocityFunction, rollout
+from gspo.shares import GroupShare, share_groups, shared_noise
+from gspo.step import PolicyTrainer, Reference, UpdateStatistics
 
 
 class StepReport(NamedTuple):
@@ -28,12 +30,15 @@ class StepReport(NamedTuple):
     Attributes:
         iteration: Its number, 0-based.
         window: Stochastic steps.
-        rewards: (b,); with several rewards their weighted sum.
+        rewards: (b,), this rank's; with several rewards their weighted sum.
         parts: Every reward by name (empty if there is only one).
         advantages: (b,).
-        groups: Groups, zero-variance groups and invalid rewards, over all ranks.
+        groups: Groups, groups without signal and missing rewards, over all ranks.
         update: What the update did.
-        rollout: Samples and trajectory.
+        rollout: Samples and trajectory, this rank's.
+        group_ids: Group of each sample, (b,).
+        broken_velocities: Calls of the policy that were not finite, over all ranks (where `PolicyConfig.on_nonfinite` is "skip").
+        scalars: What `summary` returns.
     """
 
     iteration: int
@@ -44,110 +49,70 @@ class StepReport(NamedTuple):
     groups: GroupStatistics
     update: UpdateStatistics
     rollout: Rollout
+    group_ids: Int[Tensor, " b"]
+    broken_velocities: int
+    scalars: dict[str, float]
 
     def summary(self) -> dict[str, float]:
-        """Scalars to log."""
-        finite = self.rewards[torch.isfinite(self.rewards)]
-        mean = float(finite.mean()) if len(finite) else float("nan")
-        return {
-            "reward": mean,
-            **{f"reward_{name}": float(part.nanmean()) for name, part in self.parts.items()},
-            "clip_fraction": float(self.update.surrogate.clip_fraction),
-            "clip_range": self.update.clip_range,
-            "approx_kl": float(self.update.surrogate.approx_kl),
-            "ratio_mean": float(self.update.surrogate.ratio_mean),
-            "ratio_std": float(self.update.surrogate.ratio_std),
-            "kl": self.update.kl,
-            "grad_norm": self.update.grad_norm,
-            "zero_variance_groups": float(self.groups.num_zero_variance),
-            "invalid_rewards": float(self.groups.num_invalid_rewards),
-            "function_evaluations": float(self.rollout.num_function_evaluations),
-        }
+        """Scalars to log, over all ranks."""
+        return dict(self.scalars)
 
 
-@dataclass(frozen=True, kw_only=True)
-class OnlineConfig:
-    """Everything of an online run but the policy, its optimizer and the reward.
+@dataclass(frozen=True)
+class _Draw:
+    """Which prompts this rank draws from, and how."""
 
-    Attributes:
-        window: Schedule of the stochastic steps; its num_steps is the rollout's.
-        kernel: Of the stochastic steps.
-        group_size: Members per prompt, >= 2.
-        tail_steps: Second-order steps after the window, or None for the remaining Euler steps.
-        share_prefix: Take the steps before the window once per group.
-        micro_batch_size: Rows of a rollout per call of the policy, None for all; ``policy.micro_batch_size`` is the update's.
-        offload: Keep trajectories in CPU memory.
-        advantage_scale: See `group_advantages`.
-        reward_weights: By name, for rewards that come as a dict: each is normalised in its group (GDPO), then weighted. Empty: 1 each.
-        policy: Ratio, clip range, epochs.
-        seed: Of the rollouts' noise.
-    """
-
-    window: SlidingWindow
-    kernel: Kernel = field(default_factory=FlowSDE)
-    group_size: int = 8
-    tail_steps: int | None = None
-    share_prefix: bool = True
-    micro_batch_size: int | None = None
-    offload: bool = False
-    advantage_scale: Scale = "group"
-    reward_weights: Mapping[str, float] = field(default_factory=dict)
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.group_size < 2:
-            raise ValueError(f"group_size must be at least 2 (a group of one has no advantage), got {self.group_size}")
-        for name in ("tail_steps", "micro_batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
-        if self.advantage_scale not in ("group", "global", "none"):
-            raise ValueError(f"advantage_scale must be 'group', 'global' or 'none', got {self.advantage_scale!r}")
+    noise: Tensor
+    index: Tensor
+    group_ids: Tensor
+    group_size: int
+    options: dict[str, Any]
 
 
-def as_rewards(values: Tensor | Sequence[float | None], count: int, device: torch.device, name: str = "") -> Tensor:
-    """Rewards as (count,) fp32; None becomes NaN.
+def _plan(
+    noise: Tensor,
+    config: OnlineConfig,
+    group_ids: Ids | None,
+    generator: torch.Generator | None,
+    ranks: ProcessGroup | None,
+) -> _Draw:
+    """This rank's part of the batch."""
+    index = torch.arange(len(noise), device=noise.device)
+    ids = index if group_ids is None else as_ids("group_ids", group_ids).to(noise.device)
+    if ids.shape != index.shape:
+        raise ValueError(f"group_ids must have one entry per row of noise ({len(noise)}), got {tuple(ids.shape)}")
+    if not config.split_batch:
+        if group_ids is None:  # every row of every rank is its own group
+            ids = ids + gather_rows(ids, ranks)[1].start
+        return _Draw(noise, index, ids, config.group_size, {})
+    share = share_groups(len(noise), config.group_size, rank=rank_in(ranks), num_ranks=world_size(ranks))
+    here = slice(share.prompts.start, share.prompts.stop)
+    options = {} if world_size(ranks) == 1 else {"step_noise": _agreed_noise(noise, share, generator, ranks)}
+    return _Draw(noise[here], index[here], ids[here], share.num_members, options)
 
-    Raises:
-        ValueError: There are not ``count`` numbers.
-    """
-    what = f"reward_fn must return {count} numbers, one per sample" + (f", for {name!r}" if name else "")
-    if isinstance(values, Tensor):
-        if values.shape != (count,):
-            raise ValueError(f"{what}, got a tensor of shape {tuple(values.shape)}")
-        return values.detach().to(device, torch.float32)
-    try:
-        numbers = [float("nan") if v is None else float(v) for v in values]
-    except TypeError:
-        raise ValueError(f"{what}, got {type(values).__name__}") from None
-    if len(numbers) != count:
-        raise ValueError(f"{what}, got {len(numbers)}")
-    return torch.tensor(numbers, device=device)
 
-
-def _advantages(values: Rewards, ids: Tensor, config: OnlineConfig) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Rewards, their parts and their advantages."""
-    count, device, scale = len(ids), ids.device, config.advantage_scale
-    if not isinstance(values, Mapping):
-        rewards = as_rewards(values, count, device)
-        return rewards, {}, group_advantages(rewards, ids, scale=scale)
-    parts = {name: as_rewards(part, count, device, name) for name, part in values.items()}
-    weights = dict(config.reward_weights) or dict.fromkeys(parts, 1.0)
-    advantages = multi_reward_advantages(parts, weights, ids, scale=scale)
-    return torch.stack([weights[name] * part for name, part in parts.items()]).sum(0), parts, advantages
+def _agreed_noise(
+    noise: Tensor, share: GroupShare, generator: torch.Generator | None, ranks: ProcessGroup | None
+) -> Callable[[int], Tensor]:
+    if generator is None:
+        raise ValueError("generator must be given with split_batch, in the same state on all ranks, got None")
+    mark = float(noise.double().sum())
+    if largest(mark, ranks) != -largest(-mark, ranks):
+        raise ValueError("noise must be the same on all ranks with split_batch, got noise that differs")
+    return shared_noise(generator, share, noise.shape[1:])
 
 
 def policy_step(
     trainer: PolicyTrainer,
     velocity_fn: VelocityFunction,
     noise: Float[Tensor, "p ..."],
-    sigmas: Float[Tensor, " t"],
+    sigmas: Sigmas,
     reward_fn: RewardFunction,
     config: OnlineConfig,
     *,
     iteration: int = 0,
     generator: torch.Generator | None = None,
-    group_ids: Int[Tensor, " p"] | None = None,
+    group_ids: Ids | None = None,
     reference: Reference | None = None,
     record: Hook | None = None,
     replay: Hook | None = None,
@@ -155,15 +120,15 @@ def policy_step(
     """One step: draw groups, reward them, update the policy.
 
     Args:
-        trainer: Holds parameters, optimizer and clip range.
-        velocity_fn: The policy, see `rollout`.
-        noise: One start per prompt.
+        trainer: Holds parameters, optimizer, clip range, and the ranks that train together.
+        velocity_fn: The policy, see `rollout`; its index is the row of ``noise``.
+        noise: One start per prompt; with ``config.split_batch`` those of all ranks.
         sigmas: Schedule, ``config.window.num_steps + 1`` levels.
         reward_fn: Called with final latents and the prompt of each; see `RewardFunction`. A NaN leaves its sample out.
         config: See `OnlineConfig`.
         iteration: Where the window stands.
         generator: Of the rollout's noise.
-        group_ids: Group of each prompt, if groups span ranks (or rows); by default every row of every rank is its own group.
+        group_ids: Group of each prompt, if groups span ranks (or rows); by default every prompt is its own group.
         reference: See `PolicyTrainer.update`, as is replay.
         record: See `rollout`.
         replay: See `PolicyTrainer.update`.
@@ -171,34 +136,93 @@ def policy_step(
     Raises:
         ValueError: Sizes do not fit, or see the functions it calls.
     """
-    if len(sigmas) != config.window.num_steps + 1:
+    require_tensor(noise=noise)
+    if len(sigmas) != config.window.num_steps + 1:  # type: ignore[arg-type]
         raise ValueError(
-            f"sigmas must have window.num_steps + 1 = {config.window.num_steps + 1} entries, got {len(sigmas)}"
+            f"sigmas must have window.num_steps + 1 = {config.window.num_steps + 1} entries, got {len(sigmas)}"  # type: ignore[arg-type]
         )
-    window = config.window.at(iteration)
+    ranks, window = trainer.ranks, config.window.at(iteration)
+    plan = _plan(noise, config, group_ids, generator, ranks)
+    finite = FiniteVelocity(velocity_fn) if config.policy.on_nonfinite == "skip" else None
     drawn = rollout(
-        velocity_fn,
-        noise,
+        finite or velocity_fn,
+        plan.noise,
         sigmas,
         kernel=config.kernel,
         window=window,
-        group_size=config.group_size,
+        group_size=plan.group_size,
         share_prefix=config.share_prefix,
         generator=generator,
         offload=config.offload,
         tail_steps=config.tail_steps,
         micro_batch_size=config.micro_batch_size,
         record=record,
+        index=plan.index,
+        **plan.options,
     )
     with torch.no_grad():
         values = reward_fn(drawn.latents, drawn.index)
-    if group_ids is None:
-        group_ids = torch.arange(len(noise), device=drawn.index.device)
-        group_ids = group_ids + gather_rows(group_ids)[1].start
-    rewards, parts, advantages = _advantages(values, group_ids.to(drawn.index.device)[drawn.index], config)
-    groups = group_statistics(rewards, group_ids[drawn.index])
-    update = trainer.update(velocity_fn, drawn, advantages, config.kernel, reference=reference, replay=replay)
-    return StepReport(iteration, window, rewards, parts, advantages, groups, update, drawn)
+    table = RewardTable(values, len(drawn.index), drawn.latents.device, config.reward_weights, ranks)
+    ids = plan.group_ids.repeat_interleave(plan.group_size)
+    advantages = table.advantages(
+        ids,
+        scale=config.advantage_scale,
+        ddof=config.advantage_ddof,
+        normalize_first=config.reward_aggregation == "normalize_then_sum",
+        process_group=ranks,
+    )
+    groups = group_statistics(advantages, ids, process_group=ranks)
+    broken = int(total(float(finite.num_broken), ranks)) if finite else 0
+    if broken:
+        update = UpdateStatistics.none(trainer.clip_range)
+    else:
+        update = trainer.update(velocity_fn, drawn, advantages, group_ids=ids, reference=reference, replay=replay)
+    scalars = _scalars(table, ids, groups, update, drawn, broken, ranks)
+    return StepReport(
+        iteration, window, table.totals, table.parts, advantages, groups, update, drawn, ids, broken, scalars
+    )
+
+
+def _scalars(
+    table: RewardTable,
+    ids: Tensor,
+    groups: GroupStatistics,
+    update: UpdateStatistics,
+    drawn: Rollout,
+    broken: int,
+    ranks: ProcessGroup | None,
+) -> dict[str, float]:
+    """What is worth logging, over all ranks."""
+    columns = [table.totals, *table.parts.values()]
+    values = gather_rows(torch.stack([c.double().cpu() for c in columns], 1), ranks)[0]
+    everyone = gather_rows(ids.cpu(), ranks)[0]
+    values = torch.where(torch.isfinite(values), values, torch.full_like(values, torch.nan))
+    spreads = torch.stack([_std(values[everyone == group, 0]) for group in torch.unique(everyone)])
+    surrogate = update.surrogate
+    return {
+        "reward": float(values[:, 0].nanmean()),
+        "reward_spread": float(spreads.nanmean()),
+        **{f"reward_{name}": float(values[:, 1 + i].nanmean()) for i, name in enumerate(table.parts)},
+        "clip_fraction": float(surrogate.clip_fraction),
+        "clip_range": update.clip_range,
+        "approx_kl": float(surrogate.approx_kl),
+        "ratio_mean": float(surrogate.ratio_mean),
+        "ratio_std": float(surrogate.ratio_std),
+        "initial_log_ratio": update.initial_log_ratio,
+        "kl": update.kl,
+        "grad_norm": update.grad_norm,
+        "zero_variance_groups": float(groups.num_zero_variance),
+        "invalid_rewards": float(groups.num_invalid_rewards),
+        "function_evaluations": total(float(drawn.num_function_evaluations), ranks),
+        "skipped": float(update.skipped),
+        "broken_velocities": float(broken),
+    }
+
+
+def _std(values: Tensor) -> Tensor:
+    """Of the sample, over what is finite; NaN for less than two."""
+    values = values[torch.isfinite(values)]
+    return values.std() if len(values) > 1 else values.new_tensor(torch.nan)
 
 
 class OnlineTrainer:
@@ -214,20 +238,36 @@ class OnlineTrainer:
         config: OnlineConfig,
         *,
         device: torch.device | str = "cpu",
+        process_group: ProcessGroup | Literal["world"] | None = "world",
+        backward: Callable[[Tensor], object] | None = None,
+        clip_grad_norm: Callable[[Sequence[torch.nn.Parameter], float], Any] | None = None,
     ) -> None:
-        """Draws the rollouts' noise from a generator on ``device``."""
+        """Draws the rollouts' noise from a generator on ``device``: the same on all ranks with ``split_batch``, each rank's own else.
+
+        Args:
+            parameters: See `PolicyTrainer`, as are optimizer, process_group, backward and clip_grad_norm.
+            optimizer: See there.
+            config: See `OnlineConfig`.
+            device: Of the generator.
+            process_group: See there.
+            backward: See there.
+            clip_grad_norm: See there.
+        """
         self.config, self.iteration = config, 0
-        self.trainer = PolicyTrainer(parameters, optimizer, config.policy)
-        self.generator = torch.Generator(device).manual_seed(config.seed)
+        self.trainer = PolicyTrainer(
+            parameters, optimizer, config.policy, process_group=process_group, backward=backward, clip_grad_norm=clip_grad_norm
+        )  # fmt: skip
+        own = 0 if config.split_batch else rank_in(resolve(process_group))
+        self.generator = torch.Generator(device).manual_seed(config.seed + 1_000_003 * own)
 
     def step(
         self,
         velocity_fn: VelocityFunction,
         noise: Float[Tensor, "p ..."],
-        sigmas: Float[Tensor, " t"],
+        sigmas: Sigmas,
         reward_fn: RewardFunction,
         *,
-        group_ids: Int[Tensor, " p"] | None = None,
+        group_ids: Ids | None = None,
         reference: Reference | None = None,
         record: Hook | None = None,
         replay: Hook | None = None,
@@ -256,9 +296,17 @@ class OnlineTrainer:
         return {"iteration": torch.tensor(self.iteration), "generator": self.generator.get_state(), **ranges}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restores `state_dict`."""
-        self.iteration = int(state["iteration"])
-        self.generator.set_state(state["generator"].cpu())
+        """Restores `state_dict`.
+
+        Raises:
+            ValueError: It is no state of an `OnlineTrainer`; nothing has changed then.
+        """
+        if not {"iteration", "generator"} <= state.keys():
+            raise ValueError(
+                f"state must hold 'iteration' and 'generator' as state_dict() writes it, got {sorted(state)}"
+            )
         self.trainer.load_state_dict(
             {k.removeprefix("policy."): float(v) for k, v in state.items() if k.startswith("policy.")}
         )
+        self.generator.set_state(state["generator"].cpu())
+        self.iteration = int(state["iteration"])

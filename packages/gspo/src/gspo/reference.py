@@ -32,8 +32,13 @@ def flow_sde_step(
     x: float, v: float, sigma: float, sigma_next: float, noise_level: float, sigma_max: float
 ) -> tuple[float, float]:
     """Mean and std of Flow-GRPO's step for one element."""
-    s = noise_level * math.sqrt(sigma / (1 - (sigma_max if sigma == 1 else sigma)))
     dt = sigma_next - sigma
+    near, top = -dt / 4, sigma
+    if sigma == 1:
+        top = sigma_max
+    elif 1 - sigma < near:
+        top = min(sigma_max, sigma) if 1 - sigma_max >= near else sigma_next
+    s = noise_level * math.sqrt(sigma / (1 - top))
     mean = x * (1 + s * s * dt / (2 * sigma)) + v * (1 + s * s * (1 - sigma) / (2 * sigma)) * dt
     return mean, s * math.sqrt(-dt)
 

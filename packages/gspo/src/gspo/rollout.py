@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gspo.inputs import Ids, SupportsArray, as_ids, as_numbers, require_tensor
 from gspo.sde import FlowODE, Kernel
 from gspo.solver import solve_tail
 
@@ -19,6 +20,12 @@ VelocityFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 Hook = Callable[[int, Tensor], AbstractContextManager[object]]
 """``(position in the window, rows (b,)) -> context`` around a velocity of the window: routing is recorded and replayed here."""
+
+StepNoise = Callable[[int], Tensor]
+"""``position in the window -> standard normal noise (b, ...)`` that a step draws with, on any device."""
+
+Sigmas = Float[Tensor, " t"] | Sequence[float] | SupportsArray
+"""Noise levels, from 1 to 0."""
 
 
 class WindowStep(NamedTuple):
@@ -56,6 +63,7 @@ class Rollout:
         index: Prompt of each row, (b,).
         num_function_evaluations: Rows for which the velocity was computed.
         sigma_max: What stood for sigma == 1.
+        kernel: Of the stochastic steps; None if unknown.
     """
 
     latents: Float[Tensor, "b ..."]
@@ -64,15 +72,17 @@ class Rollout:
     index: Int[Tensor, " b"]
     num_function_evaluations: int
     sigma_max: float
+    kernel: Kernel | None = None
 
 
-def check_sigmas(sigmas: Float[Tensor, " t"], window: Sequence[int]) -> list[float]:
+def check_sigmas(sigmas: Sigmas, window: Sequence[int]) -> list[float]:
     """Validates a schedule and a window on it; returns the schedule as floats.
 
     Raises:
         ValueError: sigmas do not strictly decrease, leave [0, 1], or the window is empty, not consecutive, or touches the end.
     """
-    levels = [float(s) for s in sigmas]
+    numbers = as_numbers("sigmas", sigmas)
+    levels = numbers.tolist() if numbers.dim() == 1 else [float("nan")]
     if len(levels) < 2 or not all(b < a for a, b in zip(levels[:-1], levels[1:], strict=True)):
         raise ValueError(f"sigmas must be strictly decreasing with at least 2 entries, got {levels}")
     if levels[0] > 1 or levels[-1] < 0:
@@ -89,7 +99,7 @@ def check_sigmas(sigmas: Float[Tensor, " t"], window: Sequence[int]) -> list[flo
 def rollout(
     velocity_fn: VelocityFunction,
     noise: Float[Tensor, "p ..."],
-    sigmas: Float[Tensor, " t"],
+    sigmas: Sigmas,
     *,
     kernel: Kernel,
     window: Sequence[int],
@@ -100,6 +110,8 @@ def rollout(
     tail_steps: int | None = None,
     micro_batch_size: int | None = None,
     record: Hook | None = None,
+    step_noise: StepNoise | None = None,
+    index: Ids | None = None,
 ) -> Rollout:
     """Samples ``group_size`` members from every row of ``noise``.
 
@@ -108,8 +120,7 @@ def rollout(
     ``share_prefix=False`` up to the rounding of differently sized batches.
 
     Args:
-        velocity_fn: ``(latents (b, ...), sigma (b,), index (b,)) -> velocity``; index says which row of ``noise`` (prompt)
-            each latent belongs to.
+        velocity_fn: ``(latents (b, ...), sigma (b,), index (b,)) -> velocity``; index says which prompt each latent belongs to.
         noise: One start per prompt.
         sigmas: Noise levels from 1 to 0, strictly decreasing, one more than steps.
         kernel: FlowSDE, FlowCPS or DanceSDE.
@@ -123,57 +134,72 @@ def rollout(
         micro_batch_size: Rows per call of ``velocity_fn``; None takes all. The draws do not depend on it.
         record: Context manager around every velocity of the window, called with the position in the window and the rows; an
             MoE policy records its routing there, for `PolicyTrainer.update` to replay.
+        step_noise: The noise of the window's steps from outside, in place of the generator's: several ranks that draw all of it alike
+            and use their rows agree with one process (`gspo.shared_noise`).
+        index: Prompt of each row of ``noise``, as ``velocity_fn`` gets it; by default the row's number.
 
     Raises:
         ValueError: See `check_sigmas`; or noise has no row or no second axis, group_size, tail_steps or micro_batch_size < 1, the kernel
             draws nothing, or a velocity is not finite or has another shape than the latents.
     """
     levels = check_sigmas(sigmas, window)
-    if noise.dim() < 2 or len(noise) == 0:
-        raise ValueError(f"noise must be (p, ...) with p at least 1, got shape {tuple(noise.shape)}")
-    if group_size < 1:
-        raise ValueError(f"group_size must be at least 1, got {group_size}")
-    if tail_steps is not None and tail_steps < 1:
-        raise ValueError(f"tail_steps must be at least 1 or None, got {tail_steps}")
-    if micro_batch_size is not None and micro_batch_size < 1:
-        raise ValueError(f"micro_batch_size must be at least 1 or None, got {micro_batch_size}")
+    _check(noise, kernel, group_size=group_size, tail_steps=tail_steps, micro_batch_size=micro_batch_size)
     first, last = window[0], window[-1]
-    ode, evaluations = FlowODE(), 0
-    index = torch.arange(len(noise), device=noise.device)
-    members = index.repeat_interleave(group_size)
-    rows = torch.arange(len(members), device=noise.device)
-    x = noise
-
-    def in_parts(x: Tensor, sigma: Tensor, index: Tensor, position: int | None = None) -> Tensor:
-        size, found = micro_batch_size or len(x), []
-        for start in range(0, len(x), size):
-            part = slice(start, start + size)
-            with nullcontext() if record is None or position is None else record(position, rows[part]):
-                found.append(velocity_fn(x[part], sigma[part], index[part]))
-        return found[0] if len(found) == 1 else torch.cat(found)
-
-    if not share_prefix:
-        x, index = x.repeat_interleave(group_size, 0), members
+    prompts = torch.arange(len(noise)) if index is None else as_ids("index", index)
+    if prompts.shape != noise.shape[:1]:
+        raise ValueError(f"index must have one entry per row of noise ({len(noise)}), got shape {tuple(prompts.shape)}")
+    prompts = prompts.to(noise.device)
+    members = prompts.repeat_interleave(group_size)
+    ask = _InParts(velocity_fn, micro_batch_size, record)
+    x, prompt = (noise, prompts) if share_prefix else (noise.repeat_interleave(group_size, 0), members)
     trajectory: list[WindowStep] = []
     for step in range(len(levels) - 1):
         if step == first and share_prefix:
-            x, index = x.repeat_interleave(group_size, 0), members
+            x, prompt = x.repeat_interleave(group_size, 0), members
         if step == last + 1 and tail_steps is not None:
-            x, count = solve_tail(in_parts, x, index, levels[step:], tail_steps)
-            evaluations += count * len(x)
+            x, _ = solve_tail(ask, x, prompt, levels[step:], tail_steps)
             break
         sigma, sigma_next, inside = levels[step], levels[step + 1], first <= step <= last
-        velocity = in_parts(x, torch.full((len(x),), sigma, device=x.device), index, step - first if inside else None)
-        evaluations += len(x)
+        velocity = ask(x, torch.full((len(x),), sigma, device=x.device), prompt, step - first if inside else None)
         if not inside:
-            x = ode.step(x, velocity, sigma, sigma_next).next_latents
+            x = FlowODE().step(x, velocity, sigma, sigma_next).next_latents
             continue
-        out = kernel.step(x, velocity, sigma, sigma_next, generator=generator, sigma_max=levels[1])
-        if out.log_prob_mean is None:
-            raise ValueError(f"kernel must draw noise (FlowSDE, FlowCPS, DanceSDE), got {kernel}")
+        given: dict[str, Any] = {} if step_noise is None else {"noise": step_noise(step - first).to(x.device)}
+        out = kernel.step(x, velocity, sigma, sigma_next, generator=generator, sigma_max=levels[1], **given)
         before = trajectory[-1].next_latents if trajectory else x.cpu() if offload else x
         kept = (t.cpu() if offload else t for t in (out.next_latents, out.mean, out.std, out.log_prob_mean))
         trajectory.append(WindowStep(step, sigma, sigma_next, before, *kept))
         x = out.next_latents
     log_probs = torch.stack([s.log_prob_mean for s in trajectory], 1)
-    return Rollout(x, tuple(trajectory), log_probs, members, evaluations, levels[1])
+    return Rollout(x, tuple(trajectory), log_probs, members, ask.rows, levels[1], kernel)
+
+
+class _InParts:
+    """``velocity_fn`` called with so many rows at a time, and within ``record`` in the window; counts the rows."""
+
+    def __init__(self, velocity_fn: VelocityFunction, size: int | None, record: Hook | None) -> None:
+        self.velocity_fn, self.size, self.record, self.rows = velocity_fn, size, record, 0
+
+    def __call__(self, x: Tensor, sigma: Tensor, index: Tensor, position: int | None = None) -> Tensor:
+        self.rows += len(x)
+        found, size = [], self.size or len(x)
+        everything = torch.arange(len(x), device=x.device)
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            inside = self.record is not None and position is not None
+            with self.record(position, everything[part]) if inside else nullcontext():  # type: ignore[misc,arg-type]
+                found.append(self.velocity_fn(x[part], sigma[part], index[part]))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _check(noise: Tensor, kernel: Kernel, *, group_size: int, **at_least_one: int | None) -> None:
+    require_tensor(noise=noise)
+    if noise.dim() < 2 or len(noise) == 0:
+        raise ValueError(f"noise must be (p, ...) with p at least 1, got shape {tuple(noise.shape)}")
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, got {group_size}")
+    for name, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1 or None, got {value}")
+    if isinstance(kernel, FlowODE) or not isinstance(kernel, Kernel):
+        raise ValueError(f"kernel must draw noise (FlowSDE, FlowCPS, DanceSDE), got {kernel!r}")

@@ -15,6 +15,7 @@ units): see `gspo.reference`.
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -22,6 +23,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from gspo.inputs import require_tensor
 
 LOG_TWO_PI = math.log(2 * math.pi)
 
@@ -34,21 +37,39 @@ class SDEStep(NamedTuple):
     Attributes:
         next_latents: The drawn (or given) sample, (b, ...) in the input's dtype.
         mean: Mean of the Gaussian, (b, ...) fp32.
-        std: Standard deviation of the whole step, (b,) fp32; 0 for the ODE.
-        log_prob_mean: Log density, mean over elements, (b,) fp32 nats per element; None for the ODE.
-        log_prob_sum: Log density, summed over elements, (b,) fp32 nats; None for the ODE.
+        std: Standard deviation of the whole step, (b,) fp32.
+        log_prob_mean: Log density, mean over elements, (b,) fp32 nats per element.
+        log_prob_sum: Log density, summed over elements, (b,) fp32 nats.
     """
 
     next_latents: Float[Tensor, "b ..."]
     mean: Float[Tensor, "b ..."]
     std: Float[Tensor, " b"]
-    log_prob_mean: Float[Tensor, " b"] | None
-    log_prob_sum: Float[Tensor, " b"] | None
+    log_prob_mean: Float[Tensor, " b"]
+    log_prob_sum: Float[Tensor, " b"]
+
+
+class ODEStep(NamedTuple):
+    """Outcome of a step without noise, which has no density.
+
+    Attributes:
+        next_latents: The next (or given) latents, (b, ...) in the input's dtype.
+        mean: The same in fp32.
+        std: 0, (b,) fp32.
+        log_prob_mean: None.
+        log_prob_sum: None.
+    """
+
+    next_latents: Float[Tensor, "b ..."]
+    mean: Float[Tensor, "b ..."]
+    std: Float[Tensor, " b"]
+    log_prob_mean: None = None
+    log_prob_sum: None = None
 
 
 @runtime_checkable
 class Kernel(Protocol):
-    """What a rollout needs of a kernel."""
+    """What a rollout needs of a stochastic kernel. One that also takes ``noise=`` can be given a rollout's ``step_noise``."""
 
     def step(
         self,
@@ -133,6 +154,7 @@ class _Stochastic(ABC):
         next_latents: Float[Tensor, "b ..."] | None = None,
         generator: torch.Generator | None = None,
         sigma_max: float | None = None,
+        noise: Float[Tensor, "b ..."] | None = None,
     ) -> SDEStep:
         """Draws the next latents, or scores ``next_latents`` if given: bit-equal log-probs either way.
 
@@ -143,11 +165,13 @@ class _Stochastic(ABC):
             sigma_next: Next noise level, below sigma and above 0.
             next_latents: A stored sample to score instead of drawing one.
             generator: Source of randomness for the draw, on any device.
-            sigma_max: Stands for sigma where sigma == 1 (FlowSDE only).
+            sigma_max: Stands for sigma where sigma is 1, or all but 1 (FlowSDE only).
+            noise: Standard normal noise to draw with, of the latents' shape, in place of the generator's.
 
         Raises:
             ValueError: Shapes differ, sigmas do not decrease or leave (0, 1], or an input is not finite.
         """
+        require_tensor(latents=latents, velocity=velocity, next_latents=next_latents, noise=noise)
         levels, levels_next = _levels("sigma", sigma, latents), _levels("sigma_next", sigma_next, latents)
         _check(latents, velocity, next_latents, levels, levels_next)
         if not bool((levels_next > 0).all()):
@@ -160,11 +184,15 @@ class _Stochastic(ABC):
         )
         mean = (latents.float() * wide(a, latents)).addcmul_(velocity.float(), wide(b, latents))
         if next_latents is None:
-            where = mean.device if generator is None else generator.device
-            noise = torch.randn(mean.shape, generator=generator, device=where, dtype=torch.float32).to(mean.device)
+            if noise is None:
+                where = mean.device if generator is None else generator.device
+                noise = torch.randn(mean.shape, generator=generator, device=where, dtype=torch.float32)
+            elif noise.shape != mean.shape:
+                raise ValueError(f"noise must have the shape of latents {tuple(mean.shape)}, got {tuple(noise.shape)}")
+            noise = noise.to(mean)
             next_latents = torch.addcmul(mean.detach(), noise, wide(std, mean)).to(latents.dtype)
         log_probs = gaussian_log_prob(next_latents, mean, std)
-        _require_finite(log_probs[0], velocity=velocity, latents=latents, next_latents=next_latents)
+        _require_finite(log_probs[0], velocity=velocity, latents=latents, next_latents=next_latents, noise=noise)
         return SDEStep(next_latents, mean, std, *log_probs)
 
 
@@ -176,8 +204,9 @@ class FlowSDE(_Stochastic):
         mean = x * (1 + s^2 dt / (2 sigma)) + v * (1 + s^2 (1 - sigma) / (2 sigma)) * dt
         std  = s * sqrt(-dt)
 
-    Where sigma == 1 the denominator 1 - sigma uses ``sigma_max`` (the reference takes the schedule's second sigma);
-    without it, sigma_next.
+    Where sigma == 1 the denominator 1 - sigma uses ``sigma_max`` (the reference takes the schedule's second sigma); without it,
+    sigma_next. So it does where sigma is all but 1: where ``1 - sigma < (sigma - sigma_next) / 4``, as at the first step of schedulers
+    that start at .999999 (UniPC) or .999 (DPM-Solver), the formula would draw a hundred times too much.
 
     Attributes:
         noise_level: a > 0; 0.7 in the paper.
@@ -193,11 +222,33 @@ class FlowSDE(_Stochastic):
         """``(a, b, std)`` of the class's equation."""
         if sigma_max is not None and not 0 < sigma_max < 1:
             raise ValueError(f"sigma_max must be in (0, 1), got {sigma_max}")
-        top = sigma_next if sigma_max is None else torch.full_like(sigma, sigma_max)
         dt = sigma_next - sigma
-        s = self.noise_level * (sigma / (1 - torch.where(sigma >= 1, top, sigma))).sqrt()
+        s = self.noise_level * (sigma / (1 - _below_one(sigma, sigma_next, sigma_max))).sqrt()
         half = s.square() / (2 * sigma)
-        return 1 + half * dt, (1 + half * (1 - sigma)) * dt, s * (-dt).sqrt()
+        a, b, std = 1 + half * dt, (1 + half * (1 - sigma)) * dt, s * (-dt).sqrt()
+        _warn_if_too_noisy(self, sigma, sigma_next, std)
+        return a, b, std
+
+
+def _below_one(sigma: Tensor, sigma_next: Tensor, sigma_max: float | None) -> Tensor:
+    """sigma, or what stands for it where it is 1 or, measured by the step, all but 1."""
+    reach = (sigma - sigma_next) / 4
+    top = sigma_next if sigma_max is None else torch.full_like(sigma, sigma_max)
+    # a stand-in that is itself all but 1 helps nobody, unless sigma is 1 and the caller asks for it
+    nearly = torch.where(1 - top < reach, sigma_next, torch.minimum(top, sigma))
+    return torch.where(sigma >= 1, top, torch.where(1 - sigma < reach, nearly, sigma))
+
+
+def _warn_if_too_noisy(kernel: FlowSDE, sigma: Tensor, sigma_next: Tensor, std: Tensor) -> None:
+    """A step that draws more noise than the latents hold leaves the flow: few steps, or a schedule that stays close to 1."""
+    if bool((std > 1.25 * sigma).any()):
+        row = int((std / sigma).argmax())
+        flat = (sigma.flatten()[row], sigma_next.flatten()[row], std.flatten()[row])
+        warnings.warn(
+            "FlowSDE draws noise of std {2:.2f} from sigma {0:.4g} to {1:.4g}, more than the latents hold: take more steps, a "
+            "noise_level below {3}, or FlowCPS".format(*map(float, flat), kernel.noise_level),
+            stacklevel=4,
+        )
 
 
 @dataclass(frozen=True)
@@ -264,7 +315,7 @@ class FlowODE:
         next_latents: Float[Tensor, "b ..."] | None = None,
         generator: torch.Generator | None = None,
         sigma_max: float | None = None,
-    ) -> SDEStep:
+    ) -> ODEStep:
         """One Euler step; a given ``next_latents`` is returned as it is."""
         levels, levels_next = _levels("sigma", sigma, latents), _levels("sigma_next", sigma_next, latents)
         _check(latents, velocity, next_latents, levels, levels_next)
@@ -272,4 +323,4 @@ class FlowODE:
         mean = torch.addcmul(latents.float(), velocity.float(), wide(dt, latents))
         _require_finite(mean.detach().sum(), velocity=velocity, latents=latents)
         drawn = mean.to(latents.dtype) if next_latents is None else next_latents
-        return SDEStep(drawn, mean, torch.zeros_like(dt), None, None)
+        return ODEStep(drawn, mean, torch.zeros_like(dt))
