@@ -12,6 +12,7 @@ from gspo import (
     DecaySchedule,
     DiffusionNFT,
     FlowDPPO,
+    FlowSDE,
     MovingAverage,
     NoiseLevels,
     ObjectiveConfig,
@@ -31,6 +32,7 @@ from gspo import (
     objective_step,
     optimality,
     refl_samples,
+    rollout,
     token_advantages,
     token_log_ratio,
     walk_ratio,
@@ -70,6 +72,13 @@ def update(rollout=None, advantages=None, objective=None, velocity=policy, **opt
     rollout = rollout or finished_samples(torch.randn(4, 2), torch.zeros(4, dtype=torch.long))
     advantages = torch.randn(len(rollout.latents)) if advantages is None else advantages
     return trainer(objective, **options).update(velocity, rollout, advantages)
+
+
+def stochastic():  # type: ignore[no-untyped-def]
+    drawn = rollout(policy, torch.randn(4, 2), LINE, kernel=FlowSDE(), window=(0,))
+    if hasattr(drawn, "kernel"):
+        object.__setattr__(drawn, "kernel", None)
+    return drawn
 
 
 def ascend(reward=lambda x, i: x.sum(1), noise=None, sigmas=LINE, velocity=policy, **options):  # type: ignore[no-untyped-def]
@@ -140,6 +149,10 @@ CASES = [
     # trainers
     (lambda: update(advantages=Z(3)), r"advantages must be \(b,\) or \(b, n\) for latents \(4, 2\), got \(3,\)"),
     (lambda: update(objective=FlowDPPO()), "rollout must hold stochastic steps for FlowDPPO"),
+    (
+        lambda: update(stochastic(), objective=FlowDPPO()),
+        "kernel must be given to FlowDPPO where the rollout does not say",
+    ),
     (lambda: update(kl_coef=0.1), "reference must be given when kl_coef is positive"),
     (
         lambda: update(velocity=lambda x, s, i: x[:, :1]),
@@ -152,7 +165,7 @@ CASES = [
     (lambda: step(reward=lambda x, i: {"a": [1.0]}), "for 'a', got 1"),
     (
         lambda: step(reward=lambda x, i: {"a": x[:, 0]}, reward_weights={"b": 1.0}),
-        r"reward_weights must name the rewards \['a'\], got \['b'\]",
+        r"weights must name the rewards \['a'\], got \['b'\]",
     ),
     (lambda: step(solver="heun"), "solver must be 'dpm_solver_2m' or 'euler', got 'heun'"),
     (lambda: draw(policy, torch.randn(2, 2), torch.tensor([0.0, 1.0])), "sigmas must be strictly decreasing"),

@@ -212,6 +212,24 @@ def test_kl_to_the_reference_is_added(objective: Any) -> None:
         trainer.update(case.policy, case.rollout, case.advantages)
 
 
+def test_another_library_may_call_backward_and_clip() -> None:
+    case, losses = Case(), []
+
+    def backward(loss: torch.Tensor) -> None:
+        losses.append(loss.item())
+        loss.backward()
+
+    optimizer = torch.optim.SGD([case.weight], lr=0.0)
+    trainer = ObjectiveTrainer(
+        [case.weight], optimizer, OBJECTIVES[0], ObjectiveConfig(seed=5, micro_batch_size=4), backward=backward,
+        clip_grad_norm=lambda parameters, limit: 100 * limit,
+    )  # fmt: skip
+    statistics = trainer.update(case.policy, case.rollout, case.advantages)
+    assert len(losses) == 3 * 3 and sum(losses) == pytest.approx(statistics.loss, rel=1e-5)
+    assert statistics.grad_norm == 100
+    torch.testing.assert_close(case.weight.grad, case.slow_gradient(OBJECTIVES[0]), atol=1e-6, rtol=1e-3)
+
+
 def test_nothing_to_learn_from_takes_no_step() -> None:
     case = Case()
     trainer = case.trainer(DiffusionNFT(levels=LEVELS), lr=1.0)

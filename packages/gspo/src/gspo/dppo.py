@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from gspo.objective import gaussian_kl
 from gspo.points import RowLosses, mean_of_rest, reduce_rows
 from gspo.ratio import gaussian_log_ratio
 from gspo.rollout import Rollout, WindowStep
-from gspo.sde import FlowSDE, Kernel
+from gspo.sde import Kernel
 
 
 class WindowPoint(NamedTuple):
@@ -23,10 +23,12 @@ class WindowPoint(NamedTuple):
 
     Attributes:
         step: As it was drawn.
+        kernel: That drew it.
         sigma_max: What stood for sigma == 1.
     """
 
     step: WindowStep
+    kernel: Kernel
     sigma_max: float
 
     @property
@@ -43,9 +45,8 @@ class WindowPoint(NamedTuple):
         """See `gspo.points.Point`."""
         there = rows.to(self.latents.device)
         names = ("latents", "next_latents", "mean", "std", "log_prob_mean")
-        return WindowPoint(
-            self.step._replace(**{name: getattr(self.step, name)[there].to(device) for name in names}), self.sigma_max
-        )
+        chosen = {name: getattr(self.step, name)[there].to(device) for name in names}
+        return self._replace(step=self.step._replace(**chosen))
 
 
 def _beside(rows: Tensor, like: Tensor) -> Tensor:
@@ -140,11 +141,11 @@ class FlowDPPO:
 
     Attributes:
         threshold: See `kl_mask`. The paper's order of magnitude is 1e-6 to 1e-5 for pictures.
-        kernel: The kernel that drew the rollout.
+        kernel: The kernel that drew the rollout; None where the rollout says so itself.
     """
 
     threshold: float = 1e-5
-    kernel: Kernel = field(default_factory=FlowSDE)
+    kernel: Kernel | None = None
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:
@@ -162,12 +163,17 @@ class FlowDPPO:
 
     def points(self, rollout: Rollout, generator: torch.Generator | None) -> Sequence[WindowPoint]:
         """The window's steps; nothing is drawn."""
-        return [WindowPoint(step, rollout.sigma_max) for step in rollout.trajectory]
+        kernel = self.kernel or getattr(rollout, "kernel", None)
+        if kernel is None:
+            raise ValueError(
+                "kernel must be given to FlowDPPO where the rollout does not say which one drew it, got None"
+            )
+        return [WindowPoint(step, kernel, rollout.sigma_max) for step in rollout.trajectory]
 
     def loss(self, velocity: Tensor, old_velocity: Tensor, point: WindowPoint, advantages: Tensor) -> RowLosses:
         """`masked_surrogate_loss` of `kl_mask`."""
         step = point.step
-        out = self.kernel.step(
+        out = point.kernel.step(
             step.latents,
             velocity,
             step.sigma,

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from gspo.advantage import Scale, multi_reward_advantages
-from gspo.ranks import summed
+from gspo.ranks import ProcessGroup, total
 
 
 def whiten(
@@ -18,7 +17,7 @@ def whiten(
     *,
     center: bool = True,
     eps: float = 1e-4,
-    process_group: dist.ProcessGroup | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Float[Tensor, " b"]:
     """``(A - mean(A)) / (std(A) + eps)`` over the batch (GDPO, arXiv 2601.05242, batch-wise advantage normalisation).
 
@@ -39,11 +38,10 @@ def whiten(
     dtype = advantages.dtype if advantages.is_floating_point() else torch.float32
     keep = torch.isfinite(advantages)
     value = torch.where(keep, advantages, torch.zeros_like(advantages)).double()
-    count, total = summed([float(keep.sum()), float(value.sum())], process_group)
-    mean = total / max(count, 1.0) if center else 0.0
+    count = max(total(float(keep.sum()), process_group), 1.0)
+    mean = total(float(value.sum()), process_group) / count if center else 0.0
     deviation = torch.where(keep, value - mean, torch.zeros_like(value))
-    (squares,) = summed([float(deviation.square().sum())], process_group)
-    std = (squares / max(count, 1.0)) ** 0.5
+    std = (total(float(deviation.square().sum()), process_group) / count) ** 0.5
     # rounding alone must not look like a signal
     scaled = deviation / (std + eps) if std > 1e-12 else torch.zeros_like(deviation)
     return torch.where(keep, scaled, torch.full_like(scaled, torch.nan)).to(dtype)
@@ -57,7 +55,7 @@ def gdpo_advantages(
     scale: Scale = "group",
     ddof: int = 0,
     eps: float = 1e-4,
-    process_group: dist.ProcessGroup | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Float[Tensor, " b"]:
     """GDPO in full (arXiv 2601.05242): each reward normalised in its group, weighted, summed, and the batch whitened.
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gspo.advantage import GroupStatistics, Scale, group_advantages, group_statistics
+from gspo.advantage import GroupStatistics, Scale, group_advantages, group_statistics, multi_reward_advantages
 from gspo.draw import Solver, draw
 from gspo.gdpo import whiten
 from gspo.loop import RewardFunction, as_rewards
@@ -65,12 +65,9 @@ def reward_advantages(
     """
     if isinstance(values, Tensor):
         return values, {}, group_advantages(values, group_ids, scale=scale)
-    used = dict(weights) or dict.fromkeys(values, 1.0)
-    if used.keys() != values.keys():
-        raise ValueError(f"reward_weights must name the rewards {sorted(values)}, got {sorted(used)}")
-    parts = {name: group_advantages(part, group_ids, scale=scale) for name, part in values.items()}
-    total = torch.stack([used[name] * part for name, part in values.items()]).sum(0)
-    return total, dict(values), torch.stack([used[name] * part for name, part in parts.items()]).sum(0)
+    parts, used = dict(values), dict(weights) or dict.fromkeys(values, 1.0)
+    advantages = multi_reward_advantages(parts, used, group_ids, scale=scale)
+    return torch.stack([used[name] * part for name, part in parts.items()]).sum(0), parts, advantages
 
 
 def objective_step(
@@ -131,7 +128,7 @@ def objective_step(
     ids = drawn.index if group_ids is None else group_ids.to(device)[drawn.index]
     rewards, parts, advantages = reward_advantages(found, ids, reward_weights or {}, advantage_scale)
     if whiten_batch:
-        advantages = whiten(advantages, process_group=trainer.process_group)
+        advantages = whiten(advantages, process_group=trainer.ranks)
     groups = group_statistics(rewards, ids)
     update = trainer.update(velocity_fn, drawn, advantages, reference=reference)
     return ObjectiveReport(rewards, parts, advantages, groups, update, drawn)

@@ -6,15 +6,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gspo.moving_average import MovingAverage
 from gspo.points import Objective
-from gspo.ranks import group_size, sum_gradients, summed
+from gspo.ranks import ProcessGroup, resolve, sum_gradients, total, world_size
 from gspo.rollout import Hook, Rollout, VelocityFunction
 from gspo.signal_log import SignalLog
 
@@ -124,8 +123,7 @@ class ObjectiveTrainer:
     The old policy, the one that should draw the samples, is the policy itself where the objective's decay is 0, and a moving average
     of it else: draw inside `old_policy`.
 
-    With a process group the update equals that of one process with all samples, if the ranks draw different noise: give each its
-    own ``seed``.
+    Across ranks the update is that of one process with all samples. Every rank draws noise of its own: give each another ``seed``.
     """
 
     def __init__(
@@ -136,7 +134,9 @@ class ObjectiveTrainer:
         config: ObjectiveConfig | None = None,
         *,
         device: torch.device | str = "cpu",
-        process_group: dist.ProcessGroup | None = None,
+        process_group: ProcessGroup | Literal["world"] | None = "world",
+        backward: Callable[[Tensor], object] | None = None,
+        clip_grad_norm: Callable[[Sequence[torch.nn.Parameter], float], Any] | None = None,
     ) -> None:
         """Keeps the trained parameters, their optimizer, the objective and the config.
 
@@ -146,17 +146,28 @@ class ObjectiveTrainer:
             objective: See `gspo.points.Objective`.
             config: See `ObjectiveConfig`.
             device: Where the points' noise is drawn.
-            process_group: The ranks that train together; None is this one alone.
+            process_group: Ranks that train one policy together; "world" is all ranks of torch.distributed if that is initialised, None
+                is this process alone.
+            backward: Called with every loss in place of ``loss.backward()``, for example ``accelerator.backward``.
+            clip_grad_norm: Called with parameters and the largest norm, returns the norm before; for example
+                ``accelerator.clip_grad_norm_``.
         """
         self.parameters, self.optimizer, self.objective = list(parameters), optimizer, objective
         self.config = config or ObjectiveConfig()
         self.process_group = process_group
+        self.backward = backward or Tensor.backward
+        self.clip_grad_norm = clip_grad_norm or torch.nn.utils.clip_grad_norm_
         self.generator = torch.Generator(device).manual_seed(self.config.seed)
         self.iteration = 0
         self.average: MovingAverage | None = None
         settings = optimizer.defaults
         momentum = float(settings.get("betas", (settings.get("momentum", 0.0),))[0])
         self.signal = SignalLog(walk_window=self.config.walk_window, momentum=momentum)
+
+    @property
+    def ranks(self) -> ProcessGroup | None:
+        """The group that trains together, None for this process alone."""
+        return resolve(self.process_group)
 
     def old_policy(self) -> AbstractContextManager[None]:
         """Inside, the parameters are the old policy's: draw rollouts there."""
@@ -224,7 +235,7 @@ class ObjectiveTrainer:
             )
         advantages = advantages.detach().to(data.device, torch.float32)
         known = torch.isfinite(advantages).reshape(len(data), -1).all(1)
-        (count,) = summed([float(known.sum())], self.process_group)
+        count = total(float(known.sum()), self.ranks)
         loud = advantages.reshape(len(data), -1).ne(0).any(1)
         passed = known if config.kl_coef or not objective.silent_without_advantage else known & loud
         if not config.drop_silent_rows or replay is not None:
@@ -232,7 +243,7 @@ class ObjectiveTrainer:
         used = torch.where(known.reshape(-1, *[1] * (advantages.dim() - 1)), advantages, torch.nan)
         rows = passed.nonzero()[:, 0]
         # DDP and FSDP average over ranks what is here a sum
-        scale = 1.0 if config.reduce_gradients else float(group_size(self.process_group))
+        scale = 1.0 if config.reduce_gradients else float(world_size(self.ranks))
         points = objective.points(rollout, self.generator) if count else []
         size = config.micro_batch_size or max(len(rows), 1)
         return _Problem(velocity_fn, points, rollout.index, used, rows, count, scale, reference, replay, size, {})
@@ -244,8 +255,8 @@ class ObjectiveTrainer:
         for position, start, rows in problem.parts():
             self._backward_part(problem, position, start, rows, totals)
         if config.reduce_gradients:
-            sum_gradients(self.parameters, self.process_group)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm))
+            sum_gradients(self.parameters, self.ranks)
+        norm = float(self.clip_grad_norm(self.parameters, config.max_grad_norm))
         finite = math.isfinite(norm)
         signal = self.signal.summary()
         if finite:
@@ -279,7 +290,7 @@ class ObjectiveTrainer:
             kl = torch.where(torch.isfinite(advantages.reshape(len(kl), -1)).all(1), kl, torch.zeros_like(kl))
             metrics = {**metrics, "kl": kl.detach()}
             loss = loss + self.config.kl_coef * kl.sum() / (problem.count * len(problem.points))
-        (loss * problem.scale).backward()  # type: ignore[no-untyped-call]
+        self.backward(loss * problem.scale)
         for name, value in {"loss": loss, **metrics}.items():
             totals[name] = totals.get(name, torch.zeros((), device=value.device)) + value.detach().sum()
 

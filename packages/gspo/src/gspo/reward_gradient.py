@@ -8,16 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gspo.draw import check_levels
-from gspo.ranks import group_size, sum_gradients, summed
+from gspo.ranks import ProcessGroup, resolve, sum_gradients, total, world_size
 from gspo.rollout import VelocityFunction
 from gspo.sde import wide
 from gspo.signal_log import SignalLog
@@ -188,16 +187,25 @@ class RewardGradientTrainer:
         optimizer: torch.optim.Optimizer,
         config: RewardGradientConfig | None = None,
         *,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: ProcessGroup | Literal["world"] | None = "world",
+        backward: Callable[[Tensor], object] | None = None,
+        clip_grad_norm: Callable[[Sequence[torch.nn.Parameter], float], Any] | None = None,
     ) -> None:
-        """Keeps the trained parameters, their optimizer and the config; ranks that train together share ``process_group``."""
+        """Keeps the trained parameters, their optimizer and the config; the rest as in `gspo.ObjectiveTrainer`."""
         self.parameters, self.optimizer = list(parameters), optimizer
         self.config, self.process_group = config or RewardGradientConfig(), process_group
+        self.backward = backward or Tensor.backward
+        self.clip_grad_norm = clip_grad_norm or torch.nn.utils.clip_grad_norm_
         self.generator = torch.Generator().manual_seed(self.config.seed)
         self.signal = SignalLog(
             walk_window=self.config.walk_window, momentum=float(optimizer.defaults.get("betas", (0.0,))[0])
         )
         self.iteration = 0
+
+    @property
+    def ranks(self) -> ProcessGroup | None:
+        """The group that trains together, None for this process alone."""
+        return resolve(self.process_group)
 
     def step(
         self,
@@ -258,20 +266,20 @@ class RewardGradientTrainer:
             raise ValueError("reward_fn must be differentiable in the latents, got rewards without a gradient")
         finite = torch.isfinite(rewards)
         if bool(finite.any()):
-            scale = 1.0 if self.config.reduce_gradients else float(group_size(self.process_group))
-            (-rewards[finite].sum() * scale).backward()  # type: ignore[no-untyped-call]
+            scale = 1.0 if self.config.reduce_gradients else float(world_size(self.ranks))
+            self.backward(-rewards[finite].sum() * scale)
         return rewards.detach()
 
     def _finish(self, rewards: Tensor, evaluations: int) -> RewardGradientStatistics:
         """Divides by the number of samples, clips and steps."""
         config = self.config
-        (count,) = summed([float(torch.isfinite(rewards).sum())], self.process_group)
+        count = total(float(torch.isfinite(rewards).sum()), self.ranks)
         if config.reduce_gradients:
-            sum_gradients(self.parameters, self.process_group)
+            sum_gradients(self.parameters, self.ranks)
         for parameter in self.parameters:
             if parameter.grad is not None and count:
                 parameter.grad.div_(count)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm))
+        norm = float(self.clip_grad_norm(self.parameters, config.max_grad_norm))
         skipped, signal = not (count and math.isfinite(norm)), self.signal.summary()
         if not skipped:
             signal = self.signal.observe(
