@@ -14,6 +14,7 @@ from id_reward import IdentityScorer, match
 from idar import owner_masks
 from torch import Tensor
 
+from multicrafter import UserError
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.binding import BindingConfig, Finder, IdentityFinder, sample_bound, separable
 from multicrafter.training.pretrain import measure_leakage
@@ -74,7 +75,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         for name in ("num_cases", "num_sampling_steps", "guidance"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def world(self) -> WorldConfig:
         """The world of the cases."""

@@ -15,6 +15,7 @@ from gspo.step import UpdateStatistics
 from moe_lora.replay import RouteRecord, record, replay
 from torch import Tensor
 
+from multicrafter import UserError
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.flux.model import Text
@@ -92,20 +93,20 @@ class AlignConfig:
     def __post_init__(self) -> None:
         for name in ("num_steps", "prompts", "window_interval"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.group_size < 2:
-            raise ValueError(f"group_size must be at least 2, got {self.group_size}")
+            raise UserError(f"group_size must be at least 2, got {self.group_size}")
         if self.lr <= 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
+            raise UserError(f"lr must be positive, got {self.lr}")
         if self.guidance < 1:
-            raise ValueError(f"guidance must be at least 1, got {self.guidance}")
+            raise UserError(f"guidance must be at least 1, got {self.guidance}")
         for name in ("reward_retries", "reward_wait_s"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.routing_replay and self.execution.gradient_checkpointing:
-            raise ValueError("routing_replay needs execution.gradient_checkpointing to be off, got both")
+            raise UserError("routing_replay needs execution.gradient_checkpointing to be off, got both")
         if self.kernel not in KERNELS:
-            raise ValueError(f"kernel must be one of {tuple(KERNELS)}, got {self.kernel!r}")
+            raise UserError(f"kernel must be one of {tuple(KERNELS)}, got {self.kernel!r}")
         self.window()
 
     def window(self) -> SlidingWindow:
@@ -147,7 +148,7 @@ class Align:
         self.reference_pictures = [list(pictures) for pictures in scenes.reference_images]
         self.broken_velocities, self.failed_rewards = 0, 0
         if adapters.experts is None and (config.routing_replay or config.routing_jitter):
-            raise ValueError("routing_replay and routing_jitter need an adapter with experts, got a plain one")
+            raise UserError("routing_replay and routing_jitter need an adapter with experts, got a plain one")
         self.routes: dict[int, RouteRecord] = {}
         self.last_pictures: Tensor | None = None
 
@@ -343,7 +344,7 @@ class Align:
     def check_notes(self, notes: Mapping[str, Any]) -> None:
         """Refuses a checkpoint of another stage, window or adapter."""
         if notes.get("stage", 2) != 2:
-            raise ValueError(f"checkpoint must be of stage 2, got stage {notes['stage']}")
+            raise UserError(f"checkpoint must be of stage 2, got stage {notes['stage']}")
         if notes.get("window", asdict(self.window)) != asdict(self.window):
-            raise ValueError(f"checkpoint must have the window {asdict(self.window)}, got {notes['window']}")
+            raise UserError(f"checkpoint must have the window {asdict(self.window)}, got {notes['window']}")
         self.trainee.check_notes(notes)

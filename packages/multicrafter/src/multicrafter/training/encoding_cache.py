@@ -81,7 +81,7 @@ class TensorCache:
         except (OSError, SafetensorError) as error:
             with suppress(OSError):
                 temporary.unlink()
-            raise CheckpointError(f"cache {self.folder} must be writable, got {error}") from None
+            raise CheckpointError(f"cache {self.folder} must be writable, got {error}") from error
 
     def fill(
         self, contents: Mapping[str, Any], compute: Callable[[list[Any]], Mapping[str, Tensor]], *, batch: int = 16

@@ -13,6 +13,7 @@ from idar import token_masks
 from torch import Tensor
 from tqdm import tqdm
 
+from multicrafter import UserError
 from multicrafter.models.backbones import backbone_of
 from multicrafter.photos.loader import LoaderConfig, PhotoLoader
 from multicrafter.photos.store import open_split
@@ -69,7 +70,7 @@ def encode_photos(
     backbone = backbone_of(pipe)
     factor = backbone.token_side(pipe)
     if size % factor or reference_size % factor:
-        raise ValueError(f"size and reference_size must be multiples of {factor}, got {size} and {reference_size}")
+        raise UserError(f"size and reference_size must be multiples of {factor}, got {size} and {reference_size}")
     config = LoaderConfig(
         batch=CHUNK,
         buckets=((size, size),),
@@ -155,7 +156,7 @@ def training_records(folder: str | Path) -> list[Record]:
     """
     records = open_split(folder, "train").records
     if not records:
-        raise ValueError(
+        raise UserError(
             f"{folder} must hold records to train on, but its train split is empty: see dropped.jsonl and report.html there"
         )
     return records

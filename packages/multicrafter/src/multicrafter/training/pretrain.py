@@ -24,6 +24,7 @@ from idar import (
 from idar.integrations.diffusers import attention_blocks, capture_subject_attention, separate_subjects
 from torch import Tensor
 
+from multicrafter import UserError
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import Backbone, backbone_of
 from multicrafter.models.flux.model import add_noise
@@ -64,11 +65,11 @@ class IDARConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.until <= 1:
-            raise ValueError(f"until must be in (0, 1], got {self.until}")
+            raise UserError(f"until must be in (0, 1], got {self.until}")
         if self.coef < 0:
-            raise ValueError(f"coef must not be negative, got {self.coef}")
+            raise UserError(f"coef must not be negative, got {self.coef}")
         if not 0 < self.sigma_max <= 1:
-            raise ValueError(f"sigma_max must be in (0, 1], got {self.sigma_max}")
+            raise UserError(f"sigma_max must be in (0, 1], got {self.sigma_max}")
 
     @classmethod
     def paper(cls, coef: float = 0.3) -> IDARConfig:
@@ -106,13 +107,13 @@ class SeparationConfig:
     def __post_init__(self) -> None:
         for name in ("share", "strength"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+                raise UserError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.background not in ("none", "all"):
-            raise ValueError(f"background must be 'none' or 'all', got {self.background!r}")
+            raise UserError(f"background must be 'none' or 'all', got {self.background!r}")
         if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
+            raise UserError(f"threshold must be in (0, 1], got {self.threshold}")
         if not 0 <= self.sigma_min < 1:
-            raise ValueError(f"sigma_min must be in [0, 1), got {self.sigma_min}")
+            raise UserError(f"sigma_min must be in [0, 1), got {self.sigma_min}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +130,9 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.num_sampling_steps < 1:
-            raise ValueError(f"num_sampling_steps must be at least 1, got {self.num_sampling_steps}")
+            raise UserError(f"num_sampling_steps must be at least 1, got {self.num_sampling_steps}")
         if self.guidance is not None and not 1 <= self.guidance < math.inf:
-            raise ValueError(f"guidance must be at least 1 and finite, got {self.guidance}")
+            raise UserError(f"guidance must be at least 1 and finite, got {self.guidance}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,9 +168,9 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch", "num_scenes"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.lr <= 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
+            raise UserError(f"lr must be positive, got {self.lr}")
 
 
 def sampling_notes(config: PretrainConfig) -> dict[str, Any]:
@@ -326,7 +327,7 @@ class Pretrain:
     def check_notes(self, notes: Mapping[str, Any]) -> None:
         """Refuses a checkpoint of another stage or of other adapters."""
         if notes.get("stage", 1) != 1:
-            raise ValueError(f"checkpoint must be of stage 1, got stage {notes['stage']}")
+            raise UserError(f"checkpoint must be of stage 1, got stage {notes['stage']}")
         self.trainee.check_notes(notes)
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from multicrafter import UserError
 from multicrafter.models.adapters import Adapters
 from multicrafter.training import loop
 from multicrafter.training.align import Align, AlignConfig
@@ -43,7 +44,7 @@ def _check_resume(out: Path, config: dict[str, Any]) -> None:
     before, now = _comparable(json.loads(path.read_text())), _comparable(config)
     changed = [k for k in now if before.get(k) != now[k]]
     if changed:
-        raise ValueError(f"--resume needs the configuration of {path}, but {', '.join(changed)} changed")
+        raise UserError(f"--resume needs the configuration of {path}, but {', '.join(changed)} changed")
 
 
 def training_scenes(pipe: DiffusionPipeline, config: PretrainConfig) -> EncodedScenes | Sequence[EncodedScenes]:

@@ -11,6 +11,7 @@ import torch
 from idar import token_masks
 from torch import Tensor
 
+from multicrafter import UserError
 from multicrafter.models.backbones import backbone_of
 from multicrafter.training.encoding_cache import CachedPictures
 from multicrafter.world import FAMILIES, Scenes, WorldConfig, make_scenes
@@ -72,7 +73,7 @@ def encode_scenes(
     With ``one_by_one`` every scene has a generator of its own, and a stranger: the first twelve of a hundred are the twelve of a dozen.
     """
     if len(world.numbers) != 1:
-        raise ValueError(f"numbers must hold one number of subjects, got {world.numbers}")
+        raise UserError(f"numbers must hold one number of subjects, got {world.numbers}")
     generator = torch.Generator().manual_seed(seed)
     backbone = backbone_of(pipe)
     encode = CachedPictures(pipe, cache, backbone=backbone)

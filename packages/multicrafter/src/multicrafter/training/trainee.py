@@ -12,6 +12,7 @@ import torch
 from moe_lora import MoELoRA, router_z_loss
 from torch import Tensor
 
+from multicrafter import UserError
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.flux.model import Text
 from multicrafter.training import distributed
@@ -169,9 +170,9 @@ class Trainee:
         saved, own = notes.get("adapters", {}), asdict(self.adapters.config)
         for name in sorted(own):
             if name in saved and saved[name] != own[name]:
-                raise ValueError(f"checkpoint must have {name} = {own[name]!r}, got {saved[name]!r}")
+                raise UserError(f"checkpoint must have {name} = {own[name]!r}, got {saved[name]!r}")
         if bool(self.ema) != bool(notes.get("execution", {}).get("ema_decay")):
-            raise ValueError("checkpoint must hold a moving average exactly if ema_decay is set, but they disagree")
+            raise UserError("checkpoint must hold a moving average exactly if ema_decay is set, but they disagree")
 
     def save(self, out: Path, **notes: Any) -> None:
         """Writes ``out/adapter`` and, with a moving average, ``out/adapter_ema``. All ranks call it, rank 0 writes."""
