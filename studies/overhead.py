@@ -181,7 +181,7 @@ def stage2(rounds: int) -> dict:
     _, attached = build(get_backbone("flux1_dev"), SLICE, execution, AdapterConfig(rank=512, alpha=512.0))
     group, window = 2, (0, 1)
     # at learning rate 0 every rollout is on policy, as in training: a stale one is passed over once more
-    policy = PlannedPolicy(attached, execution, Shape(**SHAPE), rows=group, lr=0.0)
+    policy = PlannedPolicy(attached, execution, Shape(**SHAPE), rows=group, lr=0.0, adamw=AdamWConfig())
     trained = list(attached.parameters())
     trainer = PolicyTrainer(trained, policy.optimizer, PolicyConfig(clip_range=1e-3))
     kernel, sigmas = FlowSDE(), torch.linspace(1, 0, 5)

@@ -166,7 +166,7 @@ def measure(
         if isinstance(run, Stage1):
             stage = PlannedPretrain(attached, run.pretrain, shape, rows=rows)
         else:
-            stage = PlannedPolicy(attached, run.execution, shape, rows=rows, lr=run.align.lr)
+            stage = PlannedPolicy(attached, run.execution, shape, rows=rows, lr=run.align.lr, adamw=run.align.adamw)
         for group in stage.optimizer.param_groups:
             group["foreach"] = device == "cuda"
         trained = {id(p) for p in stage.adapters.parameters()}

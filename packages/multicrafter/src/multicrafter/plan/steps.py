@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import Backbone
 from multicrafter.models.flux.model import Text
+from multicrafter.training.optimization import AdamWConfig
 from multicrafter.training.precision import ExecutionConfig, prepare_transformer
 from multicrafter.training.pretrain import Pretrain, PretrainConfig
 from multicrafter.training.scenes import EncodedScenes
@@ -99,7 +100,7 @@ class PlannedPretrain(Pretrain):
             self.adapters,
             replace(config.execution, attention_backend=None, optimizer="adamw"),
             lr=config.lr,
-            betas=(0.9, 0.98),
+            adamw=config.adamw,
             seed=0,
         )
         self.optimizer = self.trainee.optimizer
@@ -131,7 +132,9 @@ class PlannedPretrain(Pretrain):
 class PlannedPolicy:
     """Stage 2: the velocity of a rollout, and forward and backward of one row of the window."""
 
-    def __init__(self, adapters: Adapters, execution: ExecutionConfig, shape: Shape, *, rows: int, lr: float) -> None:
+    def __init__(
+        self, adapters: Adapters, execution: ExecutionConfig, shape: Shape, *, rows: int, lr: float, adamw: AdamWConfig
+    ) -> None:
         """Makes the optimizer, states included."""
         backbone, transformer = adapters.backbone, adapters.transformer
         self.backbone, self.rows, self.adapters = backbone, rows, adapters
@@ -139,7 +142,7 @@ class PlannedPolicy:
             self.adapters,
             replace(execution, attention_backend=None, optimizer="adamw"),
             lr=lr,
-            betas=(0.9, 0.99),
+            adamw=adamw,
             seed=0,
         )
         self.optimizer = self.trainee.optimizer

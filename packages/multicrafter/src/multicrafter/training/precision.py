@@ -15,6 +15,7 @@ from torch import nn
 
 from multicrafter import UserError
 from multicrafter.training.distributed import Parallel, transformer_blocks
+from multicrafter.training.optimization import AdamWConfig
 
 Quantization = Literal["none", "int8", "nf4"]
 
@@ -155,20 +156,22 @@ def quantize(transformer: nn.Module, kind: Quantization) -> nn.Module:
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], config: ExecutionConfig, *, lr: float, betas: tuple[float, float]
+    parameters: Iterable[nn.Parameter], config: ExecutionConfig, *, lr: float, adamw: AdamWConfig
 ) -> torch.optim.Optimizer:
-    """AdamW without weight decay, its states in fp32 or in 8 bits.
+    """AdamW, its states in fp32 or in 8 bits.
 
     Raises:
         ImportError: bitsandbytes is missing.
     """
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.0)
+        return torch.optim.AdamW(parameters, lr=lr, betas=adamw.betas, eps=adamw.eps, weight_decay=adamw.weight_decay)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise ImportError("optimizer 'adamw8bit' needs: pip install 'multicrafter[quantize]' (bitsandbytes)") from error
-    made: torch.optim.Optimizer = AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=0.0)
+    made: torch.optim.Optimizer = AdamW8bit(
+        parameters, lr=lr, betas=adamw.betas, eps=adamw.eps, weight_decay=adamw.weight_decay
+    )
     return made
 
 

@@ -20,6 +20,7 @@ from idar import (
     idar_loss,
     leakage,
     owner_masks,
+    sigma_weight,
 )
 from idar.integrations.diffusers import attention_blocks, capture_subject_attention, separate_subjects
 from torch import Tensor
@@ -30,6 +31,14 @@ from multicrafter.models.backbones import Backbone, backbone_of
 from multicrafter.models.flux.model import add_noise
 from multicrafter.training.distributed import active, all_sum, my_slice, world_size
 from multicrafter.training.encoding_cache import CachedText
+from multicrafter.training.loop import LoopConfig
+from multicrafter.training.optimization import (
+    AdamWConfig,
+    ScheduleConfig,
+    SigmaSamplingConfig,
+    learning_rate,
+    sample_sigma,
+)
 from multicrafter.training.precision import ExecutionConfig, prepare_transformer
 from multicrafter.training.previews import Look, look_at
 from multicrafter.training.scenes import Buckets, EncodedScenes
@@ -142,18 +151,27 @@ class PretrainConfig:
     Attributes:
         num_steps: Optimizer steps.
         batch: Scenes a step.
-        lr: Peak learning rate; warm-up of 20 steps, linear decay to zero.
+        lr: Peak learning rate.
+        schedule: How it rises and falls.
+        adamw: The rest of the optimizer.
+        max_grad_norm: Gradients are clipped to this norm, over all adapters.
+        sigma_sampling: At which noise levels.
         num_scenes: Scenes drawn and encoded; of photos, samples: more than there are records come again, cut anew, with other references.
         data: Folder of `multicrafter data build`: photos instead of drawn scenes, at the sizes of ``world``. None draws.
         seed: Of data order, noise and adapters; scenes come from ``data_seed``.
         separation: See `SeparationConfig`; None trains without it.
         sampling: How its pictures are drawn; None leaves that to the backbone.
         execution: Precision, memory, processes.
+        loop: How often checkpoints and pictures are written, and when to give up.
     """
 
     num_steps: int = 400
     batch: int = 32
     lr: float = 2e-3
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    adamw: AdamWConfig = field(default_factory=AdamWConfig)
+    max_grad_norm: float = 1.0
+    sigma_sampling: SigmaSamplingConfig = field(default_factory=SigmaSamplingConfig)
     num_scenes: int = 4000
     data: str | None = None
     data_seed: int = 1
@@ -164,6 +182,7 @@ class PretrainConfig:
     sampling: SamplingConfig | None = None
     world: WorldConfig = field(default_factory=lambda: WorldConfig(numbers=(2,), shared_attributes=4))
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(save_every=200, picture_every=50))
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch", "num_scenes"):
@@ -171,6 +190,8 @@ class PretrainConfig:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.lr <= 0:
             raise UserError(f"lr must be positive, got {self.lr}")
+        if not self.max_grad_norm > 0:
+            raise UserError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
 
 
 def sampling_notes(config: PretrainConfig) -> dict[str, Any]:
@@ -201,18 +222,18 @@ class Pretrain:
         self.text = CachedText(pipe, self.buckets.captions, config.execution.cache, backbone=self.backbone)
         prepare_transformer(pipe.transformer, config.execution)
         self.adapters = Adapters(pipe.transformer, config.adapters, seed=config.seed, backbone=self.backbone)
-        self.trainee = Trainee(self.adapters, config.execution, lr=config.lr, betas=(0.9, 0.98), seed=config.seed)
+        self.trainee = Trainee(self.adapters, config.execution, lr=config.lr, adamw=config.adamw, seed=config.seed)
         self.optimizer, self.generator = self.trainee.optimizer, self.trainee.generator
 
     def step(self, index: int) -> dict[str, float]:
         """One optimizer step on one batch; every rank draws it all and computes its own rows."""
         config = self.config
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * min(1, (index + 1) / 20) * (1 - index / config.num_steps)
+            group["lr"] = learning_rate(config.schedule, config.lr, index, config.num_steps)
         scenes = self.buckets.draw(self.generator)
         rows = torch.randint(len(scenes), (config.batch,), generator=self.generator)
         noise = torch.randn(config.batch, *scenes.tokens.shape[1:], generator=self.generator)
-        sigma = torch.sigmoid(torch.randn(config.batch, generator=self.generator))
+        sigma = sample_sigma(config.sigma_sampling, config.batch, self.generator)
         separated = self._draw_separated(sigma)
         self.optimizer.zero_grad()
         parts = self._parts()
@@ -231,7 +252,7 @@ class Pretrain:
             for name, loss in losses.items():
                 metrics[name] = metrics.get(name, 0.0) + share * loss.item()
         self.trainee.samples_seen += config.batch
-        norm = self.trainee.apply(1.0)
+        norm = self.trainee.apply(config.max_grad_norm)
         if active():
             summed = all_sum(torch.tensor(list(metrics.values()), dtype=torch.float64))
             metrics = dict(zip(metrics, summed.tolist(), strict=True))
@@ -303,7 +324,7 @@ class Pretrain:
         config = self.config.idar
         if not bool((masks > 0).any()) or not bool(torch.isfinite(maps).all()):
             return maps.sum() * 0
-        weight = (sigma <= config.sigma_max).float()
+        weight = sigma_weight(sigma, sigma_max=config.sigma_max)
         return idar_loss(maps, masks, kind=config.kind, normalization=config.normalization, weight=weight).loss
 
     def look(self) -> Look:

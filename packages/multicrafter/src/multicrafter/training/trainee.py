@@ -17,6 +17,7 @@ from multicrafter.models.adapters import Adapters
 from multicrafter.models.flux.model import Text
 from multicrafter.training import distributed
 from multicrafter.training.checkpoint import Section
+from multicrafter.training.optimization import AdamWConfig
 from multicrafter.training.precision import ExecutionConfig, configure_transformer, make_optimizer
 
 
@@ -75,7 +76,7 @@ class Trainee:
         execution: ExecutionConfig,
         *,
         lr: float,
-        betas: tuple[float, float],
+        adamw: AdamWConfig,
         seed: int,
         sync_in_backward: bool = True,
     ) -> None:
@@ -85,7 +86,7 @@ class Trainee:
         for parameter in adapters.parameters():
             parameter.data = parameter.data.float()
         self.model = distributed.distribute(adapters.transformer, execution.parallel, sync_in_backward=sync_in_backward)
-        self.optimizer = make_optimizer(adapters.parameters(), execution, lr=lr, betas=betas)
+        self.optimizer = make_optimizer(adapters.parameters(), execution, lr=lr, adamw=adamw)
         self.generator = torch.Generator().manual_seed(seed)
         self.ema = {n: p.detach().clone() for n, p in adapters.named_parameters()} if execution.ema_decay else {}
         self.samples_seen = 0
