@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ def generate(arguments: argparse.Namespace) -> int:
     from id_reward.images import open_image
     from tqdm import tqdm
 
+    from multicrafter.files import appearing
     from multicrafter.models.backbones import get_backbone
     from multicrafter.pipeline import MultiCrafterPipeline
 
@@ -70,12 +70,10 @@ def generate(arguments: argparse.Namespace) -> int:
             size=arguments.size, reference_size=arguments.reference_size, progress=lambda _: bar.update(),
             separation=kept_apart, masks=masks,
         )  # fmt: skip
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for index, picture in enumerate(pictures):
         path = arguments.out if len(pictures) == 1 else arguments.out.with_stem(f"{arguments.out.stem}_{index}")
-        temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
-        picture.save(temporary)
-        os.replace(temporary, path)
+        with appearing(path) as temporary:
+            picture.save(temporary)
         print(path)
     return 0
 

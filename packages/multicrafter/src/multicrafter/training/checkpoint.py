@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from multicrafter import __version__
+from multicrafter.files import write_whole
 from multicrafter.training import distributed
 
 logger = logging.getLogger(__name__)
@@ -151,10 +152,7 @@ def sync(path: Path) -> None:
 
 def write_atomic(path: Path, text: str) -> None:
     """Writes a small file: temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    sync(temporary)
-    os.replace(temporary, path)
+    write_whole(path, text, sync=True)
 
 
 def _piece(value: Tensor) -> tuple[Tensor, list[int] | None]:
