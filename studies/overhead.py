@@ -176,6 +176,7 @@ def stage2(rounds: int) -> dict:
     from multicrafter.models.adapters import AdapterConfig
     from multicrafter.models.backbones import get_backbone
     from multicrafter.plan.steps import PlannedPolicy, Shape, build
+    from multicrafter.training.optimization import AdamWConfig
 
     execution = replace(flux1_dev_stage2().execution, gradient_checkpointing=False)
     _, attached = build(get_backbone("flux1_dev"), SLICE, execution, AdapterConfig(rank=512, alpha=512.0))

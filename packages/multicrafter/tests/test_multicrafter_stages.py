@@ -19,13 +19,13 @@ from multicrafter.models.backbones import backbone_of
 from multicrafter.models.flux.model import Text, add_noise, encode_prompts, predict_velocity
 from multicrafter.training import loop
 from multicrafter.training.align import Align, AlignConfig
+from multicrafter.training.attention import layout_of
 from multicrafter.training.pretrain import (
     IDARConfig,
     Pretrain,
     PretrainConfig,
     SamplingConfig,
     SeparationConfig,
-    layout_of,
     measure_leakage,
     measure_leakages,
 )

@@ -17,6 +17,7 @@ from torch import Tensor
 from multicrafter import UserError
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.binding import BindingConfig, Finder, IdentityFinder, sample_bound, separable
+from multicrafter.scoring.statistics import bootstrap_interval
 from multicrafter.training.pretrain import measure_leakage
 from multicrafter.training.scenes import EncodedScenes, encode_scenes
 from multicrafter.world import FAMILIES, Family, Split, WorldConfig, judges
@@ -275,18 +276,13 @@ class Interval(NamedTuple):
 
 
 def bootstrap(values: Sequence[float] | np.ndarray, *, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Percentile bootstrap of the mean (Efron, 1979); NaN cases are left out.
+    """`bootstrap_interval` over cases that are each their own.
 
     >>> bootstrap([1.0, 1.0, 1.0])
     Interval(mean=1.0, low=1.0, high=1.0, n=3)
     """
-    known = np.asarray(values, np.float64)
-    known = known[np.isfinite(known)]
-    if not len(known):
-        return Interval(float("nan"), float("nan"), float("nan"), 0)
-    rows = np.random.default_rng(seed).integers(len(known), size=(resamples, len(known)))
-    low, high = np.quantile(known[rows].mean(1), [0.025, 0.975])
-    return Interval(float(known.mean()), float(low), float(high), len(known))
+    found = bootstrap_interval(values, resamples=resamples, seed=seed)
+    return Interval(found.mean, found.low, found.high, found.cases)
 
 
 def summarise(metrics: Mapping[str, np.ndarray]) -> dict[str, Interval]:

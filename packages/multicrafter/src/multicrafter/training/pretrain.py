@@ -15,7 +15,6 @@ from idar import (
     Direction,
     LossKind,
     Normalization,
-    SubjectLayout,
     attention_owners,
     idar_loss,
     leakage,
@@ -27,8 +26,8 @@ from torch import Tensor
 
 from multicrafter import UserError
 from multicrafter.models.adapters import AdapterConfig, Adapters
-from multicrafter.models.backbones import Backbone, backbone_of
-from multicrafter.models.flux.model import add_noise
+from multicrafter.models.backbones import backbone_of
+from multicrafter.training.attention import layout_of, noised_velocity, watch_attention
 from multicrafter.training.distributed import active, all_sum, my_slice, world_size
 from multicrafter.training.encoding_cache import CachedText
 from multicrafter.training.loop import LoopConfig
@@ -204,11 +203,6 @@ def sampling_notes(config: PretrainConfig) -> dict[str, Any]:
     return notes
 
 
-def layout_of(backbone: Backbone, scenes: EncodedScenes, num_text: int) -> SubjectLayout:
-    """Where everything is in the joint sequence."""
-    return backbone.layout(num_text, scenes.grid, [scenes.reference_grid] * scenes.references.shape[1])
-
-
 class Pretrain:
     """Stage 1 as a `loop.Stage`, on one process or many (`multicrafter.training.distributed`)."""
 
@@ -305,12 +299,8 @@ class Pretrain:
         """``L_diff + lambda * L_attn + router losses`` and its parts, means over these rows."""
         config, device = self.config, self.trainee.device
         latents, noise, sigma = scenes.tokens[rows].to(device), noise.to(device), sigma.to(device)
-        velocity = self.trainee.predict(
-            add_noise(latents, noise, sigma),
-            sigma,
-            self.text([scenes.captions[r] for r in rows.tolist()]).to(device),
-            **scenes.context(rows, device),
-        )
+        text = self.text([scenes.captions[r] for r in rows.tolist()]).to(device)
+        velocity = noised_velocity(self.trainee.predict, scenes, rows, noise, sigma, text)
         diffusion = (velocity - (noise - latents)).square().mean()
         loss = diffusion + self.trainee.aux_loss()
         losses = {"diffusion_loss": diffusion}
@@ -386,20 +376,10 @@ def measure_leakages(
     for sigma in sigmas:
         for start in range(0, len(scenes), batch):
             part = slice(start, min(start + batch, len(scenes)))
-            latents = scenes.tokens[part]
-            noise = torch.randn(latents.shape, generator=generator)
-            level = torch.full((len(latents),), sigma)
-            text = backbone.encode_prompts(pipe, scenes.captions[part])
-            with capture_subject_attention(
-                pipe.transformer,
-                layout_of(backbone, scenes, text.embeds.shape[1]),
-                direction=direction,
-                blocks=together,
-                keep_blocks=True,
-            ) as captured:
-                backbone.velocity(
-                    pipe.transformer, add_noise(latents, noise, level), level, text, **scenes.context(part)
-                )
+            captured = watch_attention(
+                pipe.transformer, backbone, scenes, part, backbone.encode_prompts(pipe, scenes.captions[part]),
+                sigma=sigma, generator=generator, direction=direction, blocks=together, keep_blocks=True,
+            )  # fmt: skip
             for group, chosen in names.items():
                 maps = torch.stack([captured.blocks[n] for n in chosen]).mean(0)
                 total[group][part] += leakage(maps, scenes.masks[part]).nanmean(1)
