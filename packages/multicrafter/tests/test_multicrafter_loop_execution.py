@@ -90,7 +90,9 @@ def saved_for_backward(stage):
 
     scenes, rows = stage.buckets.buckets[0], torch.arange(8)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        stage._losses(scenes, rows, torch.randn(8, *scenes.tokens.shape[1:]), torch.full((8,), 0.5), None)
+        text = stage.text([scenes.captions[r] for r in range(8)])
+        noise = torch.randn(8, *scenes.tokens.shape[1:])
+        stage.objective._losses(scenes, rows, noise, torch.full((8,), 0.5), text, None)
     return sum(kept.values())
 
 

@@ -220,9 +220,10 @@ def score_pictures(
 ) -> dict[str, np.ndarray]:
     """Metrics per case, all but leakage; see `METRICS`."""
     readings: list[Reading] = judges.reader.read(pictures)
-    strangers = scenes.identities.roll(1, 0)[:, 0] if scenes.strangers is None else scenes.strangers
+    truth = scenes.truth
+    strangers = truth.identities.roll(1, 0)[:, 0] if scenes.strangers is None else scenes.strangers
     rows = [
-        score_attributes(scenes.identities[i], r.identities, FAMILIES[family], strangers[i])
+        score_attributes(truth.identities[i], r.identities, FAMILIES[family], strangers[i])
         for i, r in enumerate(readings)
     ]
     references = [list(x) for x in scenes.reference_images]
@@ -231,11 +232,11 @@ def score_pictures(
         "attributes": np.array([r.attributes for r in rows]),
         "swaps": np.array([r.swaps for r in rows]),
         "swaps_by_chance": np.array([r.swaps_by_chance for r in rows]),
-        "count": np.array([float(len(r.identities) == scenes.identities.shape[1]) for r in readings]),
+        "count": np.array([float(len(r.identities) == truth.identities.shape[1]) for r in readings]),
         "setting": np.array(
             [
                 float(r.setting == s and r.time == t)
-                for r, s, t in zip(readings, scenes.setting.tolist(), scenes.time.tolist(), strict=True)
+                for r, s, t in zip(readings, truth.setting.tolist(), truth.time.tolist(), strict=True)
             ]
         ),
         "text": judges.clip(pictures, scenes.captions),

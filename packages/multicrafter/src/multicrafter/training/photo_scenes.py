@@ -106,7 +106,6 @@ def encode_photos(
     names = {name: i for i, name in enumerate(sorted({n for row in people for n in row}))}
     tokens, references, masks = (torch.cat(p) for p in zip(*parts, strict=True))
     images, reference_images = (torch.cat(p) for p in zip(*pictures, strict=True))
-    unknown = torch.full((count,), -1)
     return EncodedScenes(
         tokens=tokens,
         references=references,
@@ -115,8 +114,6 @@ def encode_photos(
         identities=torch.tensor([[[names[n]] for n in row] for row in people]),
         images=images,
         reference_images=reference_images,
-        setting=unknown,
-        time=unknown.clone(),
         grid=grid,
         reference_grid=reference_grid,
     )

@@ -27,6 +27,7 @@ from torch import Tensor
 from multicrafter import UserError
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import backbone_of
+from multicrafter.models.flux.model import Text
 from multicrafter.training.attention import layout_of, noised_velocity, watch_attention
 from multicrafter.training.distributed import active, all_sum, my_slice, world_size
 from multicrafter.training.encoding_cache import CachedText
@@ -203,6 +204,99 @@ def sampling_notes(config: PretrainConfig) -> dict[str, Any]:
     return notes
 
 
+@dataclass(frozen=True)
+class Objective:
+    """``L_diff + lambda * L_attn + router losses`` of a model on encoded scenes, and its gradients; `Pretrain` steps on it, `plan` measures it.
+
+    Attributes:
+        config: Of the stage.
+        trainee: What is trained.
+    """
+
+    config: PretrainConfig
+    trainee: Trainee
+
+    def backward(
+        self,
+        scenes: EncodedScenes,
+        rows: Tensor | slice,
+        noise: Tensor,
+        sigma: Tensor,
+        text: Text,
+        *,
+        separated: Tensor | None = None,
+        supervised: bool = True,
+        scale: float = 1.0,
+    ) -> dict[str, Tensor]:
+        """Adds the gradients of ``scale`` times the loss; returns the loss and its parts, means over these rows.
+
+        Args:
+            scenes: Encoded scenes.
+            rows: Which of them, b.
+            noise: (b, n, d).
+            sigma: Noise levels (b,).
+            text: Their prompts.
+            separated: How much the attention of each is separated, (b,); None separates none.
+            supervised: Whether the attention is supervised.
+            scale: Factor of the gradients.
+        """
+        # the backward stays inside the capture: gradient checkpointing runs blocks again, and must find the same graph
+        with (
+            self._separate(scenes, rows, separated, text.embeds.shape[1]),
+            self._capture(scenes, text.embeds.shape[1], supervised) as captured,
+        ):
+            losses = self._losses(scenes, rows, noise, sigma, text, captured)
+            (losses["loss"] * scale).backward()
+        return losses
+
+    def _separate(self, scenes: EncodedScenes, rows: Tensor | slice, separated: Tensor | None, num_text: int) -> Any:
+        """Separates the attention of the chosen samples, by their masks; around forward and backward."""
+        config = self.config.separation
+        if config is None or separated is None or not bool(separated.any()):
+            return nullcontext()
+        masks = owner_masks(scenes.masks[rows], threshold=config.threshold).to(self.trainee.device)
+        return separate_subjects(
+            self.trainee.adapters.transformer,
+            layout_of(self.trainee.adapters.backbone, scenes, num_text),
+            attention_owners if config.routing else masks,
+            strength=(config.strength * separated).to(self.trainee.device),
+            background=config.background,
+        )
+
+    def _capture(self, scenes: EncodedScenes, num_text: int, supervised: bool) -> Any:
+        """Collects the attention maps of what runs inside, if they are supervised; around forward and backward."""
+        if self.config.idar.coef == 0 or not supervised:
+            return nullcontext()
+        return capture_subject_attention(
+            self.trainee.adapters.transformer,
+            layout_of(self.trainee.adapters.backbone, scenes, num_text),
+            direction=self.config.idar.direction,
+            blocks=(lambda _: True) if self.config.idar.all_blocks else None,
+        )
+
+    def _losses(
+        self, scenes: EncodedScenes, rows: Tensor | slice, noise: Tensor, sigma: Tensor, text: Text, captured: Any
+    ) -> dict[str, Tensor]:
+        config, device = self.config, self.trainee.device
+        latents, noise, sigma = scenes.tokens[rows].to(device), noise.to(device), sigma.to(device)
+        velocity = noised_velocity(self.trainee.predict, scenes, rows, noise, sigma, text.to(device))
+        diffusion = (velocity - (noise - latents)).square().mean()
+        loss = diffusion + self.trainee.aux_loss()
+        losses = {"diffusion_loss": diffusion}
+        if captured is not None:
+            losses["attention_loss"] = self._attention_loss(captured.maps, scenes.masks[rows].to(device), sigma)
+            loss = loss + config.idar.coef * losses["attention_loss"]
+        return {"loss": loss, **{name: value.detach() for name, value in losses.items()}}
+
+    def _attention_loss(self, maps: Tensor, masks: Tensor, sigma: Tensor) -> Tensor:
+        """`idar_loss`; 0 where no subject shows, NaN (the step will be skipped) where the maps are broken."""
+        config = self.config.idar
+        if not bool((masks > 0).any()) or not bool(torch.isfinite(maps).all()):
+            return maps.sum() * 0
+        weight = sigma_weight(sigma, sigma_max=config.sigma_max)
+        return idar_loss(maps, masks, kind=config.kind, normalization=config.normalization, weight=weight).loss
+
+
 class Pretrain:
     """Stage 1 as a `loop.Stage`, on one process or many (`multicrafter.training.distributed`)."""
 
@@ -218,6 +312,7 @@ class Pretrain:
         self.adapters = Adapters(pipe.transformer, config.adapters, seed=config.seed, backbone=self.backbone)
         self.trainee = Trainee(self.adapters, config.execution, lr=config.lr, adamw=config.adamw, seed=config.seed)
         self.optimizer, self.generator = self.trainee.optimizer, self.trainee.generator
+        self.objective = Objective(config, self.trainee)
 
     def step(self, index: int) -> dict[str, float]:
         """One optimizer step on one batch; every rank draws it all and computes its own rows."""
@@ -235,14 +330,12 @@ class Pretrain:
         metrics: dict[str, float] = {}
         for number, part in enumerate(parts):
             share = (part.stop - part.start) / config.batch
-            # the backward stays inside the capture: gradient checkpointing runs blocks again, and must find the same graph
-            with (
-                self.trainee.accumulating(last=number == len(parts) - 1),
-                self._separate(scenes, rows[part], separated[part]),
-                self._capture(scenes, supervised) as captured,
-            ):
-                losses = self._losses(scenes, rows[part], noise[part], sigma[part], captured)
-                (losses["loss"] * (share * world_size())).backward()  # ranks are averaged: their shares add up to 1
+            text = self.text([scenes.captions[r] for r in rows[part].tolist()])
+            with self.trainee.accumulating(last=number == len(parts) - 1):
+                losses = self.objective.backward(
+                    scenes, rows[part], noise[part], sigma[part], text, separated=separated[part], supervised=supervised,
+                    scale=share * world_size(),  # ranks are averaged: their shares add up to 1
+                )  # fmt: skip
             for name, loss in losses.items():
                 metrics[name] = metrics.get(name, 0.0) + share * loss.item()
         self.trainee.samples_seen += config.batch
@@ -267,55 +360,6 @@ class Pretrain:
             return torch.zeros_like(sigma)
         chosen = torch.rand(len(sigma), generator=self.generator) < config.share
         return (chosen & (sigma >= config.sigma_min)).float()
-
-    def _separate(self, scenes: EncodedScenes, rows: Tensor, separated: Tensor) -> Any:
-        """Separates the attention of the chosen samples, by their masks; around forward and backward."""
-        config = self.config.separation
-        if config is None or not bool(separated.any()):
-            return nullcontext()
-        masks = owner_masks(scenes.masks[rows], threshold=config.threshold).to(self.trainee.device)
-        return separate_subjects(
-            self.transformer,
-            layout_of(self.backbone, scenes, self.text.num_tokens),
-            attention_owners if config.routing else masks,
-            strength=(config.strength * separated).to(self.trainee.device),
-            background=config.background,
-        )
-
-    def _capture(self, scenes: EncodedScenes, supervised: bool = True) -> Any:
-        """Collects the attention maps of what runs inside, if they are supervised; around forward and backward."""
-        if self.config.idar.coef == 0 or not supervised:
-            return nullcontext()
-        return capture_subject_attention(
-            self.transformer,
-            layout_of(self.backbone, scenes, self.text.num_tokens),
-            direction=self.config.idar.direction,
-            blocks=(lambda _: True) if self.config.idar.all_blocks else None,
-        )
-
-    def _losses(
-        self, scenes: EncodedScenes, rows: Tensor, noise: Tensor, sigma: Tensor, captured: Any
-    ) -> dict[str, Tensor]:
-        """``L_diff + lambda * L_attn + router losses`` and its parts, means over these rows."""
-        config, device = self.config, self.trainee.device
-        latents, noise, sigma = scenes.tokens[rows].to(device), noise.to(device), sigma.to(device)
-        text = self.text([scenes.captions[r] for r in rows.tolist()]).to(device)
-        velocity = noised_velocity(self.trainee.predict, scenes, rows, noise, sigma, text)
-        diffusion = (velocity - (noise - latents)).square().mean()
-        loss = diffusion + self.trainee.aux_loss()
-        losses = {"diffusion_loss": diffusion}
-        if captured is not None:
-            losses["attention_loss"] = self._attention_loss(captured.maps, scenes.masks[rows].to(device), sigma)
-            loss = loss + config.idar.coef * losses["attention_loss"]
-        return {"loss": loss, **{name: value.detach() for name, value in losses.items()}}
-
-    def _attention_loss(self, maps: Tensor, masks: Tensor, sigma: Tensor) -> Tensor:
-        """`idar_loss`; 0 where no subject shows, NaN (the step will be skipped) where the maps are broken."""
-        config = self.config.idar
-        if not bool((masks > 0).any()) or not bool(torch.isfinite(maps).all()):
-            return maps.sum() * 0
-        weight = sigma_weight(sigma, sigma_max=config.sigma_max)
-        return idar_loss(maps, masks, kind=config.kind, normalization=config.normalization, weight=weight).loss
 
     def look(self) -> Look:
         """Attention and routing on the first scenes."""
