@@ -20,7 +20,8 @@ from multicrafter.models.adapters import AdapterConfig
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.flux.model import add_noise
 from multicrafter.pipeline import load_flux
-from multicrafter.training.pretrain import IDARConfig, Pretrain, PretrainConfig, layout_of
+from multicrafter.training.attention import layout_of
+from multicrafter.training.pretrain import IDARConfig, Pretrain, PretrainConfig
 from multicrafter.training.scenes import encode_scenes
 
 R2I, I2R = "reference_to_image", "image_to_reference"

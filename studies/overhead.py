@@ -60,19 +60,15 @@ def stages(shape, variants: dict):
         stage.optimizer.state.clear()  # not timed here, so not kept
         stage.planned.tokens.normal_()
         stage.planned.references.normal_()
-        stage.text.text.embeds.normal_()
-        stage.noise = torch.randn_like(stage.planned.tokens)
+        stage.text.embeds.normal_()
+        stage.noise.normal_()
         made[name] = stage
     return made
 
 
 def forward_backward(stage) -> None:
     """Losses and their gradients."""
-    import torch
-
-    stage.optimizer.zero_grad()
-    with stage._capture(stage.planned) as captured:
-        stage._losses(stage.planned, torch.arange(1), stage.noise, torch.full((1,), 0.5), captured)["loss"].backward()
+    stage.forward_backward()
 
 
 SHAPE = {"text": 128, "image": (16, 16), "reference": (20, 20), "references": 1}
@@ -104,7 +100,7 @@ def inference(rounds: int) -> dict:
     @torch.no_grad()
     def once(stage) -> None:
         context = stage.planned.context(torch.arange(1), torch.device("cpu"))
-        stage.trainee.predict(stage.planned.tokens, torch.full((1,), 0.5), stage.text([""]), **context)
+        stage.trainee.predict(stage.planned.tokens, torch.full((1,), 0.5), stage.text, **context)
 
     def base() -> None:
         with made["IDAR + experts"].adapters.disable():
@@ -176,12 +172,13 @@ def stage2(rounds: int) -> dict:
     from multicrafter.models.adapters import AdapterConfig
     from multicrafter.models.backbones import get_backbone
     from multicrafter.plan.steps import PlannedPolicy, Shape, build
+    from multicrafter.training.optimization import AdamWConfig
 
     execution = replace(flux1_dev_stage2().execution, gradient_checkpointing=False)
     _, attached = build(get_backbone("flux1_dev"), SLICE, execution, AdapterConfig(rank=512, alpha=512.0))
     group, window = 2, (0, 1)
     # at learning rate 0 every rollout is on policy, as in training: a stale one is passed over once more
-    policy = PlannedPolicy(attached, execution, Shape(**SHAPE), rows=group, lr=0.0)
+    policy = PlannedPolicy(attached, execution, Shape(**SHAPE), rows=group, lr=0.0, adamw=AdamWConfig())
     trained = list(attached.parameters())
     trainer = PolicyTrainer(trained, policy.optimizer, PolicyConfig(clip_range=1e-3))
     kernel, sigmas = FlowSDE(), torch.linspace(1, 0, 5)

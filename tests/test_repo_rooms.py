@@ -15,6 +15,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parent.parent / "packages" / "multicrafter" / "src"
 FLOORS = {
     "files": 0,
+    "pages": 0,
     "models": 1,
     "pipeline": 2,
     "world": 2,

@@ -13,6 +13,7 @@ import torch
 from multicrafter.files import write_json
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.loading import load_flux
+from multicrafter.training.optimization import AdamWConfig, ScheduleConfig, SigmaSamplingConfig
 from multicrafter.training.runs import with_execution
 
 from studies import ablation, claims, inference_overhead, ratios, regime, scaling, subjects
@@ -32,6 +33,26 @@ def experiment(**changes) -> Experiment:
     return Experiment(pretrain=config, tests=(SMOKE.test(num_cases=2),))
 
 
+KNOBS = {
+    "schedule": ScheduleConfig(warmup_steps=5, decay="constant"),
+    "adamw": AdamWConfig(betas=(0.9, 0.99)),
+    "max_grad_norm": 2.0,
+    "sigma_sampling": SigmaSamplingConfig(shift=3.0),
+}
+"""What was constant once: at their old values they rename no record (every recorded run is found), at others they do."""
+
+
+def test_every_record_belongs_to_an_experiment_that_is_planned(laboratory):
+    planned = {
+        laboratory.key(e)
+        for study in everything.STUDIES
+        for seeds in study.arms(study.planned(FULL)).values()
+        for e in seeds.values()
+    }
+    kept = {path.stem for path in Laboratory.full().records.glob("*.json")}
+    assert kept <= planned
+
+
 def test_a_record_is_named_after_what_decides_it(laboratory):
     one = experiment()
     faster = replace(one, pretrain=with_execution(one.pretrain, compile_blocks=True, micro_batch=4))
@@ -45,8 +66,11 @@ def test_a_record_is_named_after_what_decides_it(laboratory):
         replace(one, tests=(SMOKE.test(num_cases=3),)),
         replace(one, base=Base(minutes=1.0)),
         replace(one, align=SMOKE.rows(0)["ippo"][1]),
+        *(experiment(**{name: value}) for name, value in KNOBS.items()),
     ]
-    assert len({laboratory.key(e) for e in [one, *others]}) == 7
+    assert len({laboratory.key(e) for e in [one, *others]}) == 7 + len(KNOBS)
+    rarer = replace(one.pretrain, loop=replace(one.pretrain.loop, save_every=7, picture_every=0))
+    assert laboratory.key(replace(one, pretrain=rarer)) == laboratory.key(one), "what is written on the way"
 
 
 def test_what_is_recorded_is_not_done_again(laboratory, monkeypatch):

@@ -116,12 +116,35 @@ def key_of(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
+SPEED = ("execution", "loop")
+"""Parts of a configuration that change how fast something is, and what is written on the way, but no result."""
+ONCE_CONSTANT: dict[str, dict[str, Any]] = {
+    "idar": {
+        "schedule": {"warmup_steps": 20, "decay": "linear"},
+        "adamw": {"betas": [0.9, 0.98], "eps": 1e-8, "weight_decay": 0.0},
+        "max_grad_norm": 1.0,
+        "sigma_sampling": {"mean": 0.0, "std": 1.0, "shift": 1.0},
+    },
+    "routing_replay": {
+        "schedule": {"warmup_steps": 5, "decay": "constant"},
+        "adamw": {"betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.0},
+    },
+}
+"""Knobs that were constants of the code when the first records were made, by a knob that only stage 1 or stage 2 has: at these values they rename no record."""
+
+
 def deciding(content: Any) -> Any:
     """A configuration (as `to_dict` has it) without what changes nothing but speed, without what is off (None, False: an option that is new, and off by
-    default, renames no record), and without what a coefficient of 0 leaves without effect.
+    default, renames no record), without what a coefficient of 0 leaves without effect, and without what is as it always was.
     """
     if isinstance(content, Mapping):
         if content.get("coef") == 0:
             return {"coef": 0.0}
-        return {k: deciding(v) for k, v in content.items() if k != "execution" and v is not None and v is not False}
+        stages = [constants for knob, constants in ONCE_CONSTANT.items() if knob in content]
+        before = {k: v for constants in stages for k, v in constants.items()}
+        return {
+            k: deciding(v)
+            for k, v in content.items()
+            if k not in SPEED and v is not None and v is not False and (k not in before or v != before[k])
+        }
     return [deciding(x) for x in content] if isinstance(content, list) else content

@@ -58,7 +58,7 @@ def crops(pictures: Float[Tensor, "b 3 H W"], row: Tensor, boxes: Float[Tensor, 
 
 def _truth(scenes: Scenes) -> tuple[Tensor, Tensor, Tensor]:
     """Row, boxes and values (n, 6) of all people of some scenes."""
-    row, subject = torch.where(scenes.identities[:, :, 0] >= 0)
+    row, subject = torch.where(scenes.truth.identities[:, :, 0] >= 0)
     brightness = scenes.light.mean(1)[row, None]
     return row, scenes.boxes[row, subject], torch.cat([scenes.poses[row, subject], brightness], 1)
 
@@ -109,7 +109,7 @@ class PoseReader:
         """R^2 = 1 - residual / variance, by name, of people that the reader of truth finds in drawn scenes; and of the heights of its boxes."""
         got, want = [], []
         for number, reading in enumerate(judges.reader.read(scenes.images)):
-            for subject, face in people(scenes.identities[number], reading.identities):
+            for subject, face in people(scenes.truth.identities[number], reading.identities):
                 box = reading.boxes[face : face + 1]
                 values = self.read(scenes.images, torch.tensor([number]), box)[0]
                 got.append(torch.cat([values, (box[0, 3] - box[0, 1])[None] / 1.02]))
@@ -158,7 +158,7 @@ def copy_scores(pictures: Tensor, scenes: EncodedScenes, judges: Judges, reader:
     )
     values: dict[str, dict[str, list[float]]] = {n: {"generated": [], "reference": []} for n in (*NAMES, "height")}
     for number, reading in enumerate(judges.reader.read(pictures)):
-        for subject, face in people(scenes.identities[number], reading.identities):
+        for subject, face in people(scenes.truth.identities[number], reading.identities):
             box = reading.boxes[face : face + 1]
             read = reader.read(pictures, torch.tensor([number]), box)[0].tolist()
             given = [

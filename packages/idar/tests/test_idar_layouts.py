@@ -238,9 +238,7 @@ def test_the_layout_outlives_references_that_come_from_a_cache() -> None:
         _, cache = model(**given, kv_cache_mode="extract", num_ref_tokens=6, return_dict=False)
         first = captured.layout
         model(**later, kv_cache=cache, kv_cache_mode="cached")
-    assert first == captured.layout == SubjectLayout(
-        num_text=5, image_span=(11, 17), subject_spans=((5, 9), (9, 11))
-    )
+    assert first == captured.layout == SubjectLayout(num_text=5, image_span=(11, 17), subject_spans=((5, 9), (9, 11)))
     with pytest.raises(ValueError, match="fills the cache"), entered("capture", model, flux_kv_layout()):
         model(**later, kv_cache=cache, kv_cache_mode="cached")
 

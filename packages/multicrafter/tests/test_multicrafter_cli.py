@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import yaml
-from multicrafter.cli import main
+from multicrafter import UserError
+from multicrafter.cli import main, messages
 from multicrafter.demo.figures import reward_curve
 from multicrafter.models.adapters import AdapterConfig, Adapters
+from multicrafter.training.checkpoint import CheckpointError
 from PIL import Image
 
 
@@ -308,3 +312,71 @@ def test_rows_are_those_of_the_recipes():
     from multicrafter.config.recipes import ablation
 
     assert tuple(ablation()) == ROWS
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """``multicrafter report`` raises what it is given."""
+
+    def raising(error):
+        def write_report(_):
+            raise error
+
+        monkeypatch.setattr("multicrafter.demo.report.write_report", write_report)
+
+    return raising
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("broken inside"), KeyError("x"), FileNotFoundError(2, "gone"), ImportError("cannot import name")],
+)
+def test_a_defect_keeps_its_traceback(failing, tmp_path, error):
+    (tmp_path / "results.json").write_text("{}")
+    failing(error)
+    with pytest.raises(type(error)) as raised:
+        main(["report", str(tmp_path)])
+    assert raised.value is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("steps must be at least 1, got 0"),
+        OSError(28, "No space left on device"),
+        PermissionError(13, "closed"),
+        ImportError("needs: pip install tensorboard"),
+        CheckpointError("checkpoint x cannot be read"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_sentence_and_with_debug_a_traceback_too(failing, tmp_path, capsys, error):
+    (tmp_path / "results.json").write_text("{}")
+    failing(error)
+    assert main(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {error}\n"
+    for argv in (["--debug", "report", str(tmp_path)], ["report", str(tmp_path), "--debug"]):
+        assert main(argv) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" in said and "write_report" in said and said.endswith(f"error: {error}\n")
+
+
+def test_debug_shows_what_a_sentence_came_from(tmp_path, capsys):
+    wrong = tmp_path / "run.yaml"
+    wrong.write_text("pretrain: {lr: -1}\n")
+    assert main(["--debug", "plan", "--config", str(wrong)]) == 2
+    assert "lr must be positive, got -1" in (said := capsys.readouterr().err)
+    assert said.count("Traceback") > 1 and "direct cause" in said
+
+
+def test_records_and_our_warnings_are_shown_and_others_insides_are_not(capsys):
+    before = warnings.showwarning
+    with warnings.catch_warnings(), messages.shown():
+        logging.getLogger("gspo.step").warning("one")
+        logging.getLogger("multicrafter.training.loop").info("two")
+        logging.getLogger("multicrafter.training.loop").debug("hidden")
+        warnings.warn_explicit("three", UserWarning, "x.py", 1, module="idar.masks")
+        warnings.warn_explicit("hidden", UserWarning, "x.py", 1, module="diffusers.models.attention")
+        warnings.warn_explicit("hidden", FutureWarning, "x.py", 1, module="somebody")
+        warnings.warn_explicit("four", UserWarning, "x.py", 1, module="diffuserslike")
+    assert capsys.readouterr().err == "warning: one\ntwo\nwarning: three\nwarning: four\n"
+    assert warnings.showwarning is before and logging.getLogger("gspo").propagate

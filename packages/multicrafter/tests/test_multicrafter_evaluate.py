@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,9 +29,9 @@ def truth():
     scenes = make_scenes(
         160, WorldConfig(split="test", numbers=(2,), shared_attributes=4), torch.Generator().manual_seed(11)
     )
-    empty = torch.zeros(160, 1)
     return EncodedScenes(
-        tokens=empty, references=empty, masks=empty, captions=scenes.captions(), identities=scenes.identities, images=scenes.images,
+        tokens=torch.zeros(160, 64, 1), references=torch.zeros(160, 2, 16, 1), masks=torch.zeros(160, 2, 64),
+        captions=scenes.captions(), identities=scenes.identities, images=scenes.images,
         reference_images=scenes.references, setting=scenes.setting, time=scenes.time, grid=(8, 8), reference_grid=(4, 4),
     )  # fmt: skip
 
@@ -138,3 +139,15 @@ def test_aesthetics_of_known_pictures():
     assert sharpness(half).item() == pytest.approx(1.0)
     assert sharpness(ramp).item() < 0.15
     assert aesthetics(half) > aesthetics(ramp) > aesthetics(grey)
+
+
+def test_scenes_of_photos_have_no_truth_and_parts_of_other_scenes_are_refused(truth):
+    photos = replace(truth, setting=None)
+    with pytest.raises(ValueError, match="drawn"):
+        _ = photos.truth
+    with pytest.raises(ValueError, match="same scenes"):
+        replace(truth, captions=truth.captions[:-1])
+    with pytest.raises(ValueError, match="same scenes"):
+        replace(truth, grid=(4, 8))
+    with pytest.raises(TypeError, match="positional"):
+        EncodedScenes(truth.tokens)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gspo import rescore, sequence_importance_ratio
 from multicrafter.models.adapters import Adapters
+from multicrafter.training.optimization import AdamWConfig
 from multicrafter.training.precision import (
     ExecutionConfig,
     make_optimizer,
@@ -89,7 +90,9 @@ def saved_for_backward(stage):
 
     scenes, rows = stage.buckets.buckets[0], torch.arange(8)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        stage._losses(scenes, rows, torch.randn(8, *scenes.tokens.shape[1:]), torch.full((8,), 0.5), None)
+        text = stage.text([scenes.captions[r] for r in range(8)])
+        noise = torch.randn(8, *scenes.tokens.shape[1:])
+        stage.objective._losses(scenes, rows, noise, torch.full((8,), 0.5), text, None)
     return sum(kept.values())
 
 
@@ -153,7 +156,7 @@ def test_the_8_bit_optimizer_learns_and_survives_the_disk():
     def make():
         torch.manual_seed(0)
         parameter = torch.nn.Parameter(torch.randn(8192))
-        return parameter, make_optimizer([parameter], config, lr=1e-2, betas=(0.9, 0.99))
+        return parameter, make_optimizer([parameter], config, lr=1e-2, adamw=AdamWConfig(betas=(0.9, 0.99)))
 
     def steps(parameter, optimizer, count):
         for _ in range(count):
@@ -210,7 +213,7 @@ def test_missing_packages_name_their_pip_line(monkeypatch, pipe):
             quantize(pipe.transformer, kind)
     with pytest.raises(ImportError, match="pip install"):
         make_optimizer(
-            [torch.nn.Parameter(torch.ones(1))], ExecutionConfig(optimizer="adamw8bit"), lr=1.0, betas=(0.9, 0.9)
+            [torch.nn.Parameter(torch.ones(1))], ExecutionConfig(optimizer="adamw8bit"), lr=1.0, adamw=AdamWConfig()
         )
 
 

@@ -80,13 +80,13 @@ def test_hosted_trackers_get_the_same(kind, tmp_path, monkeypatch):
     assert calls[3] == ("finish",)
 
 
-def test_a_tracker_that_fails_is_said_once_and_costs_nothing(tmp_path, capsys):
+def test_a_tracker_that_fails_is_said_once_and_costs_nothing(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     tracker = TensorBoardTracker(tmp_path / "file" / "events")
     stage = workers.make_stage(1)
     history = loop.run(stage, num_steps=3, out=tmp_path / "run", tracker=tracker)
     assert len(history) == 3
-    assert capsys.readouterr().err.count("TensorBoardTracker failed") == 1
+    assert caplog.text.count("TensorBoardTracker failed") == 1
 
 
 def test_unknown_and_missing_trackers(tmp_path, monkeypatch):

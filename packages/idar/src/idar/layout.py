@@ -60,6 +60,4 @@ class SubjectLayout:
             spans.append((start, start + count))
             start += count
         length = num_text + num_image + sum(num_references)
-        return cls(
-            num_text=num_text, image_span=(begin, begin + num_image), subject_spans=tuple(spans), length=length
-        )
+        return cls(num_text=num_text, image_span=(begin, begin + num_image), subject_spans=tuple(spans), length=length)

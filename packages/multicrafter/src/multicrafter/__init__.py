@@ -5,11 +5,41 @@ import importlib.abc
 import importlib.machinery
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
+
+
+class UserError(ValueError):
+    """What whoever calls can mend, in one sentence: what was given, and what is expected.
+
+    Command lines print the sentence and exit with code 2. Every other exception is a defect of this software and keeps its traceback.
+    """
+
+
+@contextmanager
+def user_input(what: str = "") -> Iterator[None]:
+    """Around reading what a user named: a ValueError or OSError inside is the user's, not a defect, and becomes a `UserError`.
+
+    Args:
+        what: The front of the sentence, such as ``"--faces"``.
+
+    >>> with user_input("--seed"):
+    ...     int("x")
+    Traceback (most recent call last):
+    multicrafter.UserError: --seed: invalid literal for int() with base 10: 'x'
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, OSError) as error:
+        raise UserError(f"{what}: {error}" if what else str(error)) from error
+
 
 _HOMES = {
     "MultiCrafterPipeline": "pipeline",

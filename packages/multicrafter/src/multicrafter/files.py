@@ -6,16 +6,39 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes | str) -> Path:
-    """Writes a file through a temporary name beside it; its folder is made where there is none."""
+@contextmanager
+def appearing(path: Path, *, sync: bool = False) -> Iterator[Path]:
+    """A temporary path beside ``path`` to write to: the file takes its place when the block ends, and is removed if the block raises.
+
+    Args:
+        path: Of the finished file; its folder is made where there is none. The temporary path ends in the same suffix.
+        sync: Wait until the content is on the disk, so that it outlives a power cut.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        if sync:
+            descriptor = os.open(temporary, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, content: bytes | str, *, sync: bool = False) -> Path:
+    """Writes a file whole or not at all, see `appearing`."""
+    with appearing(path, sync=sync) as temporary:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     return path
 
 

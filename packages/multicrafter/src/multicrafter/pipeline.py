@@ -14,6 +14,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from multicrafter import UserError
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.backbones import Backbone, ReferenceCache, backbone_of
 from multicrafter.models.binding import (
@@ -185,7 +186,7 @@ class MultiCrafterPipeline:
         """
         name = name or ("lora" if isinstance(source, dict) else Path(source).stem).replace(".", "_").replace("-", "_")
         if name == "default" or name in self.loras:
-            raise ValueError(f"name must be new and not 'default', got {name!r} beside {sorted(self.loras)}")
+            raise UserError(f"name must be new and not 'default', got {name!r} beside {sorted(self.loras)}")
         state = self.adapters.state_dict() if self.adapters is not None else None
         if self.adapters is not None:  # LoRAs find their layers by name, so they go on before the experts wrap the FFNs
             self.adapters.detach()
@@ -193,7 +194,7 @@ class MultiCrafterPipeline:
         try:
             self.pipe.load_lora_weights(source if isinstance(source, dict) else str(source), adapter_name=name)
             if name not in getattr(self.pipe.transformer, "peft_config", {}):
-                raise ValueError("no weight of it belongs to this transformer")
+                raise UserError("no weight of it belongs to this transformer")
         except Exception as error:
             problem = error
             if name in getattr(self.pipe.transformer, "peft_config", {}):
@@ -206,7 +207,7 @@ class MultiCrafterPipeline:
         self._activate()
         if problem is not None:
             reason = " ".join(str(problem).split())[:200]
-            raise ValueError(
+            raise UserError(
                 f"lora {source if not isinstance(source, dict) else name} must fit {self.backbone.name}, got {reason}"
             )
         return name
@@ -219,7 +220,7 @@ class MultiCrafterPipeline:
         """
         unknown = sorted(weights.keys() - self.loras.keys())
         if unknown:
-            raise ValueError(f"weights must name loaded LoRAs {sorted(self.loras)}, got {unknown}")
+            raise UserError(f"weights must name loaded LoRAs {sorted(self.loras)}, got {unknown}")
         self.loras.update(weights)
         self._activate()
 
@@ -289,23 +290,21 @@ class MultiCrafterPipeline:
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         num_steps = self.num_steps if num_steps is None else num_steps
         if num_images < 1 or num_steps < 1:
-            raise ValueError(f"num_images and num_steps must be at least 1, got {num_images} and {num_steps}")
+            raise UserError(f"num_images and num_steps must be at least 1, got {num_images} and {num_steps}")
         if len(seeds) != len(prompts):
-            raise ValueError(f"seed must be one number or one per prompt ({len(prompts)}), got {len(seeds)}")
+            raise UserError(f"seed must be one number or one per prompt ({len(prompts)}), got {len(seeds)}")
         if output_type not in ("pil", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'pt' or 'latent', got {output_type!r}")
+            raise UserError(f"output_type must be 'pil', 'pt' or 'latent', got {output_type!r}")
         grid, reference_grid = self._grids(size, reference_size)
         scale = self._true_guidance(true_guidance)
         guidance = self.guidance if guidance is None else guidance
         keep = self.backbone.caches_references if cache_references is None else cache_references
         if keep and not self.backbone.caches_references:
-            raise ValueError(
-                f"cache_references must be off: the reference keys of {self.backbone.name} depend on sigma"
-            )
+            raise UserError(f"cache_references must be off: the reference keys of {self.backbone.name} depend on sigma")
         binding = self.separation if separation is None else binding_config(separation)
         places = _mask_lists(masks, lists, grid) if binding.mode == "masks" else None
         if masks is not None and places is None:
-            raise ValueError(f"masks are for separation 'masks', got separation {binding.mode!r}")
+            raise UserError(f"masks are for separation 'masks', got separation {binding.mode!r}")
         self.interrupt = False
         self.bindings = []
         results: dict[int, list[Any]] = {}
@@ -345,9 +344,9 @@ class MultiCrafterPipeline:
         small = reference_size or (self.reference_size if size is None else min(self.reference_size, height, width))
         for name, value in (("size", height), ("size", width), ("reference_size", small)):
             if value < side or value % side:
-                raise ValueError(f"{name} must be a positive multiple of {side} pixels, got {value}")
+                raise UserError(f"{name} must be a positive multiple of {side} pixels, got {value}")
         if small > max(height, width):
-            raise ValueError(f"reference_size must be at most the picture's {max(height, width)} pixels, got {small}")
+            raise UserError(f"reference_size must be at most the picture's {max(height, width)} pixels, got {small}")
         return (height // side, width // side), (small // side, small // side)
 
     def _true_guidance(self, value: float | None) -> float:
@@ -356,23 +355,23 @@ class MultiCrafterPipeline:
         if value is None:
             return self.backbone.default_true_guidance if has else 1.0
         if value != 1 and not has:
-            raise ValueError(f"true_guidance must be 1: this {self.backbone.name} was distilled, got {value}")
+            raise UserError(f"true_guidance must be 1: this {self.backbone.name} was distilled, got {value}")
         return value
 
 
 def _reference_lists(prompts: list[str], references: References | Sequence[References]) -> list[list[Image.Image]]:
     """One list of references per prompt."""
     if not prompts or not all(p.strip() for p in prompts):
-        raise ValueError("prompt must not be empty")
+        raise UserError("prompt must not be empty")
     given: list[Any] = list(references)
     nested = [isinstance(x, (list, tuple)) for x in given]
     if any(nested) and not all(nested):
-        raise ValueError("references must be pictures, or one list of pictures per prompt, got both")
+        raise UserError("references must be pictures, or one list of pictures per prompt, got both")
     lists = [list(x) for x in given] if given and all(nested) else [given] * len(prompts)
     if len(lists) != len(prompts):
-        raise ValueError(f"references must hold one list per prompt ({len(prompts)}), got {len(lists)}")
+        raise UserError(f"references must hold one list per prompt ({len(prompts)}), got {len(lists)}")
     if not all(lists):
-        raise ValueError("references must hold at least one picture, got none")
+        raise UserError("references must hold at least one picture, got none")
     return lists
 
 
@@ -388,12 +387,12 @@ def binding_config(separation: Mode | BindingConfig) -> BindingConfig:
 def _mask_lists(masks: Any, lists: list[list[Image.Image]], grid: Grid) -> list[Tensor]:
     """Owners (s, n) of the tokens for every prompt."""
     if masks is None:
-        raise ValueError("masks must be given for separation 'masks', got none")
+        raise UserError("masks must be given for separation 'masks', got none")
     given = list(masks)
     nested = bool(given) and isinstance(given[0], (list, tuple))
     rows = [list(row) for row in given] if nested else [given] * len(lists)
     if [len(row) for row in rows] != [len(row) for row in lists]:
-        raise ValueError(
+        raise UserError(
             f"masks must be one per reference, {[len(r) for r in lists]}, got {[len(r) for r in rows]} masks"
         )
     return [
@@ -407,7 +406,7 @@ def _coverage(mask: Any) -> Float[Tensor, "H W"]:
         return torch.from_numpy(np.array(mask.convert("L"), np.float32) / 255)
     values = torch.as_tensor(np.asarray(mask)).float()
     if values.dim() != 2:
-        raise ValueError(f"masks must be pictures or (H, W), got {tuple(values.shape)}")
+        raise UserError(f"masks must be pictures or (H, W), got {tuple(values.shape)}")
     return values
 
 

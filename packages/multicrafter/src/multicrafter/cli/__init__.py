@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import os
+import errno
 import sys
 import warnings
 from collections.abc import Sequence
 
+from multicrafter import UserError
 from multicrafter.cli import (
     align,
     compare,
@@ -18,6 +18,7 @@ from multicrafter.cli import (
     evaluate,
     generate,
     leaderboard,
+    messages,
     plan,
     pretrain,
     report,
@@ -32,20 +33,8 @@ ROWS = (
     "separation",
     "full",
 )  # keys of `recipes.ablation`, which is not imported for --help alone
-
-
-def _quiet() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.simplefilter("ignore")
-    for name in (
-        "bitsandbytes",
-        "torch.utils._pytree",
-        "torch.utils.cpp_extension",
-    ):  # what diffusers imports where it is installed
-        logging.getLogger(name).setLevel(logging.ERROR)
+FULL_OR_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What the machine says when a disk is full or a folder closed: never a defect of this software."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="multicrafter", description="Several given subjects in one picture, nobody blended."
     )
+    top.add_argument("--debug", action="store_true", help="say more, and show the traceback of every error")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (
         generate,
@@ -71,20 +61,38 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; 2 for bad input, 130 when stopped."""
-    _quiet()
-    arguments = parser().parse_args(argv)
-    from multicrafter.training.loop import Interrupted
+def answer(error: BaseException) -> str | None:
+    """The sentence that a user gets for an exception; None for a defect, which keeps its traceback."""
+    from multicrafter.training.checkpoint import CheckpointError
+    from multicrafter.training.distributed import WorkerLost
 
-    try:
-        return int(arguments.function(arguments))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except Interrupted as stop:
-        print(f"\n{stop}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+    known = isinstance(error, (UserError, CheckpointError, WorkerLost))
+    missing_extra = isinstance(error, ImportError) and "pip install" in str(error)
+    closed = isinstance(error, OSError) and error.errno in FULL_OR_CLOSED
+    return " ".join(str(error).split()) if known or missing_extra or closed else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; 2 for bad input, 130 when stopped. A defect raises."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words  # before the command or after it
+    arguments = parser().parse_args([w for w in words if w != "--debug"])
+    with warnings.catch_warnings(), messages.shown(debug=debug):
+        try:
+            return int(arguments.function(arguments))
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
+            return 130
+        except Exception as error:
+            from multicrafter.training.loop import Interrupted
+
+            if isinstance(error, Interrupted):
+                print(f"\n{error}", file=sys.stderr)
+                return 130
+            sentence = answer(error)
+            if sentence is None:
+                raise
+            if debug:
+                messages.traceback(error)
+            print(f"error: {sentence}", file=sys.stderr)
+            return 2

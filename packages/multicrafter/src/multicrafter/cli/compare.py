@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import logging
 from pathlib import Path
 from typing import Any
+
+from multicrafter import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def compare(arguments: argparse.Namespace) -> int:
@@ -19,7 +23,7 @@ def compare(arguments: argparse.Namespace) -> int:
     a, b = Scores.load(arguments.first), Scores.load(arguments.second)
     result, notes = compare_runs(a, b, strict=not arguments.allow_different_judges)
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        logger.info(f"note: {note}")
     print(f"{b.name} - {a.name}")
     for name, c in result.items():
         print(
@@ -39,7 +43,7 @@ def compare(arguments: argparse.Namespace) -> int:
         elif arguments.out.suffix == ".html":
             content = compare_page(a, b, result, notes)
         else:
-            raise ValueError(f"--out must end in .html or .json, got {str(arguments.out)!r}")
+            raise UserError(f"--out must end in .html or .json, got {str(arguments.out)!r}")
         print(f"written to {write_whole(arguments.out, content)}")
     return 0
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from multicrafter import UserError
 from multicrafter.cli.options import add_command, positive
 
 SIDE = 128
@@ -23,7 +24,7 @@ def draw_references(arguments: argparse.Namespace) -> int:
     names = [out / f"{chr(97 + i)}.png" for i in range(arguments.number)]
     there = [path for path in [*names, out / "caption.txt"] if path.exists()]
     if there:
-        raise ValueError(f"--out must not hold {there[0].name} yet, but {out} does; name another folder")
+        raise UserError(f"--out must not hold {there[0].name} yet, but {out} does; name another folder")
     generator = torch.Generator().manual_seed(arguments.seed)
     world = WorldConfig(family="people", split="test", numbers=(arguments.number,), shared_attributes=2)
     scene = make_scenes(1, world, generator)

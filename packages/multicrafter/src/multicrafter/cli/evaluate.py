@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
+from multicrafter import UserError, user_input
 from multicrafter.cli.options import add_command, binding, positive, separation_options, writable
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -24,7 +28,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         writable(arguments.out)
     loaded = MultiCrafterPipeline.from_pretrained(arguments.model, adapter=arguments.adapter)
     if arguments.finder not in ("auto", "people"):
-        raise ValueError(f"--finder must be people on the drawn world, got {arguments.finder}")
+        raise UserError(f"--finder must be people on the drawn world, got {arguments.finder}")
     config = EvaluateConfig(
         num_cases=arguments.cases, num_references=arguments.references or loaded.max_references, seed=arguments.seed,
         num_sampling_steps=arguments.steps or loaded.num_steps, guidance=arguments.guidance or loaded.guidance,
@@ -52,33 +56,33 @@ def score(arguments: argparse.Namespace) -> int:
     from multicrafter.scoring.score import score as run
 
     if arguments.manifest is None or arguments.out is None:
-        raise ValueError("--pictures needs --manifest FILE and --out FOLDER")
+        raise UserError("--pictures needs --manifest FILE and --out FOLDER")
     if arguments.out.suffix or (arguments.out.exists() and not arguments.out.is_dir()):
-        raise ValueError(f"--out must be a folder for scores.json and report.html, got {str(arguments.out)!r}")
+        raise UserError(f"--out must be a folder for scores.json and report.html, got {str(arguments.out)!r}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     kind, prompts = read_prompts(arguments.manifest, format=arguments.format, root=arguments.root)
     found = find_cases(prompts, arguments.pictures, format=kind)
     if found.missing and not arguments.allow_missing:
-        raise ValueError(
+        raise UserError(
             f"--pictures must answer every prompt, but {len(found.missing)} of {len(prompts)} have no picture "
             f"({', '.join(found.missing[:5])}); say --allow-missing to leave them out"
         )
-    judges = Judges(
-        JudgeConfig(
-            faces=arguments.faces,
-            clip=arguments.clip,
-            dino=arguments.dino,
-            aesthetics=arguments.aesthetics,
-            vlm=arguments.vlm,
-        )
+    config = JudgeConfig(
+        faces=arguments.faces,
+        clip=arguments.clip,
+        dino=arguments.dino,
+        aesthetics=arguments.aesthetics,
+        vlm=arguments.vlm,
     )
+    with user_input():
+        judges = Judges(config)
     scores = run(found, judges, name=arguments.name or arguments.pictures.resolve().name, progress=sys.stderr.isatty())
     for name, e in scores.summary().items():
         print(f"{name:16} {number(e.mean)} [{number(e.low)}, {number(e.high)}]  {e.cases} pictures, {e.groups} prompts")
     for problem in scores.problems[:10]:
-        print(f"note: {problem}", file=sys.stderr)
+        logger.info(f"note: {problem}")
     if scores.missing:
-        print(f"note: {len(scores.missing)} pictures are missing", file=sys.stderr)
+        logger.info(f"note: {len(scores.missing)} pictures are missing")
     print(
         f"written to {scores.save(arguments.out / 'scores.json')} and {write_whole(arguments.out / 'report.html', run_page(scores))}"
     )

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import os
+import logging
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from multicrafter import UserError, user_input
 from multicrafter.cli.options import add_command, binding, finder, positive, separation_options, writable
+
+logger = logging.getLogger(__name__)
 
 
 def number(given: str, text: str) -> float:
     """The weight after ``--lora FILE=``."""
     try:
         return float(text)
-    except ValueError:
-        raise ValueError(f"--lora must be FILE or FILE=WEIGHT, got {given!r}") from None
-
-
-@contextmanager
-def said_warnings() -> Iterator[None]:
-    """Warnings raised inside, one line each on standard error."""
-    with warnings.catch_warnings(record=True) as raised:
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("always", message="prompt .* subjects")
-        yield
-    for warning in raised:
-        print(f"warning: {warning.message}", file=sys.stderr)
+    except ValueError as error:
+        raise UserError(f"--lora must be FILE or FILE=WEIGHT, got {given!r}") from error
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -38,22 +27,25 @@ def generate(arguments: argparse.Namespace) -> int:
     from id_reward.images import open_image
     from tqdm import tqdm
 
+    from multicrafter.files import appearing
     from multicrafter.models.backbones import get_backbone
     from multicrafter.pipeline import MultiCrafterPipeline
     from multicrafter.world import shipped_adapter
 
     if not arguments.reference:
-        raise ValueError("--reference must be given at least once, got none")
+        raise UserError("--reference must be given at least once, got none")
     if not arguments.prompt.strip():
-        raise ValueError("--prompt must not be empty")
+        raise UserError("--prompt must not be empty")
     if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ValueError(f"--out must end in .png, .jpg or .webp, got {str(arguments.out)!r}")
+        raise UserError(f"--out must end in .png, .jpg or .webp, got {str(arguments.out)!r}")
     writable(arguments.out)
     if arguments.sheet is not None:
         if arguments.sheet.suffix.lower() != ".png" or arguments.sheet == arguments.out:
-            raise ValueError(f"--sheet must be another file than --out and end in .png, got {str(arguments.sheet)!r}")
+            raise UserError(f"--sheet must be another file than --out and end in .png, got {str(arguments.sheet)!r}")
         writable(arguments.sheet)
-    references = [open_image(path) for path in arguments.reference]
+    with user_input():
+        references = [open_image(path) for path in arguments.reference]
+        masks = [open_image(path) for path in arguments.mask] or None
     if arguments.model is not None:
         from multicrafter.models.loading import get_dtype
         from multicrafter.plan import require_weights
@@ -70,20 +62,18 @@ def generate(arguments: argparse.Namespace) -> int:
         finder=finder(arguments.finder, arguments.model),
     )  # fmt: skip
     kept_apart = binding(arguments, pipeline.notes)
-    masks = [open_image(path) for path in arguments.mask] or None
     if masks is not None and kept_apart.mode != "masks":
-        raise ValueError(f"--mask is for --separation masks, got --separation {kept_apart.mode}")
+        raise UserError(f"--mask is for --separation masks, got --separation {kept_apart.mode}")
     steps = arguments.steps or pipeline.num_steps
     for given in arguments.lora:
         path, _, weight = given.rpartition("=")
         pipeline.load_lora(path or weight, weight=number(given, weight) if path else 1.0)
     if len(references) > pipeline.max_references:
         what = "the adapter was" if adapter else "a base without adapter is"
-        print(
-            f"warning: {len(references)} references, but {what} trained for {pipeline.max_references}; expect blending",
-            file=sys.stderr,
+        logger.warning(
+            f"{len(references)} references, but {what} trained for {pipeline.max_references}; expect blending"
         )
-    with tqdm(total=steps, desc="generate", disable=not sys.stderr.isatty()) as bar, said_warnings():
+    with tqdm(total=steps, desc="generate", disable=not sys.stderr.isatty()) as bar:
         pictures = pipeline(
             arguments.prompt, references, num_images=arguments.num_images, num_steps=steps, seed=arguments.seed,
             guidance=arguments.guidance, negative_prompt=arguments.negative_prompt, true_guidance=arguments.true_guidance,
@@ -92,12 +82,10 @@ def generate(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
         if arguments.sheet is not None:
             _sheet(pipeline, arguments, references, pictures, kept_apart, steps)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for index, picture in enumerate(pictures):
         path = arguments.out if len(pictures) == 1 else arguments.out.with_stem(f"{arguments.out.stem}_{index}")
-        temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
-        picture.save(temporary)
-        os.replace(temporary, path)
+        with appearing(path) as temporary:
+            picture.save(temporary)
         print(path)
     return 0
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from pathlib import Path
 from typing import Any
+
+from multicrafter import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def leaderboard(arguments: argparse.Namespace) -> int:
@@ -17,12 +21,12 @@ def leaderboard(arguments: argparse.Namespace) -> int:
     from multicrafter.scoring.score import Scores
 
     if arguments.out is not None and arguments.out.suffix not in (".html", ".md"):
-        raise ValueError(f"--out must end in .html or .md, got {str(arguments.out)!r}")
+        raise UserError(f"--out must end in .html or .md, got {str(arguments.out)!r}")
     board = make([Scores.load(path) for path in arguments.runs], sort_by=arguments.sort_by, metrics=arguments.metrics)
     text = as_markdown(board)
     print(text, end="")
     for note in board.notes:
-        print(f"note: {note}", file=sys.stderr)
+        logger.info(f"note: {note}")
     if arguments.out is not None:
         whole = (
             text

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from multicrafter import UserError, user_input
+
 
 def writable(path: Path) -> None:
     """Fails before the work, not after it."""
@@ -15,9 +17,9 @@ def writable(path: Path) -> None:
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"--out {path} must be writable, but {folder} is not a folder that can be written to")
+        raise UserError(f"--out {path} must be writable, but {folder} is not a folder that can be written to")
     if path.is_dir() and path.suffix:
-        raise ValueError(f"--out {path} must be a file, but it is a folder")
+        raise UserError(f"--out {path} must be a file, but it is a folder")
 
 
 def positive(text: str) -> int:
@@ -95,4 +97,5 @@ def finder(name: str, model: str | None) -> Any:
     from id_reward import get_face_backend
 
     face_of_a_person = (1.5, 0.8, 1.5, 5.0)  # a standing person round a face, in faces
-    return IdentityFinder(backend=get_face_backend(name), grow=face_of_a_person)  # type: ignore[arg-type]
+    with user_input("--finder"):
+        return IdentityFinder(backend=get_face_backend(name), grow=face_of_a_person)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from multicrafter import UserError
 from multicrafter.cli.options import add_command, positive, training_options, writable
 from multicrafter.cli.runs import load, together, tracker
 from multicrafter.config.run_options import add_options
@@ -53,7 +54,7 @@ def _with_photos(config: Any, arguments: argparse.Namespace) -> Any:
     from multicrafter.training.photo_scenes import training_records
 
     if arguments.references is not None:
-        raise ValueError(
+        raise UserError(
             "--references is for drawn scenes, but --data is given: each photo says how many people are on it"
         )
     count = len(training_records(arguments.data))

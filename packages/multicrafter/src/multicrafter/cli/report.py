@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from multicrafter import UserError
 from multicrafter.cli.options import add_command
 
 
@@ -14,7 +15,7 @@ def report(arguments: argparse.Namespace) -> int:
     from multicrafter.demo.report import write_report
 
     if not (arguments.run / "results.json").is_file():
-        raise ValueError(f"run must be a folder of a finished demo, but {arguments.run} has no results.json")
+        raise UserError(f"run must be a folder of a finished demo, but {arguments.run} has no results.json")
     print(write_report(arguments.run))
     return 0
 

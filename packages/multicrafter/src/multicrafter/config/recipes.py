@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from gspo import PolicyConfig
 
+from multicrafter import UserError
 from multicrafter.config import settings
 from multicrafter.config.provenance import provenance
 from multicrafter.files import write_whole
@@ -83,7 +84,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.text_tokens < 1:
-            raise ValueError(f"text_tokens must be at least 1, got {self.text_tokens}")
+            raise UserError(f"text_tokens must be at least 1, got {self.text_tokens}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +219,7 @@ def get_recipe(name: str, *, seed: int = 0) -> Run:
         ValueError: No such recipe.
     """
     if name not in RECIPES:
-        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+        raise UserError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
     return RECIPES[name](seed=seed)
 
 
@@ -231,7 +232,7 @@ def resolve(
         ValueError: Neither or both are given, or something in them is wrong.
     """
     if (recipe is None) == (config is None):
-        raise ValueError("a recipe or a configuration must be given, got " + ("both" if recipe else "neither"))
+        raise UserError("a recipe or a configuration must be given, got " + ("both" if recipe else "neither"))
     if recipe is not None:
         return settings.override(get_recipe(recipe, seed=seed), changes)
     content = settings.read(str(config))
@@ -239,7 +240,7 @@ def resolve(
     try:
         run = settings.from_dict(cls, content)
     except ValueError as error:
-        raise ValueError(f"{config}: {error}") from None
+        raise UserError(f"{config}: {error}") from error
     return settings.override(run, changes)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from multicrafter import UserError
+
 if TYPE_CHECKING:
     from multicrafter.config.recipes import Run
 
@@ -42,7 +44,7 @@ def chosen(arguments: argparse.Namespace, default: Run | None = None, flags: Map
     run = resolve(recipe=arguments.recipe, config=arguments.config, changes=changes, seed=seed)
     if default is not None and type(run) is not type(default):
         stage = type(default).__name__[-1]
-        raise ValueError(
+        raise UserError(
             f"the run must be a stage-{stage} run, got one of the other stage: {arguments.recipe or arguments.config}"
         )
     return run

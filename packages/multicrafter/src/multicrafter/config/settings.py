@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from multicrafter import UserError
+
 Config = TypeVar("Config")
 
 
@@ -35,20 +37,20 @@ def from_dict(cls: type[Config], content: Any, *, path: str = "") -> Config:
     """
     where = path or "configuration"
     if not isinstance(content, Mapping):
-        raise ValueError(f"{where} must be a mapping, got {content!r}")
+        raise UserError(f"{where} must be a mapping, got {content!r}")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in content:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
-            raise ValueError(f"{where} must have keys among {', '.join(names)}, got {key!r}; nearest: {near[0]!r}")
+            raise UserError(f"{where} must have keys among {', '.join(names)}, got {key!r}; nearest: {near[0]!r}")
     values = {k: convert(hints[k], v, path=f"{path}.{k}".lstrip(".")) for k, v in content.items()}
     try:
         return cls(**values)
     except TypeError as error:
-        raise ValueError(f"{where} is incomplete: {error}") from None
+        raise UserError(f"{where} is incomplete: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}" if path else str(error)) from None
+        raise UserError(f"{path}: {error}" if path else str(error)) from error
 
 
 def convert(hint: Any, value: Any, *, path: str) -> Any:
@@ -70,7 +72,7 @@ def convert(hint: Any, value: Any, *, path: str) -> Any:
     if origin is typing.Literal:
         if value in arguments:
             return value
-        raise ValueError(f"{path} must be one of {arguments}, got {value!r}")
+        raise UserError(f"{path} must be one of {arguments}, got {value!r}")
     if origin is tuple and isinstance(value, (list, tuple)):
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
         if len(kinds) == len(value):
@@ -89,7 +91,7 @@ def convert(hint: Any, value: Any, *, path: str) -> Any:
     if hint in (int, str, bool) and type(value) is hint:
         return value
     name = "nothing" if hint is type(None) else getattr(hint, "__name__", str(hint))
-    raise ValueError(f"{path} must be {name}, got {value!r}")
+    raise UserError(f"{path} must be {name}, got {value!r}")
 
 
 def override(config: Config, changes: Sequence[str]) -> Config:
@@ -102,7 +104,7 @@ def override(config: Config, changes: Sequence[str]) -> Config:
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals:
-            raise ValueError(f"--set must be NAME=VALUE, got {change!r}")
+            raise UserError(f"--set must be NAME=VALUE, got {change!r}")
         *parents, leaf = _full_name(content, name).split(".")
         node: Any = content
         for part in parents:
@@ -125,7 +127,7 @@ def _full_name(content: Any, name: str) -> str:
         if fitting
         else f"nearest: {difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]!r}"
     )
-    raise ValueError(f"--set must name a value of the configuration, got {name!r}; {found}")
+    raise UserError(f"--set must name a value of the configuration, got {name!r}; {found}")
 
 
 def parse(text: str) -> Any:
@@ -139,7 +141,7 @@ def parse(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"value must be readable YAML, got {text!r}: {' '.join(str(error).split())}") from None
+        raise UserError(f"value must be readable YAML, got {text!r}: {' '.join(str(error).split())}") from error
 
 
 def leaves(content: Any, path: str = "") -> dict[str, Any]:
@@ -187,9 +189,9 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise ValueError(f"{path} must be a configuration, but it cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} must be a configuration, but it cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be YAML, got {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path} must be YAML, got {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping, got {type(content).__name__}")
+        raise UserError(f"{path} must hold a mapping, got {type(content).__name__}")
     return content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from multicrafter import UserError
 from multicrafter.config.recipes import ablation
 from multicrafter.demo import figures
 from multicrafter.demo.report import write_report
@@ -23,6 +25,8 @@ from multicrafter.training.runs import run_align, run_pretrain
 from multicrafter.training.scenes import encode_scenes
 from multicrafter.world import judges
 from multicrafter.world.rewards import RewardConfig, tiny_reward
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,7 @@ class DemoConfig:
     def __post_init__(self) -> None:
         for name in ("stage1_steps", "stage2_steps", "scenes", "cases"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 class Clock:
@@ -60,7 +64,7 @@ class Clock:
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Adds the block's time to ``name``."""
-        print(f"==> {name}", flush=True)
+        logger.info(f"==> {name}")
         start = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - start, 1)

@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from idar.integrations.diffusers import capture_subject_attention
 from torch import Tensor
 
 from multicrafter.files import write_whole
 from multicrafter.models.backbones import backbone_of
-from multicrafter.models.flux.model import add_noise
-from multicrafter.training.pretrain import layout_of
+from multicrafter.training.attention import attention_shares, watch_attention
 from multicrafter.training.scenes import EncodedScenes
 
 
@@ -114,20 +112,13 @@ def subject_maps(
     The mean over ``blocks``, chosen as in `idar.integrations.diffusers.attention_blocks`.
     """
     rows = torch.tensor(list(cases))
-    latents = scenes.tokens[rows]
-    level = torch.full((len(rows),), sigma)
     backbone = backbone_of(pipe)
     text = backbone.encode_prompts(pipe, [scenes.captions[i] for i in cases])
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-    with capture_subject_attention(
-        pipe.transformer,
-        layout_of(backbone, scenes, text.embeds.shape[1]),
-        direction="image_to_reference",
-        blocks=blocks,
-    ) as captured:
-        backbone.velocity(pipe.transformer, add_noise(latents, noise, level), level, text, **scenes.context(rows))
-    maps = captured.maps
-    return (maps / maps.sum(1, keepdim=True).clamp_min(1e-8)).unflatten(2, scenes.grid)
+    generator = torch.Generator().manual_seed(seed)
+    captured = watch_attention(
+        pipe.transformer, backbone, scenes, rows, text, sigma=sigma, generator=generator, blocks=blocks
+    )
+    return attention_shares(captured.maps, scenes.grid)
 
 
 def attention_figure(path: Path, scenes: EncodedScenes, maps: Mapping[str, Tensor], cases: Sequence[int]) -> Path:

@@ -17,7 +17,7 @@ import torch
 from moe_lora import MoELoRA, MoELoRAConfig, inject
 from torch import Tensor, nn
 
-from multicrafter import __version__
+from multicrafter import UserError, __version__
 from multicrafter.models.backbones import Backbone, backbone_of
 
 if TYPE_CHECKING:
@@ -49,11 +49,11 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
-            raise ValueError(f"rank must be at least 1 and alpha positive, got {self.rank} and {self.alpha}")
+            raise UserError(f"rank must be at least 1 and alpha positive, got {self.rank} and {self.alpha}")
         if self.num_experts:
             self.moe()
         elif self.num_experts < 0:
-            raise ValueError(f"num_experts must not be negative, got {self.num_experts}")
+            raise UserError(f"num_experts must not be negative, got {self.num_experts}")
 
     def moe(self) -> MoELoRAConfig:
         """Configuration of the experts."""
@@ -138,7 +138,7 @@ class Adapters:
             if key not in state or key not in own or own[key].shape != state[key].shape:
                 got = tuple(state[key].shape) if key in state else "nothing"
                 want = tuple(own[key].shape) if key in own else "nothing"
-                raise ValueError(f"adapter must hold {key!r} with shape {want}, got {got}")
+                raise UserError(f"adapter must hold {key!r} with shape {want}, got {got}")
         with torch.no_grad():
             for key, parameter in own.items():
                 parameter.copy_(state[key])
@@ -178,12 +178,12 @@ class Adapters:
         folder = Path(folder)
         for name in ("adapter.json", "adapter.safetensors"):
             if not (folder / name).is_file():
-                raise ValueError(f"adapter {folder} must hold {name}, but it is missing")
+                raise UserError(f"adapter {folder} must hold {name}, but it is missing")
         try:
             meta = json.loads((folder / "adapter.json").read_text())
             config = AdapterConfig(**meta["config"])
             if meta["format"] != FORMAT:
-                raise ValueError(f"format must be {FORMAT}, got {meta['format']!r}")
+                raise UserError(f"format must be {FORMAT}, got {meta['format']!r}")
             state = load_file(folder / "adapter.safetensors")
         except (
             json.JSONDecodeError,
@@ -194,21 +194,19 @@ class Adapters:
             SafetensorError,
             OSError,
         ) as error:
-            raise ValueError(
+            raise UserError(
                 f"adapter {folder} must be written by multicrafter, got {type(error).__name__}: {error}"
-            ) from None
+            ) from error
         backbone = backbone or backbone_of(transformer)
         if meta.get("backbone", backbone.name) != backbone.name:
-            raise ValueError(f"adapter {folder} must be of the backbone {backbone.name}, got one of {meta['backbone']}")
+            raise UserError(f"adapter {folder} must be of the backbone {backbone.name}, got one of {meta['backbone']}")
         if meta.get("base") != fingerprint(transformer):
-            raise ValueError(
+            raise UserError(
                 f"adapter {folder} must belong to this base {fingerprint(transformer)}, got {meta.get('base')}"
             )
         dtypes = {str(t.dtype).removeprefix("torch.") for t in state.values()}
         if not dtypes <= {"float32", "bfloat16", "float16"}:
-            raise ValueError(
-                f"adapter {folder} must hold float32, bfloat16 or float16, got {', '.join(sorted(dtypes))}"
-            )
+            raise UserError(f"adapter {folder} must hold float32, bfloat16 or float16, got {', '.join(sorted(dtypes))}")
         adapters = cls(transformer, config, backbone=backbone)
         adapters.load_state_dict(state)
         return adapters, meta

@@ -31,6 +31,7 @@ from idar.integrations.diffusers import capture_subject_attention, separate_subj
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from multicrafter import UserError
 from multicrafter.models.backbones import Backbone
 from multicrafter.models.flux.model import sample
 from multicrafter.models.flux.packing import Grid
@@ -70,24 +71,24 @@ class BindingConfig:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f"separation must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
+            raise UserError(f"separation must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
         if self.draft_steps < 1:
-            raise ValueError(f"draft_steps must be at least 1, got {self.draft_steps}")
+            raise UserError(f"draft_steps must be at least 1, got {self.draft_steps}")
         if not 0 < self.bind_at < 1:
-            raise ValueError(f"bind_at must be a noise level in (0, 1), got {self.bind_at}")
+            raise UserError(f"bind_at must be a noise level in (0, 1), got {self.bind_at}")
         if not 0 <= self.margin < 1:
-            raise ValueError(f"margin must be in [0, 1), got {self.margin}")
+            raise UserError(f"margin must be in [0, 1), got {self.margin}")
         if not 0 <= self.strength <= 1:
-            raise ValueError(f"strength must be in [0, 1], got {self.strength}")
+            raise UserError(f"strength must be in [0, 1], got {self.strength}")
         if self.background not in ("none", "all"):
-            raise ValueError(f"background must be 'none' or 'all', got {self.background!r}")
+            raise UserError(f"background must be 'none' or 'all', got {self.background!r}")
         if not set(self.arrows) <= set(ARROWS):
-            raise ValueError(f"arrows must be chosen from {ARROWS}, got {self.arrows}")
+            raise UserError(f"arrows must be chosen from {ARROWS}, got {self.arrows}")
         if self.blocks not in BLOCKS:
-            raise ValueError(f"blocks must be one of {BLOCKS}, got {self.blocks!r}")
+            raise UserError(f"blocks must be one of {BLOCKS}, got {self.blocks!r}")
         low, high = self.sigmas
         if not 0 <= low < high <= 1:
-            raise ValueError(f"sigmas must be (from, to) with 0 <= from < to <= 1, got {self.sigmas}")
+            raise UserError(f"sigmas must be (from, to) with 0 <= from < to <= 1, got {self.sigmas}")
 
     def strength_at(self, sigma: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Strength at some noise levels."""
@@ -336,12 +337,12 @@ def sample_bound(
         return tokens, Binding(None, None, everybody, calls)
     if config.mode == "masks":
         if masks is None:
-            raise ValueError("masks must be given for separation 'masks', got none")
+            raise UserError("masks must be given for separation 'masks', got none")
         separation.masks = masks
         tokens = sample(counted, noise, sigmas, after=after)
         return tokens, Binding(masks, None, everybody, calls)
     if finder is None or decode is None:
-        raise ValueError(f"finder must be given for separation {config.mode!r}, got none")
+        raise UserError(f"finder must be given for separation {config.mode!r}, got none")
     with _watched(finder, watch, grid) as maps:
 
         def found_in(tokens: Tensor) -> Places:
@@ -390,7 +391,7 @@ def _watched(
         yield lambda: None
         return
     if watch is None:
-        raise ValueError("watch must be given for a finder that needs attention maps, got none")
+        raise UserError("watch must be given for a finder that needs attention maps, got none")
     transformer, backbone, reference_grids = watch
     total: list[Tensor] = []
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from multicrafter import UserError
 from multicrafter.models import flux
 from multicrafter.models.backbones import BACKBONES, Backbone, backbone_of
 
@@ -23,7 +24,7 @@ def get_dtype(name: str | torch.dtype) -> torch.dtype:
     """
     found = DTYPES.get(name.removeprefix("torch.")) if isinstance(name, str) else name
     if found not in DTYPES.values():
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     return found  # type: ignore[return-value]
 
 
@@ -62,7 +63,7 @@ def load_flux(
     try:
         pipe = cls.from_pretrained(name, torch_dtype=dtype, **options)
     except Exception as error:
-        raise ValueError(_reason(name, error)) from None
+        raise UserError(_reason(name, error)) from error
     finally:
         logging.enable_progress_bar()
     if backbone is None:
@@ -79,16 +80,16 @@ def _check_folder(source: Path, backbone: Backbone | None) -> None:
     if backbone is None:
         try:
             cls = json.loads(index.read_text())["_class_name"] if index.is_file() else BACKBONES[0].pipeline_class
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"model {source} must have a readable model_index.json, got a broken one") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"model {source} must have a readable model_index.json, got a broken one") from error
         known = [b for b in BACKBONES if b.pipeline_class == cls]
         if not known:
             names = ", ".join(b.pipeline_class for b in BACKBONES)
-            raise ValueError(f"model {source} must be one of {names}, or come with a backbone, got {cls}")
+            raise UserError(f"model {source} must be one of {names}, or come with a backbone, got {cls}")
         backbone = known[0]
     missing = [part for part in backbone.parts if not (source / part).exists()]
     if missing:
-        raise ValueError(f"model {source} must be a diffusers FLUX directory, but it lacks {', '.join(missing)}")
+        raise UserError(f"model {source} must be a diffusers FLUX directory, but it lacks {', '.join(missing)}")
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -128,4 +129,4 @@ def resolve_adapter(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=["adapter.json", "adapter.safetensors", "README.md"]))
     except Exception as error:
-        raise ValueError(_reason(source, error).replace("model", "adapter", 1)) from None
+        raise UserError(_reason(source, error).replace("model", "adapter", 1)) from error

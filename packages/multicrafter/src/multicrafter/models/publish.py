@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Protocol
 
-from multicrafter import __version__
+from multicrafter import UserError, __version__
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.backbones import Backbone
 
@@ -77,10 +77,10 @@ def base_of(model: str | Path) -> str | None:
         return str(folder)
     try:
         return str(json.loads((folder / "adapter.json").read_text())["base_model"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
             f"model {folder} must name its base_model in adapter.json, got none: give the base as model and this as adapter"
-        ) from None
+        ) from error
 
 
 def _base_on_hub(model: str | Path) -> str | None:
@@ -106,9 +106,9 @@ def save_pretrained(pipeline: Publishable, folder: Path, *, base: bool = False) 
         ValueError: There is neither an adapter nor ``base``, or ``folder`` is a file.
     """
     if pipeline.adapters is None and not base:
-        raise ValueError("pipeline must have an adapter, or be saved with base=True, got neither")
+        raise UserError("pipeline must have an adapter, or be saved with base=True, got neither")
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder must be a folder, but {folder} is a file")
+        raise UserError(f"folder must be a folder, but {folder} is a file")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         staged = Path(temporary)
@@ -137,7 +137,7 @@ def _source(pipeline: Publishable) -> str:
 def _save_base(pipeline: Publishable, folder: Path) -> None:
     """The pipeline without adapters: they come off for the moment and go on again."""
     if pipeline.loras:
-        raise ValueError(f"base can only be saved without mixed-in LoRAs, got {sorted(pipeline.loras)}")
+        raise UserError(f"base can only be saved without mixed-in LoRAs, got {sorted(pipeline.loras)}")
     adapters = pipeline.adapters
     if adapters is None:
         pipeline.pipe.save_pretrained(folder)
@@ -237,6 +237,6 @@ def push_to_hub(
             )
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(
+            raise UserError(
                 f"repo_id {repo_id} must be writable on the hub, got {type(error).__name__}: {reason}"
-            ) from None
+            ) from error

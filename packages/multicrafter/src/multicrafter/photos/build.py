@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from multicrafter import __version__
+from multicrafter import UserError, __version__
 from multicrafter.files import write_whole
 from multicrafter.photos import select, stages, write
 from multicrafter.photos.cache import Cache
@@ -50,12 +50,12 @@ def prepare(config: BuildConfig) -> None:
 def check_folders(photos: Path, out: Path) -> None:
     """Raises a ValueError if a build cannot work between these folders."""
     if not photos.is_dir():
-        raise ValueError(f"PHOTOS must be a folder, but {photos} is {'a file' if photos.exists() else 'not there'}")
+        raise UserError(f"PHOTOS must be a folder, but {photos} is {'a file' if photos.exists() else 'not there'}")
     inner, outer = out.resolve(), photos.resolve()
     if inner == outer or outer in inner.parents or inner in outer.parents:
-        raise ValueError(f"OUT must lie outside of PHOTOS and the other way round, got {out} and {photos}")
+        raise UserError(f"OUT must lie outside of PHOTOS and the other way round, got {out} and {photos}")
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / ".build").is_dir())):
-        raise ValueError(f"OUT must be new, empty or of an earlier build, but {out} holds something else")
+        raise UserError(f"OUT must be new, empty or of an earlier build, but {out} holds something else")
 
 
 def build(

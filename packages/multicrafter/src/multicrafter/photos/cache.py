@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from multicrafter import UserError
+
 Result = dict[str, Any]
 
 
@@ -32,9 +34,9 @@ class Cache:
             self._file.execute("BEGIN IMMEDIATE")
             self._file.execute("COMMIT")
         except sqlite3.OperationalError as error:
-            raise ValueError(f"{path} must be free for this build, but another one works here ({error})") from None
+            raise UserError(f"{path} must be free for this build, but another one works here ({error})") from error
         except sqlite3.DatabaseError as error:
-            raise ValueError(f"{path} must be a cache of a build, got: {error}; remove it to start afresh") from None
+            raise UserError(f"{path} must be a cache of a build, got: {error}; remove it to start afresh") from error
 
     def known(self, stage: str) -> set[str]:
         """Keys with a result."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from multicrafter import UserError
+
 MAX_SUBJECTS = 8  # a mask file holds one bit per subject
 
 Minors = Literal["keep", "drop", "drop_unknown"]
@@ -15,18 +17,18 @@ Format = Literal["parquet", "jsonl", "webdataset"]
 def _at_least(owner: object, low: float, *names: str) -> None:
     for name in names:
         if getattr(owner, name) < low:
-            raise ValueError(f"{name} must be at least {low}, got {getattr(owner, name)}")
+            raise UserError(f"{name} must be at least {low}, got {getattr(owner, name)}")
 
 
 def _fraction(owner: object, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(owner, name) <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {getattr(owner, name)}")
+            raise UserError(f"{name} must be in [0, 1], got {getattr(owner, name)}")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +62,11 @@ class FilterConfig:
         _at_least(self, -1, "duplicate_distance")
         _fraction(self, "min_face", "min_face_score")
         if not self.min_people <= self.max_people <= MAX_SUBJECTS:
-            raise ValueError(
+            raise UserError(
                 f"max_people must be in [min_people, {MAX_SUBJECTS}], got {self.max_people} with min_people {self.min_people}"
             )
         if self.duplicate_distance > 16:
-            raise ValueError(f"duplicate_distance must be at most 16 of 64 bits, got {self.duplicate_distance}")
+            raise UserError(f"duplicate_distance must be at most 16 of 64 bits, got {self.duplicate_distance}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ class ReferenceConfig:
         _at_least(self, 1, "per_subject", "scale")
         _at_least(self, 16, "size")
         if self.threshold is not None and not -1 <= self.threshold <= 1:
-            raise ValueError(f"threshold must be a cosine in [-1, 1], got {self.threshold}")
+            raise UserError(f"threshold must be a cosine in [-1, 1], got {self.threshold}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,7 @@ class WriteConfig:
         _at_least(self, 1, "shard_size")
         _fraction(self, "test_fraction")
         if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality must be in [1, 100], got {self.quality}")
+            raise UserError(f"quality must be in [1, 100], got {self.quality}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +175,7 @@ class BuildConfig:
             kind, _, path = getattr(self, name).partition(":")
             _one_of(name, kind, tuple(allowed))
             if allowed[kind] and not path:
-                raise ValueError(
+                raise UserError(
                     f"{name} {kind!r} needs a model: write {name} as {kind}:PATH, got {getattr(self, name)!r}"
                 )
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from multicrafter import UserError
 from multicrafter.photos.cache import Result
 
 
@@ -94,7 +95,7 @@ class RayData:
             import ray
             import ray.data
         except ImportError as error:
-            raise ImportError(f'--engine ray needs Ray Data: pip install "multicrafter[ray]" ({error})') from None
+            raise ImportError(f'--engine ray needs Ray Data: pip install "multicrafter[ray]" ({error})') from error
         if not ray.is_initialized():
             ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
         context = ray.data.DataContext.get_current()
@@ -127,4 +128,4 @@ def make_engine(name: str, workers: int | None = None) -> Engine:
         return InProcess()
     if name == "ray":
         return RayData(workers)
-    raise ValueError(f"engine must be 'local' or 'ray', got {name!r}")
+    raise UserError(f"engine must be 'local' or 'ray', got {name!r}")

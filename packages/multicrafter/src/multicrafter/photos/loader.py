@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from multicrafter import UserError
 from multicrafter.photos.samples import Draw, Size, read_sample
 from multicrafter.photos.store import open_split
 from multicrafter.photos.write import Record
@@ -29,7 +30,7 @@ def aspect_buckets(
     ((512, 512), (368, 720))
     """
     if pixels < multiple**2 or any(r <= 0 for r in ratios):
-        raise ValueError(f"pixels must be at least {multiple**2} and ratios positive, got {pixels} and {tuple(ratios)}")
+        raise UserError(f"pixels must be at least {multiple**2} and ratios positive, got {pixels} and {tuple(ratios)}")
     sides = [
         (
             max(multiple, round(math.sqrt(pixels / r) / multiple) * multiple),
@@ -71,11 +72,11 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         for name in ("batch", "reference_size", "max_references"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_workers < 0:
-            raise ValueError(f"num_workers must not be negative, got {self.num_workers}")
+            raise UserError(f"num_workers must not be negative, got {self.num_workers}")
         if not self.buckets or any(h < 1 or w < 1 for h, w in self.buckets):
-            raise ValueError(f"buckets must hold sizes (height, width), got {self.buckets}")
+            raise UserError(f"buckets must hold sizes (height, width), got {self.buckets}")
 
 
 class Batch(NamedTuple):
@@ -106,18 +107,18 @@ class PhotoLoader:
             ValueError: No dataset, no usable record, or an impossible rank.
         """
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in [0, world_size), got {rank} of {world_size}")
+            raise UserError(f"rank must be in [0, world_size), got {rank} of {world_size}")
         self.config, self.rank, self.world_size = config, rank, world_size
         self.store = open_split(folder, split)
         self.rows = [(i, s) for i, r in enumerate(self.store.records) if (s := usable_subjects(r, config))]
         if not self.rows:
             asked = f" with {config.num_subjects} subjects" if config.num_subjects else ""
             asked += "" if config.augmented else " with references of other photos"
-            raise ValueError(f"{folder} must hold {split} records{asked}, got none")
+            raise UserError(f"{folder} must hold {split} records{asked}, got none")
         self._groups = self._by_bucket()
         self.batches_per_epoch = sum(self._number(len(rows)) for rows in self._groups.values()) // world_size
         if self.batches_per_epoch < 1:
-            raise ValueError(
+            raise UserError(
                 f"{folder} must fill a batch of {config.batch} on each of {world_size} ranks from one bucket, but {len(self.rows)} records "
                 "do not; take a smaller batch, fewer buckets, or drop_last=False"
             )
@@ -213,9 +214,9 @@ class PhotoLoader:
             ValueError: The state is of other records, another seed, batch, bucket or rank count: there is no "same place".
         """
         if state["seed"] != self.config.seed or state["records"] != self._fingerprint():
-            raise ValueError("state must be of the same records, seed, batch, buckets and ranks, but these differ")
+            raise UserError("state must be of the same records, seed, batch, buckets and ranks, but these differ")
         if not 0 <= state["position"] < self.batches_per_epoch:
-            raise ValueError(f"position must be in [0, {self.batches_per_epoch}), got {state['position']}")
+            raise UserError(f"position must be in [0, {self.batches_per_epoch}), got {state['position']}")
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
 
     def _fingerprint(self) -> str:

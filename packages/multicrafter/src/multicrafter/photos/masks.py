@@ -11,6 +11,7 @@ import numpy as np
 from id_reward.backends.loading import load
 from jaxtyping import Bool, Float
 
+from multicrafter import UserError
 from multicrafter.photos.people import Box
 
 if TYPE_CHECKING:
@@ -79,21 +80,21 @@ class SelfieForeground:
         """Loads a tflite file."""
         try:
             from ai_edge_litert.interpreter import Interpreter  # type: ignore[import-untyped]
-        except ImportError:
-            raise ImportError('masks "selfie" need LiteRT: pip install "multicrafter[selfie]"') from None
+        except ImportError as error:
+            raise ImportError('masks "selfie" need LiteRT: pip install "multicrafter[selfie]"') from error
         if not Path(path).is_file():
-            raise ValueError(f"masks selfie:PATH needs selfie_segmentation.tflite, but {path} is not a file")
+            raise UserError(f"masks selfie:PATH needs selfie_segmentation.tflite, but {path} is not a file")
         try:
             self.interpreter = Interpreter(model_path=str(path), num_threads=1)
             self.interpreter.allocate_tensors()
         except Exception as error:
-            raise ValueError(
+            raise UserError(
                 f"masks selfie:PATH needs a tflite model, but {path} is none ({type(error).__name__})"
-            ) from None
+            ) from error
         (self.input,), (self.output, *_) = self.interpreter.get_input_details(), self.interpreter.get_output_details()
         shape = self.input["shape"]
         if len(shape) != 4 or shape[3] != 3:
-            raise ValueError(
+            raise UserError(
                 f"masks selfie:PATH needs a model of pictures (1, h, w, 3), but {path} takes {tuple(shape)}"
             )
 
@@ -120,7 +121,7 @@ class SemanticForeground:
         self.processor = load(AutoImageProcessor, folder, "masks semantic:PATH")
         self.labels = [int(i) for i, name in self.model.config.id2label.items() if name.lower() == "person"]
         if not self.labels:
-            raise ValueError(f"masks semantic:PATH needs a model with a label 'person', but {folder} has none")
+            raise UserError(f"masks semantic:PATH needs a model with a label 'person', but {folder} has none")
 
     def __call__(self, picture: Image.Image) -> Float[np.ndarray, "h w"]:
         """Probability of a person at every pixel."""

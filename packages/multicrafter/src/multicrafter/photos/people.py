@@ -12,6 +12,8 @@ from id_reward import FaceBackend, match
 from id_reward.backends.loading import load
 from jaxtyping import Float
 
+from multicrafter import UserError, user_input
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -33,7 +35,8 @@ def face_backend(name: str) -> FaceBackend:
         return PeopleBackend.from_pretrained(judges.shipped())
     from id_reward import get_face_backend
 
-    return get_face_backend(name)  # type: ignore[arg-type]
+    with user_input(f"faces {name}"):
+        return get_face_backend(name)  # type: ignore[arg-type]
 
 
 THRESHOLDS = {"tiny": 0.8}
@@ -124,7 +127,7 @@ class BodyDetector:
         self.threshold = threshold
         self.labels = {int(i) for i, name in self.model.config.id2label.items() if name.lower() == "person"}
         if not self.labels:
-            raise ValueError(
+            raise UserError(
                 f"people detector {folder} must have a label 'person', got {sorted(self.model.config.id2label.values())[:10]}"
             )
 

@@ -23,8 +23,8 @@ HEIF = (".heic", ".heif")
 def _register_heif() -> None:
     try:
         import pillow_heif
-    except ImportError:
-        raise ImportError('HEIC photos need pillow-heif: pip install "multicrafter[heic]"') from None
+    except ImportError as error:
+        raise ImportError('HEIC photos need pillow-heif: pip install "multicrafter[heic]"') from error
     pillow_heif.register_heif_opener()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import io
 import random
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from multicrafter.files import write_whole
+from multicrafter.pages import render
 from multicrafter.photos.cache import Result
 from multicrafter.photos.pictures import unpack_masks
 from multicrafter.photos.select import Photo
@@ -30,22 +30,6 @@ COLOURS = (
     (130, 130, 60),
 )
 CELL, PAD, STRIP, PER_SHEET, SHEETS = 240, 6, 76, 20, 3
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0 1.5rem; }
-th, td { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right; } th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; } .note { background: #fff3d6; padding: .6rem 1rem; border-radius: 4px; } small { color: #777; }
-@media (prefers-color-scheme: dark) { body { background: #181a1b; color: #ddd; } th, td { border-color: #444; } .note { background: #4a3c14; }
-  img { background: #fff; } }
-"""
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """An HTML table."""
-    cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><tr>{cells}</tr>{body}</table>"
 
 
 def histograms(path: Path, kept: Sequence[Photo], records: Sequence[Record], scorer: str) -> Path:
@@ -172,12 +156,6 @@ def write_report(
         ("mean aesthetics of the photos kept", f"{np.mean(aesthetics):.4f}" if aesthetics else "not measured"),
         ("records without a statement of consent", unknown),
     ]
-    note = (
-        ""
-        if not unknown
-        else f"<p class=note>{unknown} records show people of whom no consent is stated. Faces are personal data: see the dataset's README.</p>"
-    )
-    sheet_tags = "".join(f'<img src="report/{name}" alt="contact sheet">' for name in sheets)
     timing = [
         (
             name,
@@ -189,15 +167,8 @@ def write_report(
         )
         for name, t in about["stages"].items()
     ]
-    page = f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
-<title>Dataset {html.escape(out.name)}</title><style>{STYLE}</style><h1>Dataset {html.escape(out.name)}</h1>{note}
-{table(["", ""], facts)}
-<h2>Left out</h2>{table(["stage: reason", "photos or faces"], list(about["dropped"].items()))}
-<p><small>One line each in dropped.jsonl.</small></p>
-<h2>Histograms</h2><img src="report/histograms.png" alt="histograms">
-<p><small>The paper's data has a mean HPSv2 score of {PAPER_AESTHETICS}; only scores of aesthetics hps:PATH compare with it.</small></p>
-<h2>Pictures with masks, and a reference of each subject</h2><p><small>A random sample. "a": an augmented crop of the same photo.</small></p>
-{sheet_tags}
-<h2>Time</h2>{table(["stage", "photos", "computed now", "failed", "seconds", "ms per photo"], timing)}</html>
-"""
+    page = render(
+        Path(__file__).parent, "report.html", title=f"Dataset {out.name}", unknown=unknown, facts=facts, dropped=list(about["dropped"].items()),
+        paper_aesthetics=PAPER_AESTHETICS, sheets=sheets, timing=timing,
+    )  # fmt: skip
     return write_whole(out / "report.html", page)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from multicrafter import UserError
 from multicrafter.files import content_digest
 from multicrafter.photos import captions, identities, people, pictures, select, stages
 from multicrafter.photos.cache import Cache, Result
@@ -153,7 +154,7 @@ class Run:
         least = self.config.filter.min_aesthetics
         if self.config.aesthetics == "none":
             if least is not None:
-                raise ValueError("min_aesthetics needs a scorer, but aesthetics is 'none'")
+                raise UserError("min_aesthetics needs a scorer, but aesthetics is 'none'")
             return photos
         stage = stages.Aesthetics(self.config.aesthetics, self.config.detect_side)
         jobs = [Job(f"{p.stem}.{len(p.usable)}", self.where(p), {"people": len(p.usable)}) for p in photos]

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from multicrafter import UserError
+
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"})
 METADATA = ("metadata.jsonl", "metadata.csv")
 ANSWERS = ("yes", "no", "unknown")
@@ -123,7 +125,7 @@ def read_notes(root: Path, *, licence: str = "unknown", consent: str = "unknown"
     """
     present = [root / name for name in METADATA if (root / name).is_file()]
     if len(present) > 1:
-        raise ValueError(f"{root} must hold one of {' and '.join(METADATA)}, but it holds both")
+        raise UserError(f"{root} must hold one of {' and '.join(METADATA)}, but it holds both")
     if not present:
         return {}
     notes: dict[str, PhotoNote] = {}
@@ -131,10 +133,10 @@ def read_notes(root: Path, *, licence: str = "unknown", consent: str = "unknown"
         where = f"{present[0]}, line {line}"
         name = row.get("file_name")
         if not isinstance(name, str) or not name:
-            raise ValueError(f"{where}: file_name must name a photo, got {name!r}")
+            raise UserError(f"{where}: file_name must name a photo, got {name!r}")
         name = os.path.normpath(name)
         if name in notes:
-            raise ValueError(f"{where}: file_name must be there once, but {name!r} is there twice")
+            raise UserError(f"{where}: file_name must be there once, but {name!r} is there twice")
         notes[name] = _note(row, where, licence, consent)
     return notes
 
@@ -151,12 +153,12 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
-                        raise ValueError(f"{path}, line {number}: must be a JSON object, got {type(row).__name__}")
+                        raise UserError(f"{path}, line {number}: must be a JSON object, got {type(row).__name__}")
                     yield number, row
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: must be JSON, got {error}") from None
+        raise UserError(f"{path}, line {number}: must be JSON, got {error}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8, got {error}") from None
+        raise UserError(f"{path} must be UTF-8, got {error}") from error
 
 
 def _answer(row: Mapping[str, Any], name: str, where: str, default: str = "unknown") -> str:
@@ -165,7 +167,7 @@ def _answer(row: Mapping[str, Any], name: str, where: str, default: str = "unkno
         return default
     value = {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else str(value).strip().lower()
     if value not in ANSWERS:
-        raise ValueError(f"{where}: {name} must be yes, no or unknown, got {value!r}")
+        raise UserError(f"{where}: {name} must be yes, no or unknown, got {value!r}")
     return str(value)
 
 
@@ -176,10 +178,10 @@ def _note(row: Mapping[str, Any], where: str, licence: str, consent: str) -> Pho
         boxes = [tuple(float(x) for x in person["box"]) for person in people]
         if any(len(b) != 4 or b[2] <= b[0] or b[3] <= b[1] for b in boxes):
             raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
             f"{where}: people must be a list of objects with a box [left, top, right, bottom], got {people!r}"
-        ) from None
+        ) from error
     return PhotoNote(
         consent=_answer(row, "consent", where, consent),
         minor=_answer(row, "minor", where),

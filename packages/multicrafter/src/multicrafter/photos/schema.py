@@ -21,6 +21,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from multicrafter import UserError
+
 VERSION = 1
 SPLITS = ("train", "test")
 
@@ -91,14 +93,14 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     """
     path = Path(folder) / "dataset.json"
     if not path.is_file():
-        raise ValueError(f"{folder} must be a dataset written by multicrafter data build, but it has no dataset.json")
+        raise UserError(f"{folder} must be a dataset written by multicrafter data build, but it has no dataset.json")
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         version = about["schema"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} must be written by multicrafter data build, got {type(error).__name__}: {error}"
-        ) from None
+        ) from error
     if version != VERSION:
-        raise ValueError(f"{path} must have schema {VERSION}, got {version!r}")
+        raise UserError(f"{path} must have schema {VERSION}, got {version!r}")
     return dict(about)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from multicrafter.files import write_whole
 from multicrafter.photos import captions, masks, people, pictures, quality, references
 from multicrafter.photos.cache import Result
 from multicrafter.photos.config import ReferenceConfig, WriteConfig
@@ -266,8 +266,5 @@ class Render:
 
     def _save(self, result: Result, path: str, content: bytes) -> None:
         target = Path(self.out) / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, target)
+        write_whole(target, content)
         result["files"][path] = len(content)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from multicrafter import UserError
 from multicrafter.photos.schema import SPLITS, read_dataset_json
 from multicrafter.photos.write import Record
 
@@ -24,10 +25,10 @@ def safe_path(folder: Path, name: str) -> Path:
         ValueError: The name is absolute, or leaves the dataset's folder, by ``..`` or by a link.
     """
     if not name or PurePosixPath(name).is_absolute() or "\\" in name or "\0" in name:
-        raise ValueError(f"{name!r} must be a path inside the dataset")
+        raise UserError(f"{name!r} must be a path inside the dataset")
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{name!r} must be a path inside the dataset, but it leads to {path.resolve()}")
+        raise UserError(f"{name!r} must be a path inside the dataset, but it leads to {path.resolve()}")
     return path
 
 
@@ -53,9 +54,9 @@ class Store:
             try:
                 return safe_path(self.folder, name).read_bytes()
             except OSError as error:
-                raise ValueError(f"{self.folder} must hold {name}, got {error.strerror}") from None
+                raise UserError(f"{self.folder} must hold {name}, got {error.strerror}") from error
         if name not in self.places:
-            raise ValueError(f"{self.folder} must hold {name}, but no shard does")
+            raise UserError(f"{self.folder} must hold {name}, but no shard does")
         shard, offset, size = self.places[name]
         descriptor = os.open(self.folder / shard, os.O_RDONLY)
         try:
@@ -78,7 +79,7 @@ class Store:
 def manifest_files(folder: Path, about: dict[str, Any], split: str) -> list[Path]:
     """Files of a split's records, in order."""
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     return [safe_path(folder, name) for name in about["files"].get(split, [])]
 
 
@@ -96,9 +97,9 @@ def read_manifest(path: Path) -> list[Record]:
         rows: list[Record] = pq.read_table(path).to_pylist()
         return rows
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"{path} must be a manifest of this dataset, got {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        ) from None
+        ) from error
 
 
 def read_shard(path: Path) -> tuple[list[Record], dict[str, tuple[str, int, int]]]:
@@ -112,7 +113,7 @@ def read_shard(path: Path) -> tuple[list[Record], dict[str, tuple[str, int, int]
                 if member.name.endswith(".json") and (file := tar.extractfile(member)) is not None:
                     records.append(json.load(file))
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise ValueError(f"{path} must be a shard of this dataset, got {type(error).__name__}: {error}") from None
+        raise UserError(f"{path} must be a shard of this dataset, got {type(error).__name__}: {error}") from error
     return records, places
 
 

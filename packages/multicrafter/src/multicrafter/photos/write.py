@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from multicrafter.files import write_whole
+from multicrafter.files import appearing, write_whole
 from multicrafter.photos import schema
 from multicrafter.photos.config import WriteConfig
 
@@ -55,15 +54,12 @@ def write_shards(folder: Path, split: str, records: Sequence[Record], config: Wr
     for index, part in enumerate(_chunks(records, config.shard_size)):
         name = f"shards/{split}-{index:06d}.tar"
         target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp")
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with appearing(target) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
             for record in part:
                 for suffix, content in shard_entries(record, files, config.quality):
                     info = tarfile.TarInfo(f"{record['key']}.{suffix}")
                     info.size, info.mode = len(content), 0o644
                     tar.addfile(info, io.BytesIO(content))
-        os.replace(temporary, target)
         names.append(name)
     return names
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from multicrafter import UserError
 from multicrafter.config.recipes import Run, Stage1, Stage2
 from multicrafter.models.backbones import Backbone, get_backbone
 from multicrafter.plan.hardware import EFFICIENCY, FRAGMENTATION, FUSION, RESERVED, Card
@@ -165,7 +166,7 @@ def measure(
         if isinstance(run, Stage1):
             stage = PlannedPretrain(attached, run.pretrain, shape, rows=rows)
         else:
-            stage = PlannedPolicy(attached, run.execution, shape, rows=rows, lr=run.align.lr)
+            stage = PlannedPolicy(attached, run.execution, shape, rows=rows, lr=run.align.lr, adamw=run.align.adamw)
         for group in stage.optimizer.param_groups:
             group["foreach"] = device == "cuda"
         trained = {id(p) for p in stage.adapters.parameters()}
@@ -235,7 +236,7 @@ def predict(run: Run, card: Card, *, gpus: int = 1, measured: Pass | None = None
     """
     rows, total = rows_of(run, gpus) if gpus >= 1 else (0, 0)
     if gpus < 1 or gpus > total:
-        raise ValueError(f"gpus must be between 1 and the {total or 'number of'} samples of a step, got {gpus}")
+        raise UserError(f"gpus must be between 1 and the {total or 'number of'} samples of a step, got {gpus}")
     one = measured if measured is not None and measured.rows == rows else measure(run, rows=rows)
     execution, backbone = run.execution, get_backbone(run.model.backbone)
     parts = _parts(run, one, gpus, backbone)

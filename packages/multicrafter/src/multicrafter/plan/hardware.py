@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from multicrafter import UserError
+
 GB = 1e9
 GIB = 2**30
 
@@ -47,6 +49,6 @@ def card_for(memory_gb: float) -> Card:
         ValueError: Not positive.
     """
     if not memory_gb > 0:
-        raise ValueError(f"memory must be positive, got {memory_gb}")
+        raise UserError(f"memory must be positive, got {memory_gb}")
     known = next((CARDS[m] for m in sorted(CARDS) if m >= memory_gb), CARDS[max(CARDS)])
     return Card(name=known.name, memory=memory_gb * GB, tflops=known.tflops, bandwidth=known.bandwidth, link=known.link)

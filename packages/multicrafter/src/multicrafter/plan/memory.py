@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from multicrafter import UserError
 from multicrafter.config.recipes import Run, Stage1
 from multicrafter.models.backbones import BACKBONES
 from multicrafter.plan.estimate import predict
@@ -45,7 +46,7 @@ def require_memory(run: Run, *, device: str | None = None, gpus: int = 1) -> Non
         return
     prefix = "pretrain" if isinstance(run, Stage1) else "align"
     parts = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in plan.parts.items() if v >= 5e7)
-    raise ValueError(
+    raise UserError(
         f"memory must hold about {plan.peak / 1e9:.1f} GB ({parts}), got {free / 1e9:.1f} GB free on {device or 'cpu'}; what helps: "
         f"--set {prefix}.execution.quantization=nf4, .optimizer=adamw8bit, .cache=FOLDER, a smaller rank, more processes"
     )
@@ -74,7 +75,7 @@ def require_weights(model: str | Path | None, dtype: torch.dtype, *, device: str
         needed = dtype.itemsize * (count + backbone.text_encoder_parameters() + backbone.vae_parameters())
     free = available_memory(device)
     if needed > free:
-        raise ValueError(
+        raise UserError(
             f"memory must hold the weights of {model}, {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, got "
             f"{free / 1e9:.1f} GB free on {device or 'cpu'}; what helps: --dtype bfloat16, a smaller model"
         )

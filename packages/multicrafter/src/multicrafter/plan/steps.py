@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import Backbone
 from multicrafter.models.flux.model import Text
+from multicrafter.training.optimization import AdamWConfig
 from multicrafter.training.precision import ExecutionConfig, prepare_transformer
-from multicrafter.training.pretrain import Pretrain, PretrainConfig
+from multicrafter.training.pretrain import Objective, PretrainConfig
 from multicrafter.training.scenes import EncodedScenes
 from multicrafter.training.trainee import Trainee
 
@@ -71,67 +72,45 @@ def _materialise(tensor: Tensor) -> Tensor:
 def scenes_of(backbone: Backbone, transformer: Any, shape: Shape, count: int) -> EncodedScenes:
     """Zeros (and masks of ones) in the place of encoded scenes."""
     d, n, m = transformer.config.in_channels, shape.image[0] * shape.image[1], shape.reference[0] * shape.reference[1]
-    nothing = torch.zeros(count)
     return EncodedScenes(
-        torch.zeros(count, n, d), torch.zeros(count, shape.references, m, d), torch.ones(count, shape.references, n),
-        [""] * count, nothing, nothing, nothing, nothing, nothing, shape.image, shape.reference,
+        tokens=torch.zeros(count, n, d), references=torch.zeros(count, shape.references, m, d),
+        masks=torch.ones(count, shape.references, n), captions=[""] * count, images=torch.zeros(0, 3, 1, 1),
+        reference_images=torch.zeros(0, shape.references, 3, 1, 1), grid=shape.image, reference_grid=shape.reference,
     )  # fmt: skip
 
 
-class _Texts:
-    """In the place of `encoding_cache.CachedText`."""
-
-    def __init__(self, text: Text) -> None:
-        self.text, self.num_tokens = text, int(text.embeds.shape[1])
-
-    def __call__(self, captions: list[str]) -> Text:
-        return self.text[torch.arange(len(captions))]  # type: ignore[return-value]
-
-
-class PlannedPretrain(Pretrain):
-    """Stage 1 without pipeline, data and anything that asks a tensor for its value; forward, losses and trainee are the stage's own."""
+class PlannedPretrain:
+    """Stage 1 on invented scenes: its own objective, trainee and update, without pipeline, data and loop."""
 
     def __init__(self, adapters: Adapters, config: PretrainConfig, shape: Shape, *, rows: int) -> None:
         """Makes the optimizer, states included."""
-        backbone, transformer = adapters.backbone, adapters.transformer
-        self.config, self.backbone, self.transformer, self.adapters = config, backbone, transformer, adapters
-        self.trainee = Trainee(
-            self.adapters,
-            replace(config.execution, attention_backend=None, optimizer="adamw"),
-            lr=config.lr,
-            betas=(0.9, 0.98),
-            seed=0,
-        )
+        self.config, self.adapters, self.rows = config, adapters, rows
+        execution = replace(config.execution, attention_backend=None, optimizer="adamw")
+        self.trainee = Trainee(adapters, execution, lr=config.lr, adamw=config.adamw, seed=0)
+        self.objective = Objective(config, self.trainee)
         self.optimizer = self.trainee.optimizer
-        self.planned = scenes_of(backbone, transformer, shape, rows)
-        self.text = _Texts(backbone.empty_text(transformer, rows, shape.text))  # type: ignore[assignment]
-        self.rows = rows
+        self.planned = scenes_of(adapters.backbone, adapters.transformer, shape, rows)
+        self.text = adapters.backbone.empty_text(adapters.transformer, rows, shape.text)
+        self.noise, self.sigma = torch.zeros_like(self.planned.tokens), torch.full((rows,), 0.5)
         make_states(self.optimizer)
 
-    def _attention_loss(self, maps: Tensor, masks: Tensor, sigma: Tensor) -> Tensor:
-        """The loss without the questions whether masks and maps are fine."""
-        from idar import idar_loss
-
-        config = self.config.idar
-        return idar_loss(
-            maps, masks, kind=config.kind, normalization=config.normalization, weight=(sigma <= 1).float()
-        ).loss
+    def forward_backward(self) -> None:
+        """Losses and their gradients, in place of those before."""
+        self.optimizer.zero_grad()
+        self.objective.backward(self.planned, slice(0, self.rows), self.noise, self.sigma, self.text)
 
     def once(self) -> None:
         """Forward, losses, backward, update."""
-        self.optimizer.zero_grad()
-        noise, sigma = torch.zeros_like(self.planned.tokens), torch.full((self.rows,), 0.5)
-        rows = torch.arange(self.rows)
-        rows.tolist = lambda: list(range(self.rows))  # type: ignore[method-assign]  # a fake tensor has no values
-        with self._capture(self.planned) as captured:
-            self._losses(self.planned, rows, noise, sigma, captured)["loss"].backward()
-        update(self.trainee)
+        self.forward_backward()
+        self.trainee.apply(self.config.max_grad_norm)
 
 
 class PlannedPolicy:
     """Stage 2: the velocity of a rollout, and forward and backward of one row of the window."""
 
-    def __init__(self, adapters: Adapters, execution: ExecutionConfig, shape: Shape, *, rows: int, lr: float) -> None:
+    def __init__(
+        self, adapters: Adapters, execution: ExecutionConfig, shape: Shape, *, rows: int, lr: float, adamw: AdamWConfig
+    ) -> None:
         """Makes the optimizer, states included."""
         backbone, transformer = adapters.backbone, adapters.transformer
         self.backbone, self.rows, self.adapters = backbone, rows, adapters
@@ -139,7 +118,7 @@ class PlannedPolicy:
             self.adapters,
             replace(execution, attention_backend=None, optimizer="adamw"),
             lr=lr,
-            betas=(0.9, 0.99),
+            adamw=adamw,
             seed=0,
         )
         self.optimizer = self.trainee.optimizer
@@ -160,14 +139,7 @@ class PlannedPolicy:
         velocity = self.evaluate()
         mean = self.planned.tokens - velocity  # the kernel's step: a few tensors of the picture's size
         (mean.square().flatten(1).sum(1)).sum().backward()
-        update(self.trainee)
-
-
-def update(trainee: Trainee) -> None:
-    """`Trainee.apply` without the question whether the norm is finite."""
-    torch.nn.utils.clip_grad_norm_(list(trainee.adapters.parameters()), 1.0)
-    trainee.optimizer.step()
-    trainee.update_ema()
+        self.trainee.apply(1.0)
 
 
 def make_states(optimizer: torch.optim.Optimizer) -> None:

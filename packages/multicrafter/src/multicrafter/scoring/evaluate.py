@@ -14,8 +14,10 @@ from id_reward import IdentityScorer, match
 from idar import owner_masks
 from torch import Tensor
 
+from multicrafter import UserError
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.binding import BindingConfig, Finder, IdentityFinder, sample_bound, separable
+from multicrafter.scoring.statistics import bootstrap_interval
 from multicrafter.training.pretrain import measure_leakage
 from multicrafter.training.scenes import EncodedScenes, encode_scenes
 from multicrafter.world import FAMILIES, Family, Split, WorldConfig, judges
@@ -74,7 +76,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         for name in ("num_cases", "num_sampling_steps", "guidance"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def world(self) -> WorldConfig:
         """The world of the cases."""
@@ -218,9 +220,10 @@ def score_pictures(
 ) -> dict[str, np.ndarray]:
     """Metrics per case, all but leakage; see `METRICS`."""
     readings: list[Reading] = judges.reader.read(pictures)
-    strangers = scenes.identities.roll(1, 0)[:, 0] if scenes.strangers is None else scenes.strangers
+    truth = scenes.truth
+    strangers = truth.identities.roll(1, 0)[:, 0] if scenes.strangers is None else scenes.strangers
     rows = [
-        score_attributes(scenes.identities[i], r.identities, FAMILIES[family], strangers[i])
+        score_attributes(truth.identities[i], r.identities, FAMILIES[family], strangers[i])
         for i, r in enumerate(readings)
     ]
     references = [list(x) for x in scenes.reference_images]
@@ -229,11 +232,11 @@ def score_pictures(
         "attributes": np.array([r.attributes for r in rows]),
         "swaps": np.array([r.swaps for r in rows]),
         "swaps_by_chance": np.array([r.swaps_by_chance for r in rows]),
-        "count": np.array([float(len(r.identities) == scenes.identities.shape[1]) for r in readings]),
+        "count": np.array([float(len(r.identities) == truth.identities.shape[1]) for r in readings]),
         "setting": np.array(
             [
                 float(r.setting == s and r.time == t)
-                for r, s, t in zip(readings, scenes.setting.tolist(), scenes.time.tolist(), strict=True)
+                for r, s, t in zip(readings, truth.setting.tolist(), truth.time.tolist(), strict=True)
             ]
         ),
         "text": judges.clip(pictures, scenes.captions),
@@ -274,18 +277,13 @@ class Interval(NamedTuple):
 
 
 def bootstrap(values: Sequence[float] | np.ndarray, *, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Percentile bootstrap of the mean (Efron, 1979); NaN cases are left out.
+    """`bootstrap_interval` over cases that are each their own.
 
     >>> bootstrap([1.0, 1.0, 1.0])
     Interval(mean=1.0, low=1.0, high=1.0, n=3)
     """
-    known = np.asarray(values, np.float64)
-    known = known[np.isfinite(known)]
-    if not len(known):
-        return Interval(float("nan"), float("nan"), float("nan"), 0)
-    rows = np.random.default_rng(seed).integers(len(known), size=(resamples, len(known)))
-    low, high = np.quantile(known[rows].mean(1), [0.025, 0.975])
-    return Interval(float(known.mean()), float(low), float(high), len(known))
+    found = bootstrap_interval(values, resamples=resamples, seed=seed)
+    return Interval(found.mean, found.low, found.high, found.cases)
 
 
 def summarise(metrics: Mapping[str, np.ndarray]) -> dict[str, Interval]:

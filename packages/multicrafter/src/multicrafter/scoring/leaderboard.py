@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from multicrafter import UserError
 from multicrafter.scoring.metrics import METRICS
 from multicrafter.scoring.score import Scores
 from multicrafter.scoring.statistics import Comparison, compare, holm, paired_test
@@ -39,7 +40,7 @@ def align(a: Scores, b: Scores) -> tuple[list[int], list[int]]:
     place = {c["key"]: i for i, c in enumerate(b.cases)}
     pairs = [(i, place[c["key"]]) for i, c in enumerate(a.cases) if c["key"] in place]
     if not pairs:
-        raise ValueError(f"{a.name} and {b.name} must share cases, but no key is in both")
+        raise UserError(f"{a.name} and {b.name} must share cases, but no key is in both")
     return [i for i, _ in pairs], [j for _, j in pairs]
 
 
@@ -51,7 +52,7 @@ def compare_runs(a: Scores, b: Scores, *, strict: bool = True) -> tuple[dict[str
     """
     notes = differences_in_kind(a, b)
     if strict and a.about["judges"] != b.about["judges"]:
-        raise ValueError(f"{notes[0]}; say --allow-different-judges to compare them all the same")
+        raise UserError(f"{notes[0]}; say --allow-different-judges to compare them all the same")
     rows, other = align(a, b)
     names = [n for n in a.names if n in b.names]
     if len(rows) < max(len(a.cases), len(b.cases)):
@@ -84,15 +85,15 @@ def leaderboard(runs: Sequence[Scores], *, sort_by: str | None = None, metrics: 
     """
     names = [r.name for r in runs]
     if not runs or len(set(names)) < len(names):
-        raise ValueError(f"runs must be at least one, with different names, got {names}")
+        raise UserError(f"runs must be at least one, with different names, got {names}")
     notes = []
     for run in runs[1:]:
         if run.about["judges"] != runs[0].about["judges"]:
-            raise ValueError(f"{differences_in_kind(runs[0], run)[0]}; a leaderboard needs the same judges")
+            raise UserError(f"{differences_in_kind(runs[0], run)[0]}; a leaderboard needs the same judges")
         notes += differences_in_kind(runs[0], run)
     columns = [n for n in METRICS if any(n in r.names for r in runs)]
     if unknown := [m for m in [*(metrics or ()), *([sort_by] if sort_by else ())] if m not in columns]:
-        raise ValueError(f"metrics must be some of {', '.join(columns)}, got {', '.join(unknown)}")
+        raise UserError(f"metrics must be some of {', '.join(columns)}, got {', '.join(unknown)}")
     columns = [n for n in columns if not metrics or n in metrics]
     summaries = {r.name: r.summary() for r in runs}
     rows: dict[str, dict[str, Any]] = {

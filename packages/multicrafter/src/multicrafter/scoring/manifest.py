@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from multicrafter import UserError
+
 Kind = Literal["human", "object"]
 Box = tuple[float, float, float, float]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -68,8 +70,8 @@ class Benchmark:
     missing: list[str] = field(default_factory=list)
 
 
-def _fail(where: str, what: str) -> ValueError:
-    return ValueError(f"{where}: {what}")
+def _fail(where: str, what: str) -> UserError:
+    return UserError(f"{where}: {what}")
 
 
 def _native(rows: Sequence[Mapping[str, Any]], where: str, root: Path) -> list[Prompt]:
@@ -191,11 +193,11 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
             else json.loads(text)
         )
     except OSError as error:
-        raise ValueError(f"manifest {path} must be a file, got: {error.strerror}") from None
+        raise UserError(f"manifest {path} must be a file, got: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"manifest {path} must be JSON, JSON lines or Parquet, got: {error}") from None
+        raise UserError(f"manifest {path} must be JSON, JSON lines or Parquet, got: {error}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
-        raise ValueError(f"manifest {path} must be a list of objects with at least one entry")
+        raise UserError(f"manifest {path} must be a list of objects with at least one entry")
     return rows
 
 
@@ -216,22 +218,22 @@ def read_prompts(path: Path, *, format: str = "auto", root: Path | None = None) 
     if format == "auto":
         format = next((n for n, f in FORMATS.items() if f.fields <= rows[0].keys()), "")
     if format not in FORMATS:
-        raise ValueError(
+        raise UserError(
             f"format must be auto or one of {', '.join(FORMATS)}; {path} has the fields {', '.join(sorted(rows[0]))}"
         )
     try:
         prompts = FORMATS[format].read(rows, str(path), root or path.parent)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"manifest {path} must be in the format {format}, but {type(error).__name__}: {error}"
-        ) from None
+        ) from error
     twice = (
         {p.key for p in prompts if sum(q.key == p.key for q in prompts) > 1}
         if len({p.key for p in prompts}) < len(prompts)
         else set()
     )
     if twice:
-        raise ValueError(f"manifest {path} must have every key once, but {sorted(twice)[0]!r} is there twice")
+        raise UserError(f"manifest {path} must have every key once, but {sorted(twice)[0]!r} is there twice")
     return format, prompts
 
 
@@ -244,7 +246,7 @@ def _layout(folder: Path) -> list[Prompt]:
         try:
             prompt = json.loads(meta.read_text(encoding="utf-8"))["prompt"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{meta} must hold a prompt, got {type(error).__name__}") from None
+            raise UserError(f"{meta} must hold a prompt, got {type(error).__name__}") from error
         prompts.append(
             Prompt(
                 key=meta.parent.name, prompt=prompt, references=tuple(Reference(r) for r in references), target=target,
@@ -252,7 +254,7 @@ def _layout(folder: Path) -> list[Prompt]:
             )
         )  # fmt: skip
     if not prompts:
-        raise ValueError(f"manifest {folder} must be a file, or a folder with ID/meta.json in it")
+        raise UserError(f"manifest {folder} must be a file, or a folder with ID/meta.json in it")
     return prompts
 
 
@@ -263,7 +265,7 @@ def find_cases(prompts: Iterable[Prompt], pictures: Path, *, format: str = "nati
         ValueError: ``pictures`` is no folder, or holds a picture for no prompt.
     """
     if not pictures.is_dir():
-        raise ValueError(f"--pictures must be a folder, but {pictures} is none")
+        raise UserError(f"--pictures must be a folder, but {pictures} is none")
     by_key: dict[str, list[Path]] = {}
     for path in sorted(p for p in pictures.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")):
         relative = path.relative_to(pictures).with_suffix("").as_posix()
@@ -293,7 +295,7 @@ def find_cases(prompts: Iterable[Prompt], pictures: Path, *, format: str = "nati
             for p in found
         ]
     if not cases:
-        raise ValueError(
+        raise UserError(
             f"--pictures {pictures} must hold pictures named after the manifest's keys ({known[0].key}.png, ...), but holds none"
         )
     return Benchmark(format, cases, missing)

@@ -15,6 +15,7 @@ from id_reward import Faces, cosine_similarity, score_similarity
 from id_reward.images import open_image
 from tqdm import tqdm
 
+from multicrafter import UserError
 from multicrafter.files import content_digest, write_whole
 from multicrafter.scoring import metrics
 from multicrafter.scoring.judges import Judges
@@ -109,17 +110,17 @@ class Scores:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["schema"] != SCHEMA:
-                raise ValueError(f"schema {content['schema']!r} is not {SCHEMA}")
+                raise UserError(f"schema {content['schema']!r} is not {SCHEMA}")
             loaded = cls(content["name"], content["about"], content["cases"], content["missing"], content["problems"])
             for case in loaded.cases:
                 case["key"], case["group"], case["category"], case["metrics"]
             return loaded
-        except FileNotFoundError:
-            raise ValueError(f"scores {path} must be a file of multicrafter evaluate, but there is none") from None
+        except FileNotFoundError as error:
+            raise UserError(f"scores {path} must be a file of multicrafter evaluate, but there is none") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"scores {path} must be written by multicrafter evaluate, got {type(error).__name__}: {error}"
-            ) from None
+            ) from error
 
 
 def _clean(row: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +203,7 @@ def score(benchmark: Benchmark, judges: Judges, *, name: str, batch: int = 8, pr
             scores.cases += _score_batch(opened, judges, references)
             bar.update(len(part))
     if not scores.cases:
-        raise ValueError(
+        raise UserError(
             f"--pictures must hold readable pictures, but none of {len(benchmark.cases)} is: {scores.problems[0]}"
         )
     scores.problems = list(dict.fromkeys(scores.problems))

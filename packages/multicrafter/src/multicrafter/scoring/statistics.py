@@ -49,12 +49,19 @@ def bootstrap_interval(
     seed: int = 0,
     level: float = 0.95,
 ) -> Estimate:
-    """Mean and percentile bootstrap interval; whole groups are drawn (cluster bootstrap, Field and Welsh, 2007). NaN values are left out.
+    """Mean and percentile bootstrap interval (Efron, 1979). NaN values are left out.
+
+    With ``groups`` whole groups are drawn (cluster bootstrap, Field and Welsh, 2007); without, every value is its own.
 
     >>> bootstrap_interval([1.0, 1.0, float("nan")])
     Estimate(mean=1.0, low=1.0, high=1.0, cases=2, groups=2)
     """
-    total, count = _sums(values, groups if groups is not None else [str(i) for i in range(len(values))])
+    if groups is None:
+        total = np.asarray(values, np.float64)
+        total = total[np.isfinite(total)]
+        count = np.ones(len(total), np.int64)
+    else:
+        total, count = _sums(values, groups)
     if not len(total):
         return Estimate(float("nan"), float("nan"), float("nan"), 0, 0)
     random = np.random.default_rng(seed)

@@ -15,6 +15,7 @@ from gspo.step import UpdateStatistics
 from moe_lora.replay import RouteRecord, record, replay
 from torch import Tensor
 
+from multicrafter import UserError
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.flux.model import Text
@@ -29,7 +30,9 @@ from multicrafter.training.distributed import (
     world_size,
 )
 from multicrafter.training.encoding_cache import CachedText
+from multicrafter.training.loop import LoopConfig
 from multicrafter.training.noise import SlicedNoise
+from multicrafter.training.optimization import AdamWConfig, ScheduleConfig, learning_rate
 from multicrafter.training.precision import ExecutionConfig
 from multicrafter.training.previews import Look, look_at, row_of
 from multicrafter.training.rewarding import Reward, Scored, score_pictures
@@ -58,7 +61,9 @@ class AlignConfig:
         kernel: "flow_sde" or "flow_cps".
         noise_level: Of the kernel.
         guidance: Of a base that takes it as an input: what rollouts are sampled, and the policy is trained, at.
-        lr: Learning rate, constant after a warm-up of 5 iterations.
+        lr: Peak learning rate.
+        schedule: How it rises and falls.
+        adamw: The rest of the optimizer; gradients are clipped to ``policy.max_grad_norm``.
         seed: Of prompt order, noise and rollouts.
         policy: Ratio, clipping, KL, inner epochs.
         reward: Weights.
@@ -67,6 +72,7 @@ class AlignConfig:
         reward_retries: More attempts where the reward raises, before the pictures that cause it are left out.
         reward_wait_s: Seconds before the first of them, doubled with each.
         execution: Precision, memory, processes.
+        loop: How often checkpoints and pictures are written, and when to give up.
     """
 
     num_steps: int = 40
@@ -80,6 +86,8 @@ class AlignConfig:
     noise_level: float = 0.7
     guidance: float = 2.5
     lr: float = 3e-4
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup_steps=5, decay="constant"))
+    adamw: AdamWConfig = field(default_factory=lambda: AdamWConfig(betas=(0.9, 0.99)))
     seed: int = 0
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -88,24 +96,27 @@ class AlignConfig:
     reward_retries: int = 2
     reward_wait_s: float = 1.0
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(save_every=10, best="reward", best_is="highest", picture_every=10)
+    )
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "prompts", "window_interval"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.group_size < 2:
-            raise ValueError(f"group_size must be at least 2, got {self.group_size}")
+            raise UserError(f"group_size must be at least 2, got {self.group_size}")
         if self.lr <= 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
+            raise UserError(f"lr must be positive, got {self.lr}")
         if self.guidance < 1:
-            raise ValueError(f"guidance must be at least 1, got {self.guidance}")
+            raise UserError(f"guidance must be at least 1, got {self.guidance}")
         for name in ("reward_retries", "reward_wait_s"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.routing_replay and self.execution.gradient_checkpointing:
-            raise ValueError("routing_replay needs execution.gradient_checkpointing to be off, got both")
+            raise UserError("routing_replay needs execution.gradient_checkpointing to be off, got both")
         if self.kernel not in KERNELS:
-            raise ValueError(f"kernel must be one of {tuple(KERNELS)}, got {self.kernel!r}")
+            raise UserError(f"kernel must be one of {tuple(KERNELS)}, got {self.kernel!r}")
         self.window()
 
     def window(self) -> SlidingWindow:
@@ -137,7 +148,7 @@ class Align:
         self.text = CachedText(pipe, scenes.captions, cache, backbone=self.backbone) if cache else None
         sharded = config.execution.parallel == "fsdp" and active()
         self.trainee = Trainee(
-            adapters, config.execution, lr=config.lr, betas=(0.9, 0.99), seed=config.seed, sync_in_backward=False
+            adapters, config.execution, lr=config.lr, adamw=config.adamw, seed=config.seed, sync_in_backward=False
         )
         self.optimizer, self.generator = self.trainee.optimizer, self.trainee.generator
         # a sharded model averages gradients in its backward, and needs the same passes on every rank
@@ -147,7 +158,7 @@ class Align:
         self.reference_pictures = [list(pictures) for pictures in scenes.reference_images]
         self.broken_velocities, self.failed_rewards = 0, 0
         if adapters.experts is None and (config.routing_replay or config.routing_jitter):
-            raise ValueError("routing_replay and routing_jitter need an adapter with experts, got a plain one")
+            raise UserError("routing_replay and routing_jitter need an adapter with experts, got a plain one")
         self.routes: dict[int, RouteRecord] = {}
         self.last_pictures: Tensor | None = None
 
@@ -229,7 +240,7 @@ class Align:
         """One iteration: rollout, reward, advantages, update."""
         config, share = self.config, self.share
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, (index + 1) / 5)
+            group["lr"] = learning_rate(config.schedule, config.lr, index, config.num_steps)
         rows = torch.randint(len(self.scenes), (config.prompts,), generator=self.generator)
         mine = rows[share.prompts]
         text = self.encode(mine)
@@ -343,7 +354,7 @@ class Align:
     def check_notes(self, notes: Mapping[str, Any]) -> None:
         """Refuses a checkpoint of another stage, window or adapter."""
         if notes.get("stage", 2) != 2:
-            raise ValueError(f"checkpoint must be of stage 2, got stage {notes['stage']}")
+            raise UserError(f"checkpoint must be of stage 2, got stage {notes['stage']}")
         if notes.get("window", asdict(self.window)) != asdict(self.window):
-            raise ValueError(f"checkpoint must have the window {asdict(self.window)}, got {notes['window']}")
+            raise UserError(f"checkpoint must have the window {asdict(self.window)}, got {notes['window']}")
         self.trainee.check_notes(notes)

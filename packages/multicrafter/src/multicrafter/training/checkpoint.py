@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -25,8 +26,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from multicrafter import __version__
+from multicrafter.files import write_whole
 from multicrafter.training import distributed
 
+logger = logging.getLogger(__name__)
 FORMAT = 2
 RANK = "rank."  # keys under it are each rank's own
 
@@ -66,7 +69,7 @@ class Checkpoint:
                     raise CheckpointError(f"{name} is not what was written")
             return cls(path, int(manifest["step"]), manifest)
         except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"checkpoint {path} cannot be read ({type(error).__name__}: {error})") from None
+            raise CheckpointError(f"checkpoint {path} cannot be read ({type(error).__name__}: {error})") from error
 
     def tensors(self) -> CheckpointTensors:
         """Its tensors, read when they are asked for."""
@@ -149,10 +152,7 @@ def sync(path: Path) -> None:
 
 def write_atomic(path: Path, text: str) -> None:
     """Writes a small file: temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    sync(temporary)
-    os.replace(temporary, path)
+    write_whole(path, text, sync=True)
 
 
 def _piece(value: Tensor) -> tuple[Tensor, list[int] | None]:
@@ -300,7 +300,7 @@ def rotate(folder: Path, keep: int) -> None:
             _discard(path)
 
 
-def find_checkpoint(folder: Path, *, say: Callable[[str], None] = print) -> Checkpoint | None:
+def find_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest undamaged checkpoint of a folder, or None; a damaged one is skipped, and said so. The same on every rank."""
     chosen: Path | None = None
     if distributed.is_main():
@@ -309,7 +309,7 @@ def find_checkpoint(folder: Path, *, say: Callable[[str], None] = print) -> Chec
                 chosen = Checkpoint.open(path).path
                 break
             except CheckpointError as error:
-                say(f"{error}: falling back to the one before")
+                logger.warning(f"{error}: falling back to the one before")
     chosen = distributed.broadcast_object(chosen)
     if chosen is None:
         return None

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from multicrafter import UserError
+
 Parallel = Literal["ddp", "fsdp"]
 
 
@@ -83,7 +85,7 @@ def naming_lost_workers() -> Iterator[None]:
         reason = " ".join(str(error).split())[:160]
         raise WorkerLost(
             f"a worker process died or stopped answering (seen by rank {rank()}: {reason}); start again with --resume auto"
-        ) from None
+        ) from error
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -123,7 +125,7 @@ def my_slice(count: int, *, rank_: int | None = None, ranks: int | None = None) 
     """
     me, number = rank() if rank_ is None else rank_, world_size() if ranks is None else ranks
     if count < number:
-        raise ValueError(f"batch must hold at least one row per process ({number}), got {count}")
+        raise UserError(f"batch must hold at least one row per process ({number}), got {count}")
     base, extra = divmod(count, number)
     start = me * base + min(me, extra)
     return slice(start, start + base + (me < extra))
@@ -170,7 +172,7 @@ def my_groups(prompts: int, group_size: int, *, rank_: int | None = None, ranks:
     if group_size % number == 0:
         size = group_size // number
         return GroupShare(slice(0, prompts), slice(me * size, (me + 1) * size))
-    raise ValueError(
+    raise UserError(
         f"prompts and group_size must spread evenly over {number} processes (one divisible by it, or whole parts of groups), "
         f"got {prompts} prompts of {group_size}"
     )
@@ -207,7 +209,7 @@ def distribute(model: nn.Module, how: Parallel = "ddp", *, sync_in_backward: boo
         sync_in_backward: False leaves gradients of "ddp" to the caller, who adds them up once after many backward passes.
     """
     if how not in ("ddp", "fsdp"):
-        raise ValueError(f"parallel must be 'ddp' or 'fsdp', got {how!r}")
+        raise UserError(f"parallel must be 'ddp' or 'fsdp', got {how!r}")
     if not active():
         return model
     for parameter in (p for p in model.parameters() if p.requires_grad):

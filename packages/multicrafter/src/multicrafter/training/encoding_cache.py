@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from multicrafter.files import appearing
 from multicrafter.models.backbones import Backbone, backbone_of
 from multicrafter.models.flux.model import Text
 from multicrafter.training import distributed
@@ -72,16 +71,11 @@ class TensorCache:
 
     def write(self, key: str, entry: Mapping[str, Tensor]) -> None:
         """Writes an entry through a temporary name of this process's own."""
-        path = self.path(key)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({k: v.detach().cpu().contiguous() for k, v in entry.items()}, temporary)
-            os.replace(temporary, path)
+            with appearing(self.path(key)) as temporary:
+                save_file({k: v.detach().cpu().contiguous() for k, v in entry.items()}, temporary)
         except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                temporary.unlink()
-            raise CheckpointError(f"cache {self.folder} must be writable, got {error}") from None
+            raise CheckpointError(f"cache {self.folder} must be writable, got {error}") from error
 
     def fill(
         self, contents: Mapping[str, Any], compute: Callable[[list[Any]], Mapping[str, Tensor]], *, batch: int = 16

@@ -6,10 +6,10 @@ What is lost when something happens: docs/guides/recovery.md.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 from tqdm import tqdm
 
-from multicrafter import __version__
+from multicrafter import UserError, __version__
 from multicrafter.training import distributed
 from multicrafter.training.checkpoint import (
     Checkpoint,
@@ -33,6 +33,7 @@ from multicrafter.training.checkpoint import (
 )
 from multicrafter.training.trackers import NoTracker, Tracker
 
+logger = logging.getLogger(__name__)
 Resume = bool | str | Path
 
 
@@ -40,7 +41,7 @@ class Interrupted(Exception):
     """Training was stopped by a signal after saving; ``resume`` says how to go on."""
 
 
-class Diverged(ValueError):
+class Diverged(UserError):
     """Too many steps in a row had to be skipped."""
 
 
@@ -89,11 +90,11 @@ class LoopConfig:
     def __post_init__(self) -> None:
         for name in ("save_every", "keep", "max_skipped", "max_failed_saves"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.picture_every < 0:
-            raise ValueError(f"picture_every must not be negative, got {self.picture_every}")
+            raise UserError(f"picture_every must not be negative, got {self.picture_every}")
         if self.best_is not in ("lowest", "highest"):
-            raise ValueError(f"best_is must be 'lowest' or 'highest', got {self.best_is!r}")
+            raise UserError(f"best_is must be 'lowest' or 'highest', got {self.best_is!r}")
 
     def score(self, history: list[dict[str, float]]) -> float | None:
         """Mean of the chosen metric over these steps, higher is better; None where it has no finite value."""
@@ -103,9 +104,9 @@ class LoopConfig:
         return sum(values) / len(values) * (1 if self.best_is == "highest" else -1)
 
 
-def load_checkpoint(folder: Path, *, say: Callable[[str], None] = print) -> tuple[int, Mapping[str, Tensor]] | None:
+def load_checkpoint(folder: Path) -> tuple[int, Mapping[str, Tensor]] | None:
     """Step and tensors of the newest readable checkpoint, or None; a corrupt one is skipped, and said so."""
-    found = find_checkpoint(folder, say=say)
+    found = find_checkpoint(folder)
     return None if found is None else (found.step, found.tensors())
 
 
@@ -184,7 +185,7 @@ def run(
                     failed += 1
                     if last or stopping or failed >= settings.max_failed_saves:
                         raise
-                    _say(f"warning: {error.strerror}; going on, the newest checkpoint is of step {saved}")
+                    _say(f"{error.strerror}; going on, the newest checkpoint is of step {saved}")
             if skipped >= settings.max_skipped:
                 raise Diverged(
                     f"loss must be finite, but the last {skipped} steps had to be skipped (step {index + 1}); "
@@ -201,9 +202,9 @@ def _main() -> bool:
     return distributed.is_main()
 
 
-def _say(text: str) -> None:
+def _say(text: str, level: int = logging.WARNING) -> None:
     if _main():
-        print(text, file=sys.stderr, flush=True)
+        logger.log(level, text)
 
 
 def _shown(metrics: dict[str, float]) -> dict[str, str]:
@@ -232,7 +233,7 @@ def _resume(stage: Stage, checkpoints: Path, resume: Resume) -> int:
     if resume is False or resume == "never":
         return 0
     if resume is True or resume == "auto":
-        found = find_checkpoint(checkpoints, say=_say)
+        found = find_checkpoint(checkpoints)
         if found is None and any(checkpoints.glob("step_*")):
             raise CheckpointError(
                 f"{checkpoints} must hold a readable checkpoint to resume from, but all of them are damaged"
@@ -242,13 +243,13 @@ def _resume(stage: Stage, checkpoints: Path, resume: Resume) -> int:
     if found is None:
         return 0
     if (code := found.manifest["code"]["multicrafter"]) != __version__:
-        _say(f"warning: {found.path} was written by multicrafter {code}, this is {__version__}")
+        _say(f"{found.path} was written by multicrafter {code}, this is {__version__}")
     if hasattr(stage, "check_notes"):
         stage.check_notes(found.manifest["notes"])
     tensors = found.tensors()
     stage.restore(tensors)
     restore_rng(tensors)
-    _say(f"resumed from {found.path}")
+    _say(f"resumed from {found.path}", logging.INFO)
     return found.step
 
 
@@ -295,7 +296,7 @@ class _Log:
             action(self.file)
         except OSError as error:
             if not self.broken:
-                _say(f"warning: {self.path} cannot be written ({error.strerror}); training goes on without it")
+                _say(f"{self.path} cannot be written ({error.strerror}); training goes on without it")
             self.broken = True
 
 
@@ -309,7 +310,7 @@ def _signals() -> Iterator[list[int]]:
         if stop and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.append(number)
-        _say(f"{signal.Signals(number).name}: saving after this step")
+        _say(f"{signal.Signals(number).name}: saving after this step", logging.INFO)
 
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

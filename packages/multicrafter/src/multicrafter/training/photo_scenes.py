@@ -13,6 +13,7 @@ from idar import token_masks
 from torch import Tensor
 from tqdm import tqdm
 
+from multicrafter import UserError
 from multicrafter.models.backbones import backbone_of
 from multicrafter.photos.loader import LoaderConfig, PhotoLoader
 from multicrafter.photos.store import open_split
@@ -69,7 +70,7 @@ def encode_photos(
     backbone = backbone_of(pipe)
     factor = backbone.token_side(pipe)
     if size % factor or reference_size % factor:
-        raise ValueError(f"size and reference_size must be multiples of {factor}, got {size} and {reference_size}")
+        raise UserError(f"size and reference_size must be multiples of {factor}, got {size} and {reference_size}")
     config = LoaderConfig(
         batch=CHUNK,
         buckets=((size, size),),
@@ -105,7 +106,6 @@ def encode_photos(
     names = {name: i for i, name in enumerate(sorted({n for row in people for n in row}))}
     tokens, references, masks = (torch.cat(p) for p in zip(*parts, strict=True))
     images, reference_images = (torch.cat(p) for p in zip(*pictures, strict=True))
-    unknown = torch.full((count,), -1)
     return EncodedScenes(
         tokens=tokens,
         references=references,
@@ -114,8 +114,6 @@ def encode_photos(
         identities=torch.tensor([[[names[n]] for n in row] for row in people]),
         images=images,
         reference_images=reference_images,
-        setting=unknown,
-        time=unknown.clone(),
         grid=grid,
         reference_grid=reference_grid,
     )
@@ -155,7 +153,7 @@ def training_records(folder: str | Path) -> list[Record]:
     """
     records = open_split(folder, "train").records
     if not records:
-        raise ValueError(
+        raise UserError(
             f"{folder} must hold records to train on, but its train split is empty: see dropped.jsonl and report.html there"
         )
     return records

@@ -13,7 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from multicrafter import UserError
 from multicrafter.training.distributed import Parallel, transformer_blocks
+from multicrafter.training.optimization import AdamWConfig
 
 Quantization = Literal["none", "int8", "nf4"]
 
@@ -55,13 +57,13 @@ class ExecutionConfig:
             ("parallel", ("ddp", "fsdp")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+                raise UserError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
+            raise UserError(f"micro_batch must be at least 1, got {self.micro_batch}")
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+            raise UserError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if self.quantization != "none" and self.parallel == "fsdp":
-            raise ValueError(
+            raise UserError(
                 f"quantization must be 'none' with parallel 'fsdp' (quantised weights are not sharded), got {self.quantization!r}"
             )
 
@@ -105,9 +107,9 @@ def set_attention_backend(transformer: nn.Module, name: str) -> None:
         transformer.set_attention_backend(name)  # type: ignore[operator]
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
+        raise UserError(
             f"attention_backend must be one that diffusers has and can use here, got {name!r}: {reason}"
-        ) from None
+        ) from error
 
 
 def quantize(transformer: nn.Module, kind: Quantization) -> nn.Module:
@@ -128,14 +130,16 @@ def quantize(transformer: nn.Module, kind: Quantization) -> nn.Module:
     if kind == "int8":
         try:
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
-        except ImportError:
-            raise ImportError("quantization 'int8' needs: pip install 'multicrafter[quantize]' (torchao)") from None
+        except ImportError as error:
+            raise ImportError("quantization 'int8' needs: pip install 'multicrafter[quantize]' (torchao)") from error
         quantize_(transformer, Int8WeightOnlyConfig(), filter_fn=lambda _, name: name in set(chosen))
     elif kind == "nf4":
         try:
             from bitsandbytes.nn import Linear4bit
-        except ImportError:
-            raise ImportError("quantization 'nf4' needs: pip install 'multicrafter[quantize]' (bitsandbytes)") from None
+        except ImportError as error:
+            raise ImportError(
+                "quantization 'nf4' needs: pip install 'multicrafter[quantize]' (bitsandbytes)"
+            ) from error
         for name in chosen:
             parent, leaf = transformer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             old = getattr(parent, leaf)
@@ -152,20 +156,22 @@ def quantize(transformer: nn.Module, kind: Quantization) -> nn.Module:
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], config: ExecutionConfig, *, lr: float, betas: tuple[float, float]
+    parameters: Iterable[nn.Parameter], config: ExecutionConfig, *, lr: float, adamw: AdamWConfig
 ) -> torch.optim.Optimizer:
-    """AdamW without weight decay, its states in fp32 or in 8 bits.
+    """AdamW, its states in fp32 or in 8 bits.
 
     Raises:
         ImportError: bitsandbytes is missing.
     """
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.0)
+        return torch.optim.AdamW(parameters, lr=lr, betas=adamw.betas, eps=adamw.eps, weight_decay=adamw.weight_decay)
     try:
         from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise ImportError("optimizer 'adamw8bit' needs: pip install 'multicrafter[quantize]' (bitsandbytes)") from None
-    made: torch.optim.Optimizer = AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=0.0)
+    except ImportError as error:
+        raise ImportError("optimizer 'adamw8bit' needs: pip install 'multicrafter[quantize]' (bitsandbytes)") from error
+    made: torch.optim.Optimizer = AdamW8bit(
+        parameters, lr=lr, betas=adamw.betas, eps=adamw.eps, weight_decay=adamw.weight_decay
+    )
     return made
 
 

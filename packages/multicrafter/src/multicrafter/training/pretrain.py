@@ -15,20 +15,30 @@ from idar import (
     Direction,
     LossKind,
     Normalization,
-    SubjectLayout,
     attention_owners,
     idar_loss,
     leakage,
     owner_masks,
+    sigma_weight,
 )
 from idar.integrations.diffusers import attention_blocks, capture_subject_attention, separate_subjects
 from torch import Tensor
 
+from multicrafter import UserError
 from multicrafter.models.adapters import AdapterConfig, Adapters
-from multicrafter.models.backbones import Backbone, backbone_of
-from multicrafter.models.flux.model import add_noise
+from multicrafter.models.backbones import backbone_of
+from multicrafter.models.flux.model import Text
+from multicrafter.training.attention import layout_of, noised_velocity, watch_attention
 from multicrafter.training.distributed import active, all_sum, my_slice, world_size
 from multicrafter.training.encoding_cache import CachedText
+from multicrafter.training.loop import LoopConfig
+from multicrafter.training.optimization import (
+    AdamWConfig,
+    ScheduleConfig,
+    SigmaSamplingConfig,
+    learning_rate,
+    sample_sigma,
+)
 from multicrafter.training.precision import ExecutionConfig, prepare_transformer
 from multicrafter.training.previews import Look, look_at
 from multicrafter.training.scenes import Buckets, EncodedScenes
@@ -64,11 +74,11 @@ class IDARConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.until <= 1:
-            raise ValueError(f"until must be in (0, 1], got {self.until}")
+            raise UserError(f"until must be in (0, 1], got {self.until}")
         if self.coef < 0:
-            raise ValueError(f"coef must not be negative, got {self.coef}")
+            raise UserError(f"coef must not be negative, got {self.coef}")
         if not 0 < self.sigma_max <= 1:
-            raise ValueError(f"sigma_max must be in (0, 1], got {self.sigma_max}")
+            raise UserError(f"sigma_max must be in (0, 1], got {self.sigma_max}")
 
     @classmethod
     def paper(cls, coef: float = 0.3) -> IDARConfig:
@@ -106,13 +116,13 @@ class SeparationConfig:
     def __post_init__(self) -> None:
         for name in ("share", "strength"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+                raise UserError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.background not in ("none", "all"):
-            raise ValueError(f"background must be 'none' or 'all', got {self.background!r}")
+            raise UserError(f"background must be 'none' or 'all', got {self.background!r}")
         if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
+            raise UserError(f"threshold must be in (0, 1], got {self.threshold}")
         if not 0 <= self.sigma_min < 1:
-            raise ValueError(f"sigma_min must be in [0, 1), got {self.sigma_min}")
+            raise UserError(f"sigma_min must be in [0, 1), got {self.sigma_min}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +139,9 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.num_sampling_steps < 1:
-            raise ValueError(f"num_sampling_steps must be at least 1, got {self.num_sampling_steps}")
+            raise UserError(f"num_sampling_steps must be at least 1, got {self.num_sampling_steps}")
         if self.guidance is not None and not 1 <= self.guidance < math.inf:
-            raise ValueError(f"guidance must be at least 1 and finite, got {self.guidance}")
+            raise UserError(f"guidance must be at least 1 and finite, got {self.guidance}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,18 +151,27 @@ class PretrainConfig:
     Attributes:
         num_steps: Optimizer steps.
         batch: Scenes a step.
-        lr: Peak learning rate; warm-up of 20 steps, linear decay to zero.
+        lr: Peak learning rate.
+        schedule: How it rises and falls.
+        adamw: The rest of the optimizer.
+        max_grad_norm: Gradients are clipped to this norm, over all adapters.
+        sigma_sampling: At which noise levels.
         num_scenes: Scenes drawn and encoded; of photos, samples: more than there are records come again, cut anew, with other references.
         data: Folder of `multicrafter data build`: photos instead of drawn scenes, at the sizes of ``world``. None draws.
         seed: Of data order, noise and adapters; scenes come from ``data_seed``.
         separation: See `SeparationConfig`; None trains without it.
         sampling: How its pictures are drawn; None leaves that to the backbone.
         execution: Precision, memory, processes.
+        loop: How often checkpoints and pictures are written, and when to give up.
     """
 
     num_steps: int = 400
     batch: int = 32
     lr: float = 2e-3
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    adamw: AdamWConfig = field(default_factory=AdamWConfig)
+    max_grad_norm: float = 1.0
+    sigma_sampling: SigmaSamplingConfig = field(default_factory=SigmaSamplingConfig)
     num_scenes: int = 4000
     data: str | None = None
     data_seed: int = 1
@@ -163,13 +182,16 @@ class PretrainConfig:
     sampling: SamplingConfig | None = None
     world: WorldConfig = field(default_factory=lambda: WorldConfig(numbers=(2,), shared_attributes=4))
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(save_every=200, picture_every=50))
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch", "num_scenes"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.lr <= 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
+            raise UserError(f"lr must be positive, got {self.lr}")
+        if not self.max_grad_norm > 0:
+            raise UserError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
 
 
 def sampling_notes(config: PretrainConfig) -> dict[str, Any]:
@@ -182,9 +204,97 @@ def sampling_notes(config: PretrainConfig) -> dict[str, Any]:
     return notes
 
 
-def layout_of(backbone: Backbone, scenes: EncodedScenes, num_text: int) -> SubjectLayout:
-    """Where everything is in the joint sequence."""
-    return backbone.layout(num_text, scenes.grid, [scenes.reference_grid] * scenes.references.shape[1])
+@dataclass(frozen=True)
+class Objective:
+    """``L_diff + lambda * L_attn + router losses`` of a model on encoded scenes, and its gradients; `Pretrain` steps on it, `plan` measures it.
+
+    Attributes:
+        config: Of the stage.
+        trainee: What is trained.
+    """
+
+    config: PretrainConfig
+    trainee: Trainee
+
+    def backward(
+        self,
+        scenes: EncodedScenes,
+        rows: Tensor | slice,
+        noise: Tensor,
+        sigma: Tensor,
+        text: Text,
+        *,
+        separated: Tensor | None = None,
+        supervised: bool = True,
+        scale: float = 1.0,
+    ) -> dict[str, Tensor]:
+        """Adds the gradients of ``scale`` times the loss; returns the loss and its parts, means over these rows.
+
+        Args:
+            scenes: Encoded scenes.
+            rows: Which of them, b.
+            noise: (b, n, d).
+            sigma: Noise levels (b,).
+            text: Their prompts.
+            separated: How much the attention of each is separated, (b,); None separates none.
+            supervised: Whether the attention is supervised.
+            scale: Factor of the gradients.
+        """
+        # the backward stays inside the capture: gradient checkpointing runs blocks again, and must find the same graph
+        with (
+            self._separate(scenes, rows, separated, text.embeds.shape[1]),
+            self._capture(scenes, text.embeds.shape[1], supervised) as captured,
+        ):
+            losses = self._losses(scenes, rows, noise, sigma, text, captured)
+            (losses["loss"] * scale).backward()
+        return losses
+
+    def _separate(self, scenes: EncodedScenes, rows: Tensor | slice, separated: Tensor | None, num_text: int) -> Any:
+        """Separates the attention of the chosen samples, by their masks; around forward and backward."""
+        config = self.config.separation
+        if config is None or separated is None or not bool(separated.any()):
+            return nullcontext()
+        masks = owner_masks(scenes.masks[rows], threshold=config.threshold).to(self.trainee.device)
+        return separate_subjects(
+            self.trainee.adapters.transformer,
+            layout_of(self.trainee.adapters.backbone, scenes, num_text),
+            attention_owners if config.routing else masks,
+            strength=(config.strength * separated).to(self.trainee.device),
+            background=config.background,
+        )
+
+    def _capture(self, scenes: EncodedScenes, num_text: int, supervised: bool) -> Any:
+        """Collects the attention maps of what runs inside, if they are supervised; around forward and backward."""
+        if self.config.idar.coef == 0 or not supervised:
+            return nullcontext()
+        return capture_subject_attention(
+            self.trainee.adapters.transformer,
+            layout_of(self.trainee.adapters.backbone, scenes, num_text),
+            direction=self.config.idar.direction,
+            blocks=(lambda _: True) if self.config.idar.all_blocks else None,
+        )
+
+    def _losses(
+        self, scenes: EncodedScenes, rows: Tensor | slice, noise: Tensor, sigma: Tensor, text: Text, captured: Any
+    ) -> dict[str, Tensor]:
+        config, device = self.config, self.trainee.device
+        latents, noise, sigma = scenes.tokens[rows].to(device), noise.to(device), sigma.to(device)
+        velocity = noised_velocity(self.trainee.predict, scenes, rows, noise, sigma, text.to(device))
+        diffusion = (velocity - (noise - latents)).square().mean()
+        loss = diffusion + self.trainee.aux_loss()
+        losses = {"diffusion_loss": diffusion}
+        if captured is not None:
+            losses["attention_loss"] = self._attention_loss(captured.maps, scenes.masks[rows].to(device), sigma)
+            loss = loss + config.idar.coef * losses["attention_loss"]
+        return {"loss": loss, **{name: value.detach() for name, value in losses.items()}}
+
+    def _attention_loss(self, maps: Tensor, masks: Tensor, sigma: Tensor) -> Tensor:
+        """`idar_loss`; 0 where no subject shows, NaN (the step will be skipped) where the maps are broken."""
+        config = self.config.idar
+        if not bool((masks > 0).any()) or not bool(torch.isfinite(maps).all()):
+            return maps.sum() * 0
+        weight = sigma_weight(sigma, sigma_max=config.sigma_max)
+        return idar_loss(maps, masks, kind=config.kind, normalization=config.normalization, weight=weight).loss
 
 
 class Pretrain:
@@ -200,18 +310,19 @@ class Pretrain:
         self.text = CachedText(pipe, self.buckets.captions, config.execution.cache, backbone=self.backbone)
         prepare_transformer(pipe.transformer, config.execution)
         self.adapters = Adapters(pipe.transformer, config.adapters, seed=config.seed, backbone=self.backbone)
-        self.trainee = Trainee(self.adapters, config.execution, lr=config.lr, betas=(0.9, 0.98), seed=config.seed)
+        self.trainee = Trainee(self.adapters, config.execution, lr=config.lr, adamw=config.adamw, seed=config.seed)
         self.optimizer, self.generator = self.trainee.optimizer, self.trainee.generator
+        self.objective = Objective(config, self.trainee)
 
     def step(self, index: int) -> dict[str, float]:
         """One optimizer step on one batch; every rank draws it all and computes its own rows."""
         config = self.config
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * min(1, (index + 1) / 20) * (1 - index / config.num_steps)
+            group["lr"] = learning_rate(config.schedule, config.lr, index, config.num_steps)
         scenes = self.buckets.draw(self.generator)
         rows = torch.randint(len(scenes), (config.batch,), generator=self.generator)
         noise = torch.randn(config.batch, *scenes.tokens.shape[1:], generator=self.generator)
-        sigma = torch.sigmoid(torch.randn(config.batch, generator=self.generator))
+        sigma = sample_sigma(config.sigma_sampling, config.batch, self.generator)
         separated = self._draw_separated(sigma)
         self.optimizer.zero_grad()
         parts = self._parts()
@@ -219,18 +330,16 @@ class Pretrain:
         metrics: dict[str, float] = {}
         for number, part in enumerate(parts):
             share = (part.stop - part.start) / config.batch
-            # the backward stays inside the capture: gradient checkpointing runs blocks again, and must find the same graph
-            with (
-                self.trainee.accumulating(last=number == len(parts) - 1),
-                self._separate(scenes, rows[part], separated[part]),
-                self._capture(scenes, supervised) as captured,
-            ):
-                losses = self._losses(scenes, rows[part], noise[part], sigma[part], captured)
-                (losses["loss"] * (share * world_size())).backward()  # ranks are averaged: their shares add up to 1
+            text = self.text([scenes.captions[r] for r in rows[part].tolist()])
+            with self.trainee.accumulating(last=number == len(parts) - 1):
+                losses = self.objective.backward(
+                    scenes, rows[part], noise[part], sigma[part], text, separated=separated[part], supervised=supervised,
+                    scale=share * world_size(),  # ranks are averaged: their shares add up to 1
+                )  # fmt: skip
             for name, loss in losses.items():
                 metrics[name] = metrics.get(name, 0.0) + share * loss.item()
         self.trainee.samples_seen += config.batch
-        norm = self.trainee.apply(1.0)
+        norm = self.trainee.apply(config.max_grad_norm)
         if active():
             summed = all_sum(torch.tensor(list(metrics.values()), dtype=torch.float64))
             metrics = dict(zip(metrics, summed.tolist(), strict=True))
@@ -251,59 +360,6 @@ class Pretrain:
             return torch.zeros_like(sigma)
         chosen = torch.rand(len(sigma), generator=self.generator) < config.share
         return (chosen & (sigma >= config.sigma_min)).float()
-
-    def _separate(self, scenes: EncodedScenes, rows: Tensor, separated: Tensor) -> Any:
-        """Separates the attention of the chosen samples, by their masks; around forward and backward."""
-        config = self.config.separation
-        if config is None or not bool(separated.any()):
-            return nullcontext()
-        masks = owner_masks(scenes.masks[rows], threshold=config.threshold).to(self.trainee.device)
-        return separate_subjects(
-            self.transformer,
-            layout_of(self.backbone, scenes, self.text.num_tokens),
-            attention_owners if config.routing else masks,
-            strength=(config.strength * separated).to(self.trainee.device),
-            background=config.background,
-        )
-
-    def _capture(self, scenes: EncodedScenes, supervised: bool = True) -> Any:
-        """Collects the attention maps of what runs inside, if they are supervised; around forward and backward."""
-        if self.config.idar.coef == 0 or not supervised:
-            return nullcontext()
-        return capture_subject_attention(
-            self.transformer,
-            layout_of(self.backbone, scenes, self.text.num_tokens),
-            direction=self.config.idar.direction,
-            blocks=(lambda _: True) if self.config.idar.all_blocks else None,
-        )
-
-    def _losses(
-        self, scenes: EncodedScenes, rows: Tensor, noise: Tensor, sigma: Tensor, captured: Any
-    ) -> dict[str, Tensor]:
-        """``L_diff + lambda * L_attn + router losses`` and its parts, means over these rows."""
-        config, device = self.config, self.trainee.device
-        latents, noise, sigma = scenes.tokens[rows].to(device), noise.to(device), sigma.to(device)
-        velocity = self.trainee.predict(
-            add_noise(latents, noise, sigma),
-            sigma,
-            self.text([scenes.captions[r] for r in rows.tolist()]).to(device),
-            **scenes.context(rows, device),
-        )
-        diffusion = (velocity - (noise - latents)).square().mean()
-        loss = diffusion + self.trainee.aux_loss()
-        losses = {"diffusion_loss": diffusion}
-        if captured is not None:
-            losses["attention_loss"] = self._attention_loss(captured.maps, scenes.masks[rows].to(device), sigma)
-            loss = loss + config.idar.coef * losses["attention_loss"]
-        return {"loss": loss, **{name: value.detach() for name, value in losses.items()}}
-
-    def _attention_loss(self, maps: Tensor, masks: Tensor, sigma: Tensor) -> Tensor:
-        """`idar_loss`; 0 where no subject shows, NaN (the step will be skipped) where the maps are broken."""
-        config = self.config.idar
-        if not bool((masks > 0).any()) or not bool(torch.isfinite(maps).all()):
-            return maps.sum() * 0
-        weight = (sigma <= config.sigma_max).float()
-        return idar_loss(maps, masks, kind=config.kind, normalization=config.normalization, weight=weight).loss
 
     def look(self) -> Look:
         """Attention and routing on the first scenes."""
@@ -326,7 +382,7 @@ class Pretrain:
     def check_notes(self, notes: Mapping[str, Any]) -> None:
         """Refuses a checkpoint of another stage or of other adapters."""
         if notes.get("stage", 1) != 1:
-            raise ValueError(f"checkpoint must be of stage 1, got stage {notes['stage']}")
+            raise UserError(f"checkpoint must be of stage 1, got stage {notes['stage']}")
         self.trainee.check_notes(notes)
 
 
@@ -364,20 +420,10 @@ def measure_leakages(
     for sigma in sigmas:
         for start in range(0, len(scenes), batch):
             part = slice(start, min(start + batch, len(scenes)))
-            latents = scenes.tokens[part]
-            noise = torch.randn(latents.shape, generator=generator)
-            level = torch.full((len(latents),), sigma)
-            text = backbone.encode_prompts(pipe, scenes.captions[part])
-            with capture_subject_attention(
-                pipe.transformer,
-                layout_of(backbone, scenes, text.embeds.shape[1]),
-                direction=direction,
-                blocks=together,
-                keep_blocks=True,
-            ) as captured:
-                backbone.velocity(
-                    pipe.transformer, add_noise(latents, noise, level), level, text, **scenes.context(part)
-                )
+            captured = watch_attention(
+                pipe.transformer, backbone, scenes, part, backbone.encode_prompts(pipe, scenes.captions[part]),
+                sigma=sigma, generator=generator, direction=direction, blocks=together, keep_blocks=True,
+            )  # fmt: skip
             for group, chosen in names.items():
                 maps = torch.stack([captured.blocks[n] for n in chosen]).mean(0)
                 total[group][part] += leakage(maps, scenes.masks[part]).nanmean(1)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from idar.integrations.diffusers import capture_subject_attention
 from jaxtyping import Float
 from torch import Tensor
 
-from multicrafter.models.flux.model import Text, add_noise
+from multicrafter.models.flux.model import Text
+from multicrafter.training.attention import attention_shares, watch_attention
 from multicrafter.training.scenes import EncodedScenes
 from multicrafter.training.trainee import Trainee
 
@@ -49,15 +49,11 @@ def look_at(
 
     All ranks call it (a sharded model computes together). The training's random numbers are not touched.
     """
-    device, backbone = trainee.device, trainee.adapters.backbone
-    latents = scenes.tokens[rows].to(device)
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    level = torch.full((len(rows),), sigma, device=device)
-    layout = backbone.layout(text.embeds.shape[1], scenes.grid, [scenes.reference_grid] * scenes.references.shape[1])
-    with capture_subject_attention(trainee.adapters.transformer, layout, direction="image_to_reference") as captured:
-        trainee.predict(add_noise(latents, noise, level), level, text.to(device), **scenes.context(rows, device))
-    maps = captured.maps.float().cpu()
-    share = (maps / maps.sum(1, keepdim=True).clamp_min(1e-9)).unflatten(2, scenes.grid)
+    captured = watch_attention(
+        trainee.adapters.transformer, trainee.adapters.backbone, scenes, rows, text.to(trainee.device),
+        sigma=sigma, generator=torch.Generator().manual_seed(seed), predict=trainee.predict, device=trainee.device,
+    )  # fmt: skip
+    share = attention_shares(captured.maps.float().cpu(), scenes.grid)
     strips = []
     for row, maps_of_row in zip(rows.tolist(), share, strict=True):
         shown = [scenes.images[row], *scenes.reference_images[row], *heat(maps_of_row)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float
+
+logger = logging.getLogger(__name__)
 
 
 class Reward(Protocol):
@@ -54,7 +56,7 @@ def score_pictures(
             return Scored(np.asarray(score.totals, np.float64), dict(score.parts), 0, error or None)
         except Exception as raised:  # whatever a judge raises, the rollout is worth more
             error = f"{type(raised).__name__}: {raised}"
-            print(f"warning: the reward raised {error} (attempt {attempt + 1} of {1 + retries})", file=sys.stderr)
+            logger.warning(f"the reward raised {error} (attempt {attempt + 1} of {1 + retries})")
             if attempt < retries:
                 time.sleep(wait_s * 2**attempt)
     totals, failed = np.full(len(pictures), np.nan), 0

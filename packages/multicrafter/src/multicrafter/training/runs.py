@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from multicrafter import UserError
 from multicrafter.models.adapters import Adapters
 from multicrafter.training import loop
 from multicrafter.training.align import Align, AlignConfig
@@ -25,25 +26,27 @@ from multicrafter.world.rewards import tiny_reward
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-STAGE1_LOOP = LoopConfig(save_every=200, best="loss", best_is="lowest", picture_every=50)
-STAGE2_LOOP = LoopConfig(save_every=10, best="reward", best_is="highest", picture_every=10)
 FREE = ("parallel", "cache", "micro_batch", "compile_blocks")  # of ExecutionConfig: may differ when a run goes on
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     execution = {k: v for k, v in (config.get("execution") or {}).items() if k not in FREE}
-    return {**json.loads(json.dumps(config, default=str)), "execution": execution}
+    known = json.loads(json.dumps(config, default=str))
+    known.pop("loop", None)  # how often something is written may change
+    return {**known, "execution": execution}
 
 
-def _check_resume(out: Path, config: dict[str, Any]) -> None:
+def _check_resume(out: Path, run: PretrainConfig | AlignConfig) -> None:
     """Going on under another configuration would be neither run."""
     path = out / "config.json"
     if not path.exists() or not any((out / "checkpoints").glob("step_*")):
         return
-    before, now = _comparable(json.loads(path.read_text())), _comparable(config)
+    # what an earlier version did not write down was what the defaults are
+    before = _comparable({**asdict(type(run)()), **json.loads(path.read_text())})
+    now = _comparable(asdict(run))
     changed = [k for k in now if before.get(k) != now[k]]
     if changed:
-        raise ValueError(f"--resume needs the configuration of {path}, but {', '.join(changed)} changed")
+        raise UserError(f"--resume needs the configuration of {path}, but {', '.join(changed)} changed")
 
 
 def training_scenes(pipe: DiffusionPipeline, config: PretrainConfig) -> EncodedScenes | Sequence[EncodedScenes]:
@@ -64,12 +67,15 @@ def run_pretrain(
     *,
     scenes: EncodedScenes | Sequence[EncodedScenes] | None = None,
     resume: loop.Resume = False,
-    settings: LoopConfig = STAGE1_LOOP,
+    settings: LoopConfig | None = None,
     tracker: Tracker | None = None,
 ) -> Adapters:
-    """Stage 1 into ``out``: config.json, metrics.jsonl, checkpoints/, adapter/. ``scenes`` spares drawing or reading them anew."""
+    """Stage 1 into ``out``: config.json, metrics.jsonl, checkpoints/, adapter/.
+
+    ``scenes`` spares drawing or reading them anew; ``settings`` stand in for ``config.loop``.
+    """
     if resume:
-        _check_resume(out, asdict(config))
+        _check_resume(out, config)
     scenes = scenes or training_scenes(pipe, config)
     stage = Pretrain(pipe, config, scenes)
     loop.run(
@@ -79,7 +85,7 @@ def run_pretrain(
         resume=resume,
         description="stage 1",
         config=asdict(config),
-        loop=settings,
+        loop=settings or config.loop,
         tracker=tracker,
     )
     references = max(b.references.shape[1] for b in stage.buckets.buckets)
@@ -98,7 +104,7 @@ def run_align(
     scenes: EncodedScenes | None = None,
     resume: loop.Resume = False,
     reward: Reward | None = None,
-    settings: LoopConfig = STAGE2_LOOP,
+    settings: LoopConfig | None = None,
     tracker: Tracker | None = None,
     sampling: Mapping[str, Any] | None = None,
 ) -> list[dict[str, float]]:
@@ -108,7 +114,7 @@ def run_align(
     ``sampling`` is what the stage-1 adapter says of how its pictures are drawn; the new one says the same.
     """
     if resume:
-        _check_resume(out, asdict(config))
+        _check_resume(out, config)
     world = WorldConfig(family=family, numbers=(num_references,), shared_attributes=4)
     scenes = scenes or encode_scenes(pipe, world, 512, seed=config.seed + 10_000, cache=config.execution.cache)
     stage = Align(pipe, adapters, config, scenes, reward or tiny_reward(config.reward))
@@ -119,7 +125,7 @@ def run_align(
         resume=resume,
         description="stage 2",
         config=asdict(config),
-        loop=settings,
+        loop=settings or config.loop,
         tracker=tracker,
     )
     stage.trainee.save(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from idar import token_masks
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from multicrafter import UserError
 from multicrafter.models.backbones import backbone_of
 from multicrafter.training.encoding_cache import CachedPictures
 from multicrafter.world import FAMILIES, Scenes, WorldConfig, make_scenes
@@ -19,29 +21,72 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-@dataclass
-class EncodedScenes:
-    """tokens (n, 64, d), references (n, m, 16, d), masks (n, m, 64), identities (n, m, a), setting and time (n,), pictures.
+class Truth(NamedTuple):
+    """What drawn scenes show, as the evaluation knows it."""
 
-    How the references were drawn (poses, heights, light: see `Scenes`) is there if they were, for evaluation only; so is an unrelated
-    identity for every scene, ``strangers`` (n, a).
+    identities: Int[Tensor, "n m a"]
+    setting: Int[Tensor, " n"]
+    time: Int[Tensor, " n"]
+
+
+@dataclass(kw_only=True)
+class EncodedScenes:
+    """n scenes with m subjects each, drawn or of photos, as a model takes them.
+
+    Attributes:
+        tokens: Encoded pictures, one row per patch of ``grid``.
+        references: Encoded references, one row per patch of ``reference_grid``.
+        masks: Share of each patch that a subject covers, in [0, 1].
+        captions: n prompts.
+        images: Pictures in [0, 1]; of photos perhaps only the first few.
+        reference_images: References in [0, 1], as many.
+        grid: Rows and columns of patches.
+        reference_grid: Of a reference.
+        identities: Who is shown; of drawn subjects their attributes, of photos a number per person.
+        setting: Index of the place, if the scenes were drawn.
+        time: Index of the time of day, if the scenes were drawn.
+        reference_poses: How the references were drawn, for evaluation only, as `world.Scenes` has it; so are the next two.
+        reference_heights: In pixels.
+        reference_light: Factor on colours.
+        strangers: An unrelated identity for every scene.
     """
 
-    tokens: Tensor
-    references: Tensor
-    masks: Tensor
+    tokens: Float[Tensor, "n tokens d"]
+    references: Float[Tensor, "n m reference_tokens d"]
+    masks: Float[Tensor, "n m tokens"]
     captions: list[str]
-    identities: Tensor
-    images: Tensor
-    reference_images: Tensor
-    setting: Tensor
-    time: Tensor
+    images: Float[Tensor, "k 3 h w"]
+    reference_images: Float[Tensor, "k m 3 rh rw"]
     grid: tuple[int, int]
     reference_grid: tuple[int, int]
-    reference_poses: Tensor | None = None
-    reference_heights: Tensor | None = None
-    reference_light: Tensor | None = None
-    strangers: Tensor | None = None
+    identities: Int[Tensor, "n m a"] | None = None
+    setting: Int[Tensor, " n"] | None = None
+    time: Int[Tensor, " n"] | None = None
+    reference_poses: Float[Tensor, "n m p"] | None = None
+    reference_heights: Float[Tensor, "n m"] | None = None
+    reference_light: Float[Tensor, "n m 3"] | None = None
+    strangers: Int[Tensor, "n a"] | None = None
+
+    def __post_init__(self) -> None:
+        rows, columns = self.grid
+        tokens, masks = tuple(self.tokens.shape), tuple(self.masks.shape)
+        fits = tokens[1] == rows * columns and masks == (tokens[0], self.references.shape[1], tokens[1])
+        if not fits or len(self.captions) != tokens[0]:
+            raise ValueError(
+                f"tokens, masks and captions must be of the same scenes on the grid {self.grid}, got {tokens}, {masks} "
+                f"and {len(self.captions)} captions"
+            )
+
+    @property
+    def truth(self) -> Truth:
+        """What is shown.
+
+        Raises:
+            ValueError: Nobody knows, since the scenes were not drawn.
+        """
+        if self.identities is None or self.setting is None or self.time is None:
+            raise ValueError("scenes must be drawn ones to be compared with the truth, got scenes of photos")
+        return Truth(self.identities, self.setting, self.time)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -54,6 +99,12 @@ class EncodedScenes:
             "references": references,
             "reference_grids": [self.reference_grid] * len(references),
         }
+
+
+ENCODED = (
+    "tokens", "references", "masks", "identities", "images", "reference_images", "setting", "time", "reference_poses",
+    "reference_heights", "reference_light",
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -72,7 +123,7 @@ def encode_scenes(
     With ``one_by_one`` every scene has a generator of its own, and a stranger: the first twelve of a hundred are the twelve of a dozen.
     """
     if len(world.numbers) != 1:
-        raise ValueError(f"numbers must hold one number of subjects, got {world.numbers}")
+        raise UserError(f"numbers must hold one number of subjects, got {world.numbers}")
     generator = torch.Generator().manual_seed(seed)
     backbone = backbone_of(pipe)
     encode = CachedPictures(pipe, cache, backbone=backbone)
@@ -109,13 +160,11 @@ def encode_scenes(
                 scenes.reference_light,
             )
         )
-    tokens, references, masks, identities, images, pictures, setting, time, *drawn = (
-        torch.cat(p) for p in zip(*parts, strict=True)
-    )
-    encoded = EncodedScenes(
-        tokens, references, masks, captions, identities, images, pictures, setting, time, grid, reference_grid, *drawn
-    )
-    return replace(encoded, strangers=torch.cat(strangers)) if strangers else encoded
+    drawn = [torch.cat(part) for part in zip(*parts, strict=True)]
+    return EncodedScenes(
+        **dict(zip(ENCODED, drawn, strict=True)), captions=captions, grid=grid, reference_grid=reference_grid,
+        strangers=torch.cat(strangers) if strangers else None,
+    )  # fmt: skip
 
 
 class Buckets:

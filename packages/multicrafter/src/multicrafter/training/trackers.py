@@ -6,18 +6,21 @@ fails in the middle of a run is reported once and left out from then on: it must
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from multicrafter import UserError
+
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+logger = logging.getLogger(__name__)
 NAMES = ("tensorboard", "wandb", "trackio", "none")
 
 
@@ -66,9 +69,8 @@ class _Guarded:
             action()
         except Exception as error:  # a tracker talks to disks and networks; whatever it raises, the run is worth more
             self.broken = True
-            print(
-                f"warning: {type(self).__name__} failed ({type(error).__name__}: {error}); training goes on without it",
-                file=sys.stderr,
+            logger.warning(
+                f"{type(self).__name__} failed ({type(error).__name__}: {error}); training goes on without it"
             )
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -105,8 +107,8 @@ class TensorBoardTracker(_Guarded):
         super().__init__()
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ImportError("tracker 'tensorboard' needs: pip install tensorboard") from None
+        except ImportError as error:
+            raise ImportError("tracker 'tensorboard' needs: pip install tensorboard") from error
         self._make, self.folder = SummaryWriter, folder
         self._writer: Any = None
 
@@ -141,8 +143,8 @@ class _Hosted(_Guarded):
         super().__init__()
         try:
             self._module = __import__(self.module_name)
-        except ImportError:
-            raise ImportError(f"tracker {self.module_name!r} needs: pip install {self.module_name}") from None
+        except ImportError as error:
+            raise ImportError(f"tracker {self.module_name!r} needs: pip install {self.module_name}") from error
         self.project, self.name, self.config = project, name, dict(config or {})
 
     def _options(self) -> dict[str, Any]:
@@ -191,7 +193,7 @@ def make_tracker(kind: str, out: Path, *, project: str = "multicrafter", config:
         ImportError: The package is missing; the message has the pip line.
     """
     if kind not in NAMES:
-        raise ValueError(f"tracker must be one of {NAMES}, got {kind!r}")
+        raise UserError(f"tracker must be one of {NAMES}, got {kind!r}")
     if kind == "tensorboard":
         return TensorBoardTracker(out / "tensorboard")
     if kind == "none":

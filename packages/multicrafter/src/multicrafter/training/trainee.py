@@ -12,10 +12,12 @@ import torch
 from moe_lora import MoELoRA, router_z_loss
 from torch import Tensor
 
+from multicrafter import UserError
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.flux.model import Text
 from multicrafter.training import distributed
 from multicrafter.training.checkpoint import Section
+from multicrafter.training.optimization import AdamWConfig
 from multicrafter.training.precision import ExecutionConfig, configure_transformer, make_optimizer
 
 
@@ -74,7 +76,7 @@ class Trainee:
         execution: ExecutionConfig,
         *,
         lr: float,
-        betas: tuple[float, float],
+        adamw: AdamWConfig,
         seed: int,
         sync_in_backward: bool = True,
     ) -> None:
@@ -84,7 +86,7 @@ class Trainee:
         for parameter in adapters.parameters():
             parameter.data = parameter.data.float()
         self.model = distributed.distribute(adapters.transformer, execution.parallel, sync_in_backward=sync_in_backward)
-        self.optimizer = make_optimizer(adapters.parameters(), execution, lr=lr, betas=betas)
+        self.optimizer = make_optimizer(adapters.parameters(), execution, lr=lr, adamw=adamw)
         self.generator = torch.Generator().manual_seed(seed)
         self.ema = {n: p.detach().clone() for n, p in adapters.named_parameters()} if execution.ema_decay else {}
         self.samples_seen = 0
@@ -169,9 +171,9 @@ class Trainee:
         saved, own = notes.get("adapters", {}), asdict(self.adapters.config)
         for name in sorted(own):
             if name in saved and saved[name] != own[name]:
-                raise ValueError(f"checkpoint must have {name} = {own[name]!r}, got {saved[name]!r}")
+                raise UserError(f"checkpoint must have {name} = {own[name]!r}, got {saved[name]!r}")
         if bool(self.ema) != bool(notes.get("execution", {}).get("ema_decay")):
-            raise ValueError("checkpoint must hold a moving average exactly if ema_decay is set, but they disagree")
+            raise UserError("checkpoint must hold a moving average exactly if ema_decay is set, but they disagree")
 
     def save(self, out: Path, **notes: Any) -> None:
         """Writes ``out/adapter`` and, with a moving average, ``out/adapter_ema``. All ranks call it, rank 0 writes."""

@@ -12,6 +12,7 @@ from id_reward import CompositeReward, IdentityScorer, Scorer
 from id_reward.alignment import CONVENTIONS, Convention, cosine_similarity
 from jaxtyping import Float
 
+from multicrafter import UserError
 from multicrafter.world import judges
 from multicrafter.world.judges.aesthetics import aesthetics_scorer
 from multicrafter.world.judges.clip import ClipScorer
@@ -41,11 +42,11 @@ class RewardConfig:
     def __post_init__(self) -> None:
         for name in ("text", "aesthetics", "multi_id", "missing_penalty", "extra_penalty"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.convention not in (*CONVENTIONS, "mean"):
-            raise ValueError(f"convention must be one of {', '.join((*CONVENTIONS, 'mean'))}, got {self.convention!r}")
+            raise UserError(f"convention must be one of {', '.join((*CONVENTIONS, 'mean'))}, got {self.convention!r}")
         if self.text + self.aesthetics + self.multi_id == 0:
-            raise ValueError("text, aesthetics and multi_id must not all be 0")
+            raise UserError("text, aesthetics and multi_id must not all be 0")
 
 
 @dataclass(frozen=True)

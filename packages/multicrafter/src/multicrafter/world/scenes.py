@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from multicrafter import UserError
 from multicrafter.world.attributes import FAMILIES, PEOPLE, Family, Split
 from multicrafter.world.render import POSE_SIZE, box, circle, draw
 
@@ -60,17 +61,17 @@ class WorldConfig:
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
-            raise ValueError(f"family must be one of {tuple(FAMILIES)}, got {self.family!r}")
+            raise UserError(f"family must be one of {tuple(FAMILIES)}, got {self.family!r}")
         if self.split not in ("train", "validation", "test"):
-            raise ValueError(f"split must be 'train', 'validation' or 'test', got {self.split!r}")
+            raise UserError(f"split must be 'train', 'validation' or 'test', got {self.split!r}")
         if not self.numbers or any(n not in ARRANGEMENTS for n in self.numbers):
-            raise ValueError(f"numbers must be chosen from 1 to 4, got {self.numbers}")
+            raise UserError(f"numbers must be chosen from 1 to 4, got {self.numbers}")
         if self.weights and len(self.weights) != len(self.numbers):
-            raise ValueError(f"weights must have one entry per number {self.numbers}, got {self.weights}")
+            raise UserError(f"weights must have one entry per number {self.numbers}, got {self.weights}")
         if self.size < 16 or self.reference_size < 16:
-            raise ValueError(f"size and reference_size must be at least 16, got {self.size} and {self.reference_size}")
+            raise UserError(f"size and reference_size must be at least 16, got {self.size} and {self.reference_size}")
         if not 0 <= self.shared_attributes < len(FAMILIES[self.family].attributes):
-            raise ValueError(
+            raise UserError(
                 f"shared_attributes must be in [0, {len(FAMILIES[self.family].attributes) - 1}], got {self.shared_attributes}"
             )
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from multicrafter import UserError
 from multicrafter.world import ARRANGEMENTS, FAMILIES, SETTINGS, TIMES, caption
 
 if TYPE_CHECKING:
@@ -51,10 +52,10 @@ class TinyFluxConfig:
 
     def __post_init__(self) -> None:
         if self.head_dim % 16:
-            raise ValueError(f"head_dim must be a multiple of 16, got {self.head_dim}")
+            raise UserError(f"head_dim must be a multiple of 16, got {self.head_dim}")
         for name in ("num_heads", "num_double", "num_single", "latent_channels", "text_width"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def width(self) -> int:

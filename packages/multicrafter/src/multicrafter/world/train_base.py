@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from multicrafter import UserError
 from multicrafter.models.flux.model import add_noise, encode_images, encode_prompts, predict_velocity
 from multicrafter.models.flux.packing import pack_latents
 from multicrafter.world import FAMILIES, WorldConfig, make_scenes
@@ -74,11 +75,11 @@ class BaseConfig:
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
-            raise ValueError(f"family must be one of {tuple(FAMILIES)}, got {self.family!r}")
+            raise UserError(f"family must be one of {tuple(FAMILIES)}, got {self.family!r}")
         if self.minutes <= 0 or self.batch < 1 or self.lr <= 0 or self.pool < self.batch:
-            raise ValueError(f"minutes, batch, lr must be positive and pool at least batch, got {self}")
+            raise UserError(f"minutes, batch, lr must be positive and pool at least batch, got {self}")
         if self.subject_weight < 0 or self.top_weight < 0 or self.guidance_max < 1:
-            raise ValueError(f"weights must not be negative and guidance_max at least 1, got {self}")
+            raise UserError(f"weights must not be negative and guidance_max at least 1, got {self}")
 
 
 class Batch(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from multicrafter import UserError
 from multicrafter.models.backbones.base import Backbone, ReferenceCache
 from multicrafter.models.backbones.flux1 import Flux1, Flux1Kontext
 from multicrafter.models.backbones.flux2_klein import Flux2Klein
@@ -23,7 +24,7 @@ def backbone_of(pipe_or_transformer: Any) -> Backbone:
         if backbone.matches(pipe_or_transformer):
             return backbone
     known = ", ".join(b.pipeline_class for b in BACKBONES)
-    raise ValueError(
+    raise UserError(
         f"pipeline must be one of {known}, or come with a backbone, got {type(pipe_or_transformer).__name__}"
     )
 
@@ -42,12 +43,12 @@ def get_backbone(name: str) -> Backbone:
         try:
             found = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            raise ValueError(f"backbone must be importable as module:attribute, got {name!r}: {error}") from None
+            raise UserError(f"backbone must be importable as module:attribute, got {name!r}: {error}") from error
         made = found() if isinstance(found, type) else found
         if isinstance(made, Backbone):
             return made
     known = ", ".join(b.name for b in BACKBONES)
-    raise ValueError(f"backbone must be one of {known}, or module:attribute of a Backbone, got {name!r}")
+    raise UserError(f"backbone must be one of {known}, or module:attribute of a Backbone, got {name!r}")
 
 
 __all__ = [

@@ -9,6 +9,7 @@ import torch
 from idar import SubjectLayout
 from torch import Tensor
 
+from multicrafter import UserError
 from multicrafter.models.backbones.base import ReferenceCache, check_references
 from multicrafter.models.backbones.flux2_klein import Flux2Klein
 from multicrafter.models.flux.model import Text
@@ -122,6 +123,6 @@ def use_processors(transformer: Any) -> None:
             block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
         elif not isinstance(block.attn.processor, (Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor)):
             found = type(block.attn.processor).__name__
-            raise ValueError(
+            raise UserError(
                 f"transformer must have diffusers' own attention processors for flux2_klein_kv, got {found}"
             )

@@ -1,0 +1,90 @@
+"""Where a model looks on encoded scenes: they are noised to a level, the model runs once, and its attention is watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from idar import Direction, SubjectLayout
+from idar.capture import CapturedMaps
+from idar.integrations.diffusers import capture_subject_attention
+from jaxtyping import Float
+from torch import Tensor
+
+from multicrafter.models.backbones import Backbone
+from multicrafter.models.flux.model import Text, add_noise
+from multicrafter.training.scenes import EncodedScenes
+
+Predict = Callable[..., Tensor]
+"""(tokens, sigma, text, **context) -> velocity: `Trainee.predict`, or `Backbone.velocity` of a transformer."""
+
+
+def layout_of(backbone: Backbone, scenes: EncodedScenes, num_text: int) -> SubjectLayout:
+    """Where everything is in the joint sequence."""
+    return backbone.layout(num_text, scenes.grid, [scenes.reference_grid] * scenes.references.shape[1])
+
+
+def noised_velocity(
+    predict: Predict,
+    scenes: EncodedScenes,
+    rows: Tensor | slice,
+    noise: Float[Tensor, "b n d"],
+    sigma: Float[Tensor, " b"],
+    text: Text,
+) -> Float[Tensor, "b n d"]:
+    """Velocity that a model predicts for scenes noised to ``sigma``, where ``noise`` is."""
+    latents = scenes.tokens[rows].to(noise.device)
+    return predict(add_noise(latents, noise, sigma), sigma, text, **scenes.context(rows, noise.device))
+
+
+@torch.no_grad()
+def watch_attention(
+    transformer: Any,
+    backbone: Backbone,
+    scenes: EncodedScenes,
+    rows: Tensor | slice,
+    text: Text,
+    *,
+    sigma: float,
+    generator: torch.Generator,
+    predict: Predict | None = None,
+    device: torch.device | None = None,
+    direction: Direction = "image_to_reference",
+    blocks: Callable[[str], bool] | Sequence[str] | None = None,
+    keep_blocks: bool = False,
+) -> CapturedMaps:
+    """Noises scenes to one level, runs the model on them once and returns the attention it paid.
+
+    Args:
+        transformer: Whose attention is watched.
+        backbone: Of it.
+        scenes: Encoded scenes.
+        rows: Which of them.
+        text: Their prompts.
+        sigma: Noise level in [0, 1].
+        generator: Of the noise, on the CPU.
+        predict: What runs the transformer; by default the backbone does.
+        device: Where it runs; by default where the scenes are.
+        direction: Which arrows, see `idar`.
+        blocks: Which blocks; the double-stream ones by default.
+        keep_blocks: Keep every block's maps too.
+    """
+
+    def velocity(tokens: Tensor, level: Tensor, text: Text, **context: Any) -> Tensor:
+        return backbone.velocity(transformer, tokens, level, text, **context)
+
+    latents = scenes.tokens[rows]
+    noise = torch.randn(latents.shape, generator=generator).to(device or latents.device)
+    level = torch.full((len(latents),), sigma, device=noise.device)
+    layout = layout_of(backbone, scenes, text.embeds.shape[1])
+    with capture_subject_attention(
+        transformer, layout, direction=direction, blocks=blocks, keep_blocks=keep_blocks
+    ) as captured:
+        noised_velocity(predict or velocity, scenes, rows, noise, level, text)
+    return captured
+
+
+def attention_shares(maps: Float[Tensor, "b s n"], grid: tuple[int, int]) -> Float[Tensor, "b s h w"]:
+    """Attention on each reference as a share of that on all references, as pictures."""
+    return (maps / maps.sum(1, keepdim=True).clamp_min(1e-9)).unflatten(2, grid)
