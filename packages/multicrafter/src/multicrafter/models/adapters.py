@@ -92,13 +92,27 @@ class Adapters:
             self.experts: MoELoRA | None = (
                 inject(transformer, config.moe(), self.backbone.ffn_blocks) if config.num_experts else None
             )
+        # everything else was frozen a moment ago; from now on the names say what is ours, whoever freezes what
+        self.names = frozenset(n for n, p in transformer.named_parameters() if p.requires_grad)
+        for parameter in self.parameters():  # peft makes them in the base's dtype
+            parameter.data = parameter.data.float()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Trainable parameters only."""
-        return ((n, p) for n, p in self.transformer.named_parameters() if p.requires_grad)
+        """The adapters' parameters, frozen or not, and none of the base or of another LoRA.
+
+        Raises:
+            ValueError: Some are no longer on the transformer.
+        """
+        found = [(n, p) for n, p in self.transformer.named_parameters() if n in self.names]
+        if len(found) != len(self.names):
+            raise ValueError(
+                f"the adapter must be on the transformer, but {len(self.names) - len(found)} of its {len(self.names)} tensors are "
+                "gone (unload_lora_weights and delete_adapters take them off): load it again"
+            )
+        return iter(found)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Trainable parameters only."""
+        """See `named_parameters`."""
         return (p for _, p in self.named_parameters())
 
     def aux_loss(self) -> Tensor:
@@ -122,13 +136,14 @@ class Adapters:
         """Takes the adapters off: the transformer is what it was, other LoRAs on it stay."""
         if self.experts is not None:
             self.experts.remove()
-        if list(self.transformer.peft_config) == ["default"]:
+        others = set(getattr(self.transformer, "peft_config", {}))
+        if others == {"default"}:
             self.transformer.unload_lora()
-        else:
+        elif "default" in others:
             self.transformer.delete_adapters("default")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Trainable tensors by name."""
+        """The adapters' tensors by name."""
         return {n: p.detach().clone() for n, p in self.named_parameters()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -144,11 +159,18 @@ class Adapters:
                 parameter.copy_(state[key])
 
     def save(self, folder: Path, *, state: Mapping[str, Tensor] | None = None, **notes: Any) -> Path:
-        """Writes the adapter (or ``state`` in its place); ``notes`` (stage, number of references, ...) go into adapter.json."""
+        """Writes the adapter (or ``state`` in its place), in float32; ``notes`` (stage, number of references, ...) go into adapter.json.
+
+        Raises:
+            ValueError: A part of it is missing; nothing is written then.
+        """
         from safetensors.torch import save_file
 
+        tensors = {k: t.float().contiguous() for k, t in (state or self.state_dict()).items()}
+        if tensors.keys() != self.names:
+            missing = sorted(self.names ^ tensors.keys())
+            raise ValueError(f"state must hold exactly the adapter's tensors, but {missing[0]!r} differs")
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {k: t.contiguous() for k, t in (state or self.state_dict()).items()}
         save_file(tensors, folder / "adapter.safetensors.tmp")
         meta = {
             "format": FORMAT,

@@ -83,6 +83,7 @@ class Trainee:
         configure_transformer(adapters.transformer, execution)
         for parameter in adapters.parameters():
             parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)  # somebody may have frozen the whole transformer meanwhile
         self.model = distributed.distribute(adapters.transformer, execution.parallel, sync_in_backward=sync_in_backward)
         self.optimizer = make_optimizer(adapters.parameters(), execution, lr=lr, betas=betas)
         self.generator = torch.Generator().manual_seed(seed)
