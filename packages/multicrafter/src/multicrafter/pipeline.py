@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from multicrafter.models import foreign_loras
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.backbones import Backbone, ReferenceCache, backbone_of
 from multicrafter.models.binding import (
@@ -26,6 +29,7 @@ from multicrafter.models.binding import (
     sample_bound,
     separable,
 )
+from multicrafter.models.checks import finite
 from multicrafter.models.flux.model import Text
 from multicrafter.models.flux.packing import Grid
 from multicrafter.models.loading import load_flux, resolve_adapter
@@ -84,6 +88,8 @@ class MultiCrafterPipeline:
         self.finder: Finder = finder or MapFinder()
         self.bindings: list[Binding] = []
         self.loras: dict[str, float] = {}
+        self._handles: dict[str, str] = {}
+        self._numbers = itertools.count()
         self.interrupt = False
 
     @classmethod
@@ -177,61 +183,72 @@ class MultiCrafterPipeline:
 
         Args:
             source: File, folder, hub id or state dict.
-            weight: Scale of its update; change it with `set_loras`.
-            name: To call it by; by default the file's.
+            weight: Scale of its update, on the transformer and on the text encoder; change it with `set_loras`.
+            name: To call it by; by default the file's, with a number where that is taken.
 
         Raises:
-            ValueError: It cannot be read, or does not fit this transformer; the pipeline is then unchanged.
+            ValueError: It cannot be read, is not finite, or does not fit this pipeline in whole; the pipeline is then unchanged.
         """
-        name = name or ("lora" if isinstance(source, dict) else Path(source).stem).replace(".", "_").replace("-", "_")
-        if name == "default" or name in self.loras:
-            raise ValueError(f"name must be new and not 'default', got {name!r} beside {sorted(self.loras)}")
-        state = self.adapters.state_dict() if self.adapters is not None else None
-        if self.adapters is not None:  # LoRAs find their layers by name, so they go on before the experts wrap the FFNs
-            self.adapters.detach()
-        problem: Exception | None = None
-        try:
-            self.pipe.load_lora_weights(source if isinstance(source, dict) else str(source), adapter_name=name)
-            if name not in getattr(self.pipe.transformer, "peft_config", {}):
-                raise ValueError("no weight of it belongs to this transformer")
-        except Exception as error:
-            problem = error
-            if name in getattr(self.pipe.transformer, "peft_config", {}):
-                self.pipe.transformer.delete_adapters(name)
-        if self.adapters is not None and state is not None:
-            self.adapters = Adapters(self.pipe.transformer, self.adapters.config, backbone=self.backbone)
-            self.adapters.load_state_dict(state)
-        if problem is None:
-            self.loras[name] = weight
+        weight = finite("weight", weight)
+        if name is None:
+            stem = ("lora" if isinstance(source, dict) else Path(source).stem).replace(".", "_").replace("-", "_")
+            name = next(n for n in (stem, *(f"{stem}_{i}" for i in itertools.count(2))) if n not in self.loras)
+        if name in self.loras:
+            raise ValueError(f"name must be new, got {name!r} beside {sorted(self.loras)}")
+        handle = f"mixed_in_{next(self._numbers)}"  # peft's names may hold no dots, and none may be that of a layer
+        with self._adapters_off():
+            try:
+                foreign_loras.attach(self.pipe, source, handle)
+            except Exception as error:
+                reason = " ".join(str(error).split())[:300]
+                what = name if isinstance(source, dict) else source
+                raise ValueError(f"lora {what} must fit {self.backbone.name}, got {reason}") from None
+        self.loras[name], self._handles[name] = weight, handle
         self._activate()
-        if problem is not None:
-            reason = " ".join(str(problem).split())[:200]
-            raise ValueError(
-                f"lora {source if not isinstance(source, dict) else name} must fit {self.backbone.name}, got {reason}"
-            )
         return name
+
+    @contextmanager
+    def _adapters_off(self) -> Iterator[None]:
+        """LoRAs find their layers by name, so they go on while no experts wrap the FFNs."""
+        state = self.adapters.state_dict() if self.adapters is not None else None
+        if self.adapters is not None:
+            self.adapters.detach()
+        try:
+            yield
+        finally:
+            if self.adapters is not None and state is not None:
+                self.adapters = Adapters(self.pipe.transformer, self.adapters.config, backbone=self.backbone)
+                self.adapters.load_state_dict(state)
+            self._activate()
+
+    def unload_lora(self, name: str) -> None:
+        """Takes a mixed-in LoRA off again.
+
+        Raises:
+            ValueError: It is not loaded.
+        """
+        if name not in self.loras:
+            raise ValueError(f"name must be a loaded LoRA, one of {sorted(self.loras)}, got {name!r}")
+        foreign_loras.detach(self.pipe, self._handles.pop(name))
+        del self.loras[name]
+        self._activate()
 
     def set_loras(self, weights: dict[str, float]) -> None:
         """New weights of LoRAs that are loaded; 0 switches one off.
 
         Raises:
-            ValueError: A name is not loaded.
+            ValueError: A name is not loaded, or a weight not finite; nothing is changed then.
         """
         unknown = sorted(weights.keys() - self.loras.keys())
         if unknown:
             raise ValueError(f"weights must name loaded LoRAs {sorted(self.loras)}, got {unknown}")
-        self.loras.update(weights)
+        self.loras.update({name: finite(f"weight of {name}", weight) for name, weight in weights.items()})
         self._activate()
 
     def _activate(self) -> None:
-        names = (["default"] if self.adapters is not None else []) + list(self.loras)
-        if not names:
-            return
-        transformer = self.pipe.transformer
-        transformer.set_adapters(names, [1.0] * (self.adapters is not None) + list(self.loras.values()))
-        for key, parameter in transformer.named_parameters():
-            if any(f".{name}." in key for name in self.loras):
-                parameter.requires_grad_(False)
+        own = {"default": 1.0} if self.adapters is not None else {}
+        if self.loras or own:
+            foreign_loras.set_weights(self.pipe, {**own, **{self._handles[n]: w for n, w in self.loras.items()}})
 
     @torch.no_grad()
     def __call__(

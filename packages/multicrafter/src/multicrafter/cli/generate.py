@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from multicrafter.cli.options import add_command, binding, finder, positive, separation_options, writable
+from multicrafter.models.checks import finite
 
 
-def number(given: str, text: str) -> float:
-    """The weight after ``--lora FILE=``."""
+def lora(given: str) -> tuple[str, float]:
+    """File and weight of ``--lora FILE`` or ``--lora FILE=WEIGHT``; a file's name may hold a "=" itself."""
+    path, _, weight = given.rpartition("=")
+    if not path or Path(given).exists():
+        return given, 1.0
     try:
-        return float(text)
+        return path, finite("weight", float(weight))
     except ValueError:
-        raise ValueError(f"--lora must be FILE or FILE=WEIGHT, got {given!r}") from None
+        raise ValueError(f"--lora must be FILE or FILE=WEIGHT, with a finite number as weight, got {given!r}") from None
 
 
 @contextmanager
@@ -48,6 +52,7 @@ def generate(arguments: argparse.Namespace) -> int:
     if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--out must end in .png, .jpg or .webp, got {str(arguments.out)!r}")
     writable(arguments.out)
+    loras = [lora(given) for given in arguments.lora]
     references = [open_image(path) for path in arguments.reference]
     if arguments.model is not None:
         from multicrafter.models.loading import get_dtype
@@ -64,9 +69,8 @@ def generate(arguments: argparse.Namespace) -> int:
     if masks is not None and kept_apart.mode != "masks":
         raise ValueError(f"--mask is for --separation masks, got --separation {kept_apart.mode}")
     steps = arguments.steps or pipeline.num_steps
-    for given in arguments.lora:
-        path, _, weight = given.rpartition("=")
-        pipeline.load_lora(path or weight, weight=number(given, weight) if path else 1.0)
+    for path, weight in loras:
+        pipeline.load_lora(path, weight=weight)
     if len(references) > pipeline.max_references:
         what = "the adapter was" if arguments.adapter else "a base without adapter is"
         print(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from multicrafter import __version__
 from multicrafter.models.backbones import Backbone, backbone_of
+from multicrafter.models.checks import check_finite
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
@@ -48,6 +49,7 @@ class AdapterConfig:
     z_coef: float = 0.001
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.rank < 1 or self.alpha <= 0:
             raise ValueError(f"rank must be at least 1 and alpha positive, got {self.rank} and {self.alpha}")
         if self.num_experts:

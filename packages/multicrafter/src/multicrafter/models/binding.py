@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from multicrafter.models.backbones import Backbone
+from multicrafter.models.checks import check_finite
 from multicrafter.models.flux.model import sample
 from multicrafter.models.flux.packing import Grid
 
@@ -51,6 +52,7 @@ class BindingConfig:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.mode not in MODES:
             raise ValueError(f"separation must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
         if self.draft_steps < 1:

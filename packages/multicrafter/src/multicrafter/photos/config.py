@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from multicrafter.models.checks import check_finite
+
 MAX_SUBJECTS = 8  # a mask file holds one bit per subject
 
 Minors = Literal["keep", "drop", "drop_unknown"]
@@ -55,6 +57,7 @@ class FilterConfig:
     duplicate_distance: int = 4
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _at_least(self, 1, "min_side", "min_people", "min_face_pixels")
         _at_least(self, 0, "min_sharpness")
         _at_least(self, -1, "duplicate_distance")
@@ -80,6 +83,7 @@ class PrivacyConfig:
     minors: Minors = "drop"
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _one_of("minors", self.minors, ("keep", "drop", "drop_unknown"))
 
 
@@ -102,6 +106,7 @@ class ReferenceConfig:
     size: int = 320
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _at_least(self, 1, "per_subject", "scale")
         _at_least(self, 16, "size")
         if self.threshold is not None and not -1 <= self.threshold <= 1:
@@ -127,6 +132,7 @@ class WriteConfig:
     shard_size: int = 10_000
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _one_of("format", self.format, ("parquet", "jsonl", "webdataset"))
         _at_least(self, 32, "max_side")
         _at_least(self, 1, "shard_size")
@@ -166,6 +172,7 @@ class BuildConfig:
     write: WriteConfig = field(default_factory=WriteConfig)
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _at_least(self, 1, "batch")
         _at_least(self, 32, "detect_side")
         _one_of("consent", self.consent, ("yes", "no", "unknown"))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.binding import BindingConfig, Finder, IdentityFinder, sample_bound, separable
+from multicrafter.models.checks import check_finite
 from multicrafter.training.pretrain import measure_leakage
 from multicrafter.training.scenes import EncodedScenes, encode_scenes
 from multicrafter.world import FAMILIES, Family, Split, WorldConfig, judges
@@ -72,6 +73,7 @@ class EvaluateConfig:
     seed: int = 1000
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("num_cases", "num_sampling_steps", "guidance"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

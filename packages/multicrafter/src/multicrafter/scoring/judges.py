@@ -14,6 +14,8 @@ from id_reward import FaceBackend, Scorer
 from id_reward.backends.loading import load
 from jaxtyping import Float
 
+from multicrafter.models.checks import check_finite
+
 if TYPE_CHECKING:
     from id_reward.backends.text import ClipEncoder
     from PIL import Image
@@ -124,6 +126,7 @@ class JudgeConfig:
     vlm: str | None = None
 
     def __post_init__(self) -> None:
+        check_finite(self)
         kind, _, path = self.aesthetics.partition(":")
         if kind not in ("closed_form", "hps", "none") or (kind == "hps" and not path):
             raise ValueError(f"aesthetics must be closed_form, hps:PATH or none, got {self.aesthetics!r}")

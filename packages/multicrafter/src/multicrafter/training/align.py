@@ -17,6 +17,7 @@ from torch import Tensor
 
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.backbones import backbone_of
+from multicrafter.models.checks import check_finite
 from multicrafter.models.flux.model import Text
 from multicrafter.training.checkpoint import Section
 from multicrafter.training.distributed import (
@@ -90,6 +91,7 @@ class AlignConfig:
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("num_steps", "prompts", "window_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

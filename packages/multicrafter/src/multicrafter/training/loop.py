@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from multicrafter import __version__
+from multicrafter.models.checks import check_finite
 from multicrafter.training import distributed
 from multicrafter.training.checkpoint import (
     Checkpoint,
@@ -87,6 +88,7 @@ class LoopConfig:
     picture_every: int = 0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("save_every", "keep", "max_skipped", "max_failed_saves"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

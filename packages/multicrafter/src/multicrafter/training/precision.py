@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from multicrafter.models.checks import check_finite
 from multicrafter.training.distributed import Parallel, transformer_blocks
 
 Quantization = Literal["none", "int8", "nf4"]
@@ -48,6 +49,7 @@ class ExecutionConfig:
     cache: str | None = None
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name, allowed in (
             ("dtype", ("float32", "bfloat16")),
             ("quantization", ("none", "int8", "nf4")),

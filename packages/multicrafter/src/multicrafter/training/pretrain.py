@@ -26,6 +26,7 @@ from torch import Tensor
 
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import Backbone, backbone_of
+from multicrafter.models.checks import check_finite
 from multicrafter.models.flux.model import add_noise
 from multicrafter.training.distributed import active, all_sum, my_slice, world_size
 from multicrafter.training.encoding_cache import CachedText
@@ -63,6 +64,7 @@ class IDARConfig:
     until: float = 1.0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if not 0 < self.until <= 1:
             raise ValueError(f"until must be in (0, 1], got {self.until}")
         if self.coef < 0:
@@ -104,6 +106,7 @@ class SeparationConfig:
     routing: bool = False
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("share", "strength"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -128,6 +131,7 @@ class SamplingConfig:
     guidance: float | None = None
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.num_sampling_steps < 1:
             raise ValueError(f"num_sampling_steps must be at least 1, got {self.num_sampling_steps}")
         if self.guidance is not None and not 1 <= self.guidance < math.inf:
@@ -165,6 +169,7 @@ class PretrainConfig:
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("num_steps", "batch", "num_scenes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

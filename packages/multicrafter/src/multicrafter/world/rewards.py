@@ -12,6 +12,7 @@ from id_reward import CompositeReward, IdentityScorer, Scorer
 from id_reward.alignment import CONVENTIONS, Convention, cosine_similarity
 from jaxtyping import Float
 
+from multicrafter.models.checks import check_finite
 from multicrafter.world import judges
 from multicrafter.world.judges.aesthetics import aesthetics_scorer
 from multicrafter.world.judges.clip import ClipScorer
@@ -39,6 +40,7 @@ class RewardConfig:
     convention: Convention | Literal["mean"] = "multicrafter"
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("text", "aesthetics", "multi_id", "missing_penalty", "extra_penalty"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

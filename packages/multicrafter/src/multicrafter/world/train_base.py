@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from multicrafter.models.checks import check_finite
 from multicrafter.models.flux.model import add_noise, encode_images, encode_prompts, predict_velocity
 from multicrafter.models.flux.packing import pack_latents
 from multicrafter.world import FAMILIES, WorldConfig, make_scenes
@@ -73,6 +74,7 @@ class BaseConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.family not in FAMILIES:
             raise ValueError(f"family must be one of {tuple(FAMILIES)}, got {self.family!r}")
         if self.minutes <= 0 or self.batch < 1 or self.lr <= 0 or self.pool < self.batch:
