@@ -23,10 +23,12 @@ def _align(arguments: argparse.Namespace) -> int:
     from multicrafter.config.run_options import annotate, chosen
     from multicrafter.models.adapters import Adapters
     from multicrafter.training.distributed import is_main
+    from multicrafter.training.loop import check_free
     from multicrafter.training.runs import run_align
     from multicrafter.training.scenes import encode_scenes
 
     writable(arguments.out)
+    check_free(arguments.out)
     config = tiny(seed=arguments.seed).align
     assert config is not None
     flags = {
@@ -41,7 +43,7 @@ def _align(arguments: argparse.Namespace) -> int:
     number = int(notes.get("num_references", 1))
     world = replace(run.world, numbers=(number,))
     run = replace(run, world=world, adapters=adapters.config)
-    if is_main():
+    if is_main() and not (arguments.resume and (arguments.out / "recipe.yaml").exists()):
         recipes.save(arguments.out / "recipe.yaml", run)
     scenes = encode_scenes(pipe, world, run.num_scenes, seed=run.align.seed + 10_000, cache=run.execution.cache)
     run_align(

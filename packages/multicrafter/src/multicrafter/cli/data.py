@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from multicrafter.cli.options import real
+
 
 def build(arguments: argparse.Namespace) -> int:
     """Photos into a dataset with masks and references."""
@@ -108,18 +110,18 @@ def add_parser(commands: Any) -> None:
     references.add_argument(
         "--same-person",
         dest="threshold",
-        type=float,
+        type=real,
         help="cosine from which two faces are one person; default: the backend's",
     )
     references.add_argument("--references", dest="per_subject", type=int, help="of a subject, at most")
     references.add_argument("--reference-size", dest="size", type=int, help="pixels")
-    references.add_argument("--reference-scale", dest="scale", type=float, help="side of a crop over the face")
+    references.add_argument("--reference-scale", dest="scale", type=real, help="side of a crop over the face")
     references.add_argument("--no-augmented", action="store_true", help="drop people who are on one photo only")
     output = made.add_argument_group("output")
     output.add_argument("--format", choices=("parquet", "jsonl", "webdataset"))
     output.add_argument("--max-side", type=int, help="longer side of a written picture")
     output.add_argument("--quality", type=int, help="of the JPEGs")
-    output.add_argument("--test-fraction", type=float, help="of the groups of people")
+    output.add_argument("--test-fraction", type=real, help="of the groups of people")
     output.add_argument("--shard-size", type=int, help="records a file")
 
     checked = sub.add_parser("check", help=check.__doc__, description=check.__doc__)

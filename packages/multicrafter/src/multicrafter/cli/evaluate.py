@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from multicrafter.cli.options import add_command, binding, positive, separation_options, writable
+from multicrafter.cli.options import add_command, binding, positive, real, separation_options, writable
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -126,7 +126,7 @@ def add_parser(commands: Any) -> None:
     sub.add_argument("--out", type=Path, help="JSON")
     sub.add_argument("--steps", type=positive, help="default: what the adapter says, else 20")
     sub.add_argument(
-        "--guidance", type=float, help="embedded guidance; default: what the adapter says, else the backbone's"
+        "--guidance", type=real, help="embedded guidance; default: what the adapter says, else the backbone's"
     )
     separation_options(sub)
     add_scoring(sub)

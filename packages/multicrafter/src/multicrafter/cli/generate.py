@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from multicrafter.cli.options import add_command, binding, finder, positive, separation_options, writable
+from multicrafter.cli.options import add_command, binding, finder, positive, real, separation_options, writable
 from multicrafter.models.checks import finite
 
 
@@ -111,7 +111,7 @@ def add_parser(commands: Any) -> None:
     sub.add_argument("--num-images", type=positive, default=1)
     sub.add_argument("--steps", type=positive, help="default: what the adapter says, else 20")
     sub.add_argument(
-        "--guidance", type=float, help="embedded guidance; default: what the adapter says, else the backbone's"
+        "--guidance", type=real, help="embedded guidance; default: what the adapter says, else the backbone's"
     )
     separation_options(sub)
     sub.add_argument(
@@ -119,7 +119,7 @@ def add_parser(commands: Any) -> None:
         help="once per reference: white where its subject is to be; for --separation masks",
     )  # fmt: skip
     sub.add_argument("--negative-prompt", default="", help="used with --true-guidance")
-    sub.add_argument("--true-guidance", type=float, help="scale of a second, negative pass; default: the backbone's")
+    sub.add_argument("--true-guidance", type=real, help="scale of a second, negative pass; default: the backbone's")
     sub.add_argument("--size", type=positive, help="side of the picture in pixels")
     sub.add_argument("--reference-size", type=positive, help="side of the references in pixels")
     sub.add_argument(

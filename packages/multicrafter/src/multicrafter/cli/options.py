@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from multicrafter.models.checks import finite
+
 
 def writable(path: Path) -> None:
     """Fails before the work, not after it."""
@@ -25,6 +27,14 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def real(text: str) -> float:
+    """A finite number."""
+    try:
+        return finite("it", float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}") from None
 
 
 def add_command(
@@ -61,7 +71,7 @@ def separation_options(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     sub.add_argument("--draft-steps", type=positive, help="steps of the draft; default: 3")
     sub.add_argument(
-        "--bind-at", type=float, help="noise level at which --separation in-flight looks for places; default: 0.9"
+        "--bind-at", type=real, help="noise level at which --separation in-flight looks for places; default: 0.9"
     )
     sub.add_argument(
         "--finder", choices=("auto", "people", "maps", "dlib", "insightface"), default="auto",

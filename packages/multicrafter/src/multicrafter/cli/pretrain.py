@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from multicrafter.cli.options import add_command, positive, training_options, writable
+from multicrafter.cli.options import add_command, positive, real, training_options, writable
 from multicrafter.cli.runs import load, together, tracker
 from multicrafter.config.run_options import add_options
 
@@ -22,9 +22,11 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     from multicrafter.config.recipes import ModelConfig, Stage1, ablation
     from multicrafter.config.run_options import annotate, chosen
     from multicrafter.training.distributed import is_main
+    from multicrafter.training.loop import check_free
     from multicrafter.training.runs import run_pretrain
 
     writable(arguments.out)
+    check_free(arguments.out)
     config = ablation(seed=arguments.seed)[arguments.row].pretrain
     flags = {
         "pretrain.num_steps": arguments.steps,
@@ -38,7 +40,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     if arguments.data is not None:
         run = replace(run, pretrain=_with_photos(run.pretrain, arguments))
     pipe, _ = load(run, arguments)
-    if is_main():
+    if is_main() and not (arguments.resume and (arguments.out / "recipe.yaml").exists()):
         recipes.save(arguments.out / "recipe.yaml", run)
     run_pretrain(pipe, run.pretrain, arguments.out, resume=arguments.resume, tracker=tracker(arguments, run))
     if is_main():
@@ -86,5 +88,5 @@ def add_parser(commands: Any) -> None:
         help="training scenes drawn; with --data samples of the photos, default: each photo once",
     )
     sub.add_argument("--references", type=int, choices=(2, 3, 4), help="subjects of a drawn scene")
-    sub.add_argument("--idar-coef", type=float)
+    sub.add_argument("--idar-coef", type=real)
     training_options(sub)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from multicrafter import __version__
 from multicrafter.models.backbones import Backbone, backbone_of
-from multicrafter.models.checks import check_finite
+from multicrafter.models.checks import check_finite, finite, whole
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
@@ -172,6 +172,7 @@ class Adapters:
         if tensors.keys() != self.names:
             missing = sorted(self.names ^ tensors.keys())
             raise ValueError(f"state must hold exactly the adapter's tensors, but {missing[0]!r} differs")
+        check_tensors("adapter to save", tensors)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "adapter.safetensors.tmp")
         meta = {
@@ -204,7 +205,9 @@ class Adapters:
             if not (folder / name).is_file():
                 raise ValueError(f"adapter {folder} must hold {name}, but it is missing")
         try:
-            meta = json.loads((folder / "adapter.json").read_text())
+            meta = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
+            if not isinstance(meta, dict):
+                raise ValueError(f"adapter.json must hold an object, got {type(meta).__name__}")
             config = AdapterConfig(**meta["config"])
             if meta["format"] != FORMAT:
                 raise ValueError(f"format must be {FORMAT}, got {meta['format']!r}")
@@ -233,9 +236,36 @@ class Adapters:
             raise ValueError(
                 f"adapter {folder} must hold float32, bfloat16 or float16, got {', '.join(sorted(dtypes))}"
             )
+        check_tensors(f"adapter {folder}", state)
+        check_notes(f"adapter {folder}", meta)
         adapters = cls(transformer, config, backbone=backbone)
-        adapters.load_state_dict(state)
+        try:
+            adapters.load_state_dict(state)
+        except ValueError as error:
+            adapters.detach()
+            raise ValueError(f"adapter {folder}: {error}") from None
         return adapters, meta
+
+
+def check_tensors(what: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where a tensor holds NaN or infinity: what it draws would be black."""
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{what} must be finite, got NaN or infinity in {key!r}")
+
+
+def check_notes(what: str, notes: Mapping[str, Any]) -> None:
+    """Raises ValueError where a number in an adapter's notes is none, so that it is named before anything is drawn."""
+    for name in ("size", "reference_size", "num_references"):
+        if notes.get(name) is not None:
+            whole(f"{what}: {name}", notes[name], least=1)
+    sampling = notes.get("sampling") or {}
+    if not isinstance(sampling, Mapping):
+        raise ValueError(f"{what}: sampling must be an object, got {sampling!r}")
+    if "num_steps" in sampling:
+        whole(f"{what}: sampling.num_steps", sampling["num_steps"], least=1)
+    if "guidance" in sampling:
+        finite(f"{what}: sampling.guidance", sampling["guidance"])
 
 
 def fingerprint(transformer: FluxTransformer2DModel) -> dict[str, int]:

@@ -5,10 +5,12 @@ What is lost when something happens: docs/guides/recovery.md.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import shutil
+import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from multicrafter import __version__
@@ -26,10 +30,12 @@ from multicrafter.training import distributed
 from multicrafter.training.checkpoint import (
     Checkpoint,
     CheckpointError,
+    checkpoints_in,
     find_checkpoint,
     restore_rng,
     rng_tensors,
     save_checkpoint,
+    step_of,
     write_atomic,
 )
 from multicrafter.training.trackers import NoTracker, Tracker
@@ -129,8 +135,10 @@ def run(
         stage: What to train; on every rank.
         num_steps: Steps in all, those before resuming included.
         out: Folder of the run, the same for all ranks.
-        resume: False starts over (checkpoints of an earlier run move to ``checkpoints.previous``); True or "auto" goes on from
-            the newest good checkpoint, or starts if there is none; a path goes on from that checkpoint.
+        resume: False starts over (what an earlier run left moves to ``checkpoints.previous``, ``checkpoints.previous-2``, ...); True or
+            "auto" goes on from the newest good checkpoint, or starts if there is none; a path goes on from that checkpoint, and those
+            of the branch that is given up move to ``checkpoints.abandoned``, ... A checkpoint that has ``num_steps`` already is only
+            restored: nothing on the disk changes.
         save_every: Short for ``loop.save_every``.
         description: Of the progress bar.
         config: Written to ``out/config.json``.
@@ -138,6 +146,7 @@ def run(
         tracker: Where metrics and pictures go besides.
 
     Raises:
+        ValueError: Another run is writing into ``out``.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
         Diverged: ``max_skipped`` steps in a row were skipped.
         CheckpointError: The last checkpoint, or ``max_failed_saves`` in a row, could not be written; or none to resume from is readable.
@@ -147,9 +156,24 @@ def run(
     watched = tracker is not None and not isinstance(tracker, NoTracker) and hasattr(stage, "look")
     tracker = tracker if tracker is not None and distributed.is_main() else NoTracker()
     checkpoints, log = out / "checkpoints", _Log(out / "metrics.jsonl")
-    _prepare(out, checkpoints, config, fresh=resume is False)
-    start = _resume(stage, checkpoints, resume)
-    history = log.restart(start)
+    with _alone(out):
+        found = _find(checkpoints, resume)
+        start = _restore(stage, found)
+        if found is not None and start >= num_steps:
+            return log.read(start)
+        _prepare(out, checkpoints, config, found=found)
+        history = log.restart(start)
+        return _train(
+            stage, start=start, num_steps=num_steps, every=every, checkpoints=checkpoints, log=log, history=history,
+            description=description, settings=settings, tracker=tracker, watched=watched,
+        )  # fmt: skip
+
+
+def _train(
+    stage: Stage, *, start: int, num_steps: int, every: int, checkpoints: Path, log: _Log, history: list[dict[str, float]],
+    description: str, settings: LoopConfig, tracker: Tracker, watched: bool,
+) -> list[dict[str, float]]:  # fmt: skip
+    """The steps from ``start`` on; see `run`."""
     saved, failed, skipped = start, 0, 0
     with (
         _signals() as stop,
@@ -172,11 +196,17 @@ def run(
             stopping, last = distributed.any_rank(bool(stop)), index + 1 == num_steps
             if (index + 1) % every == 0 or last or stopping:
                 log.sync()
+                tensors = stage.tensors()
+                if distributed.any_rank(bool(broken := _broken(tensors))):
+                    raise Diverged(
+                        f"adapter must be finite, but {broken or 'a tensor of another rank'} holds NaN or infinity at step {index + 1}; "
+                        f"the newest checkpoint is of step {saved}: lower the learning rate, or look at the data"
+                    )
                 try:
                     save_checkpoint(
                         checkpoints,
                         index + 1,
-                        {**stage.tensors(), **rng_tensors()},
+                        {**tensors, **rng_tensors()},
                         keep=settings.keep,
                         notes=_notes(stage),
                         score=settings.score(history[-(index + 1 - saved) :]),
@@ -194,7 +224,8 @@ def run(
                 )
             if stopping and not last:
                 raise Interrupted(
-                    f"stopped at step {index + 1} of {num_steps}; saved in {checkpoints}; go on with --resume"
+                    f"stopped at step {index + 1} of {num_steps}; saved in {checkpoints}; go on with --resume, or take the adapter as it is "
+                    f"with --resume --steps {index + 1}"
                 )
     return history
 
@@ -208,6 +239,15 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def _broken(tensors: Mapping[str, Tensor]) -> str:
+    """The first trained tensor that is not finite, by name; this rank's part of it."""
+    for key, tensor in tensors.items():
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if key.startswith(("adapters.", "ema.")) and not bool(torch.isfinite(part).all()):
+            return key
+    return ""
+
+
 def _shown(metrics: dict[str, float]) -> dict[str, str]:
     return {k: f"{v:.4g}" for k, v in metrics.items() if k in ("loss", "reward", "attention_loss")}
 
@@ -216,31 +256,120 @@ def _notes(stage: Stage) -> dict[str, Any]:
     return dict(stage.notes()) if hasattr(stage, "notes") else {}
 
 
-def _prepare(out: Path, checkpoints: Path, config: dict[str, Any] | None, *, fresh: bool) -> None:
-    """The folder, its config, and earlier checkpoints out of the way of a new run: a forgotten --resume must not cost them."""
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Holds the folder of a run; the lock goes with the process, however it ends.
+
+    Raises:
+        ValueError: Another run holds it; the same on every rank.
+    """
+    file, problem = None, ""
     if _main():
         out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("a+")
+        if not _lock(file):
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            problem = f"out must be a folder that no other run is writing to, but {out} is held by {holder or 'another process'}"
+    problem = distributed.broadcast_object(problem)
+    if problem:
+        raise ValueError(problem)
+    if file is not None:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.close()  # the file stays: to remove it would let two others lock two different ones
+
+
+def _lock(file: Any) -> bool:
+    """Whether the file could be locked; always, where the system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def check_free(out: Path) -> None:
+    """Raises ValueError where another run is writing into ``out``, before anything of it is touched."""
+    if not (out / ".lock").exists():
+        return
+    with (out / ".lock").open("a+") as file:
+        if not _lock(file):
+            file.seek(0)
+            raise ValueError(
+                f"out must be a folder that no other run is writing to, but {out} is held by {file.read()}"
+            )
+
+
+def _new_folder(out: Path, name: str) -> Path:
+    """``name``, or ``name-2``, ``name-3``, ... where that is taken."""
+    numbered = (out / f"{name}-{i}" for i in itertools.count(2))
+    return next(t for t in itertools.chain([out / name], numbered) if not t.exists())
+
+
+def _start_over(out: Path, checkpoints: Path) -> None:
+    """Moves what an earlier run left into a folder of its own; a forgotten --resume must not cost it, however often."""
+    if not checkpoints_in(checkpoints):
+        return
+    target = _new_folder(out, "checkpoints.previous")
+    os.replace(checkpoints, target)
+    for name in ("metrics.jsonl", "config.json", "adapter", "adapter_ema"):
+        if (out / name).exists():
+            os.replace(out / name, target / name)
+    _say(f"the earlier run is kept in {target}")
+
+
+def _give_up_branch(out: Path, checkpoints: Path, found: Checkpoint) -> None:
+    """Moves checkpoints that do not lead to ``found`` aside: "auto" would take the newest of them for this run's."""
+    inside = found.path.resolve().parent == checkpoints.resolve()
+    others = [p for p in checkpoints_in(checkpoints) if not inside or step_of(p) > found.step]
+    if not others:
+        return
+    target = _new_folder(out, "checkpoints.abandoned")
+    target.mkdir()
+    for path in others:
+        os.replace(path, target / path.name)
+    _say(f"{len(others)} checkpoints of another branch are kept in {target}")
+
+
+def _prepare(out: Path, checkpoints: Path, config: dict[str, Any] | None, *, found: Checkpoint | None) -> None:
+    """The folder, its config, and what an earlier run left out of the way: a forgotten --resume must not cost it."""
+    if _main():
+        if found is None:
+            _start_over(out, checkpoints)
+        else:
+            _give_up_branch(out, checkpoints, found)
         if config is not None:
             write_atomic(out / "config.json", json.dumps(config, indent=2, default=str) + "\n")
-        if fresh and checkpoints.exists():
-            previous = checkpoints.with_name("checkpoints.previous")
-            shutil.rmtree(previous, ignore_errors=True)
-            checkpoints.rename(previous)
     distributed.broadcast_object(None)
 
 
-def _resume(stage: Stage, checkpoints: Path, resume: Resume) -> int:
-    """Restores the stage; returns the step to go on from."""
+def _find(checkpoints: Path, resume: Resume) -> Checkpoint | None:
+    """The checkpoint to go on from."""
     if resume is False or resume == "never":
-        return 0
-    if resume is True or resume == "auto":
-        found = find_checkpoint(checkpoints, say=_say)
-        if found is None and any(checkpoints.glob("step_*")):
-            raise CheckpointError(
-                f"{checkpoints} must hold a readable checkpoint to resume from, but all of them are damaged"
-            )
-    else:
-        found = Checkpoint.open(Path(resume))
+        return None
+    if resume is not True and resume != "auto":
+        return Checkpoint.open(Path(resume))
+    found = find_checkpoint(checkpoints, say=_say)
+    if found is None and checkpoints_in(checkpoints):
+        raise CheckpointError(
+            f"{checkpoints} must hold a readable checkpoint to resume from, but all of them are damaged"
+        )
+    return found
+
+
+def _restore(stage: Stage, found: Checkpoint | None) -> int:
+    """Restores the stage; returns the step to go on from."""
     if found is None:
         return 0
     if (code := found.manifest["code"]["multicrafter"]) != __version__:
@@ -262,7 +391,14 @@ class _Log:
         self.file: Any = None
 
     def restart(self, steps: int) -> list[dict[str, float]]:
-        """The metrics of the first ``steps`` steps; later ones, which will be made anew, and a torn last line are dropped."""
+        """`read`, written back: later steps, which will be made anew, and a torn last line are dropped."""
+        history = self.read(steps)
+        if _main():
+            write_atomic(self.path, "".join(json.dumps(m) + "\n" for m in history))
+        return history
+
+    def read(self, steps: int) -> list[dict[str, float]]:
+        """The metrics of the first ``steps`` steps, the same on every rank."""
         history: list[dict[str, float]] = []
         if steps and self.path.exists():
             for line in self.path.read_text().splitlines():
@@ -272,10 +408,8 @@ class _Log:
                     continue
                 if metrics["step"] <= steps:
                     history.append(metrics)
-        history = distributed.broadcast_object(history)
-        if _main():
-            write_atomic(self.path, "".join(json.dumps(m) + "\n" for m in history))
-        return history
+        read: list[dict[str, float]] = distributed.broadcast_object(history)
+        return read
 
     def __enter__(self) -> _Log:
         self.file = self.path.open("a") if _main() else None

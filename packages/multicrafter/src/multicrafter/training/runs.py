@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from multicrafter.models.adapters import Adapters
 from multicrafter.training import loop
 from multicrafter.training.align import Align, AlignConfig
+from multicrafter.training.checkpoint import Checkpoint, checkpoints_in, find_checkpoint
 from multicrafter.training.distributed import is_main
 from multicrafter.training.loop import LoopConfig
 from multicrafter.training.photo_scenes import encode_by_number
@@ -35,13 +36,18 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     return {**json.loads(json.dumps(config, default=str)), "execution": execution}
 
 
-def _check_resume(out: Path, config: dict[str, Any]) -> None:
-    """Going on under another configuration would be neither run."""
+def _check_resume(out: Path, config: dict[str, Any], resume: loop.Resume) -> None:
+    """Going on under another configuration would be neither run; to stop where a checkpoint is, is no going on."""
     path = out / "config.json"
-    if not path.exists() or not any((out / "checkpoints").glob("step_*")):
+    if not path.exists() or not checkpoints_in(out / "checkpoints"):
         return
     before, now = _comparable(json.loads(path.read_text())), _comparable(config)
     changed = [k for k in now if before.get(k) != now[k]]
+    if changed == ["num_steps"]:
+        auto = resume is True or resume == "auto"
+        found = find_checkpoint(out / "checkpoints") if auto else Checkpoint.open(Path(resume))
+        if found is not None and found.step == config["num_steps"]:
+            return
     if changed:
         raise ValueError(f"--resume needs the configuration of {path}, but {', '.join(changed)} changed")
 
@@ -69,7 +75,7 @@ def run_pretrain(
 ) -> Adapters:
     """Stage 1 into ``out``: config.json, metrics.jsonl, checkpoints/, adapter/. ``scenes`` spares drawing or reading them anew."""
     if resume:
-        _check_resume(out, asdict(config))
+        _check_resume(out, asdict(config), resume)
     scenes = scenes or training_scenes(pipe, config)
     stage = Pretrain(pipe, config, scenes)
     loop.run(
@@ -108,7 +114,7 @@ def run_align(
     ``sampling`` is what the stage-1 adapter says of how its pictures are drawn; the new one says the same.
     """
     if resume:
-        _check_resume(out, asdict(config))
+        _check_resume(out, asdict(config), resume)
     world = WorldConfig(family=family, numbers=(num_references,), shared_attributes=4)
     scenes = scenes or encode_scenes(pipe, world, 512, seed=config.seed + 10_000, cache=config.execution.cache)
     stage = Align(pipe, adapters, config, scenes, reward or tiny_reward(config.reward))

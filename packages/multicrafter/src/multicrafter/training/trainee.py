@@ -12,7 +12,7 @@ import torch
 from moe_lora import MoELoRA, router_z_loss
 from torch import Tensor
 
-from multicrafter.models.adapters import Adapters
+from multicrafter.models.adapters import Adapters, check_tensors
 from multicrafter.models.flux.model import Text
 from multicrafter.training import distributed
 from multicrafter.training.checkpoint import Section
@@ -180,6 +180,7 @@ class Trainee:
             if not state:
                 continue
             tensors = {n: distributed.whole(t.detach()).cpu() for n, t in state.items()}
+            check_tensors(f"{folder} after training", tensors)  # on every rank, so that none waits for the other
             if distributed.is_main():
                 self.adapters.save(out / folder, state=tensors, **notes)
         distributed.broadcast_object(None)

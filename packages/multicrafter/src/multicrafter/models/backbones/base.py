@@ -65,6 +65,25 @@ class Backbone(ABC):
         """Modules of the pipeline that only prompts need."""
         return [m for n in self.parts if n.startswith("text_encoder") and (m := getattr(pipe, n, None)) is not None]
 
+    def count_tokens(self, pipe: Any, prompt: str) -> tuple[int, int]:
+        """Tokens of a prompt for the encoder that reads it word by word, and how many of them it reads at most."""
+        tokenizer = getattr(pipe, "tokenizer_2", None) or pipe.tokenizer
+        return len(tokenizer(prompt).input_ids), min(int(tokenizer.model_max_length), 512)
+
+    def check_prompts(self, pipe: Any, prompts: Sequence[str]) -> None:
+        """Refuses prompts whose end no encoder would read: two that begin alike would give the same picture.
+
+        Raises:
+            ValueError: Names the prompt, its tokens and the limit.
+        """
+        for prompt in dict.fromkeys(prompts):
+            count, limit = self.count_tokens(pipe, prompt)
+            if count > limit:
+                shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
+                raise ValueError(
+                    f"prompt must have at most {limit} tokens for this text encoder, got {count} in {shown!r}"
+                )
+
     # Pictures
 
     def encode_pictures(self, pipe: Any, pictures: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b n d"]:

@@ -66,6 +66,13 @@ class Flux2Klein(Backbone):
         )
         return Text(embeds, None)
 
+    def count_tokens(self, pipe: Any, prompt: str) -> tuple[int, int]:
+        """See `Backbone.count_tokens`; the chat template around a prompt counts."""
+        text = pipe.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        return len(pipe.tokenizer(text).input_ids), min(int(pipe.tokenizer.model_max_length), 512)
+
     def empty_text(self, transformer: nn.Module, batch: int, length: int) -> Text:
         """Zeros."""
         config: Any = transformer.config
