@@ -262,7 +262,8 @@ NUMBERED = re.compile(r"_(?:(?:seed|sample|image|img)[-_]?)?[0-9]+$")
 def find_cases(prompts: Iterable[Prompt], pictures: Path, *, format: str = "native") -> Benchmark:
     """The pictures of each prompt: KEY.png; or KEY_0.png, KEY_1.png, ... (KEY_seed0.png, too); or KEY/out.png.
 
-    In OmniContext's folders they are called .../TASK/KEY.png. Hidden files and folders are left alone. Pictures may also lie in one folder below ``pictures``. A picture belongs to one key only.
+    In OmniContext's folders they are called .../TASK/KEY.png. Hidden files and folders are left alone. Pictures may also lie in one
+    folder below ``pictures``. A picture belongs to one key only.
 
     Raises:
         ValueError: ``pictures`` is no folder, holds a picture for no prompt, or two that could both be meant.
