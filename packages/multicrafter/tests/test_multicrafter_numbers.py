@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -137,11 +138,10 @@ def adapter(pipe, folder):
 
 @pytest.mark.parametrize("bad", BAD)
 def test_an_adapter_of_nan_is_neither_loaded_nor_saved(pipe, tmp_path, bad):
-    folder = adapter(pipe, tmp_path / "a")
+    folder = adapter(deepcopy(pipe), tmp_path / "a")
     state = load_file(folder / "adapter.safetensors")
     next(iter(state.values())).view(-1)[0] = bad
     save_file(state, folder / "adapter.safetensors")
-    pipe.unload_lora_weights()
     names = [n for n, _ in pipe.transformer.named_parameters()]
     with pytest.raises(ValueError, match="must be finite"):
         Adapters.load(pipe.transformer, folder)
@@ -163,8 +163,7 @@ def test_an_adapter_of_nan_is_neither_loaded_nor_saved(pipe, tmp_path, bad):
     ],
 )  # fmt: skip
 def test_notes_of_an_adapter_are_read_as_numbers(pipe, tmp_path, notes, words):
-    folder = adapter(pipe, tmp_path / "a")
-    pipe.unload_lora_weights()
+    folder = adapter(deepcopy(pipe), tmp_path / "a")
     meta = json.loads((folder / "adapter.json").read_text())
     (folder / "adapter.json").write_text(json.dumps({**meta, **notes}))
     with pytest.raises(ValueError, match=words):

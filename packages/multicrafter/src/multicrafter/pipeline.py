@@ -33,6 +33,7 @@ from multicrafter.models.checks import finite, whole
 from multicrafter.models.flux.model import Text
 from multicrafter.models.flux.packing import Grid
 from multicrafter.models.loading import get_device, load_flux, resolve_adapter
+from multicrafter.models.needs import drawing_bytes, require_drawing
 from multicrafter.models.pictures import coverage, is_picture, lists_of, open_picture
 from multicrafter.models.publish import base_of, push_to_hub, save_pretrained
 
@@ -276,6 +277,7 @@ class MultiCrafterPipeline:
         callback_on_step_end: Callable[[MultiCrafterPipeline, int, float, dict[str, Any]], dict[str, Any] | None]
         | None = None,
         output_type: str = "pil",
+        force: bool = False,
     ) -> list[Any]:
         """Draws ``num_images`` pictures per prompt; a batch gives what its prompts give alone, up to rounding.
 
@@ -302,10 +304,11 @@ class MultiCrafterPipeline:
             callback_on_step_end: As in diffusers: ``(pipeline, step, timestep, {"latents": ..., "rows": ...})``, where rows are the
                 prompts of the latents; may return ``{"latents": ...}`` and may set ``pipeline.interrupt``.
             output_type: "pil", "pt" (tensors (3, H, W) in [0, 1]) or "latent" (tokens (n, d)).
+            force: Draw even what by arithmetic does not fit into memory (`multicrafter.models.needs.drawing_bytes`).
 
         Raises:
             ValueError: No prompt, or one that is longer than the text encoder reads; no reference, or one that is no picture; a number out
-                of range; something that the backbone does not have; or a picture that came out as NaN.
+                of range; something that does not fit into memory, or that the backbone does not have; or a picture that came out as NaN.
         """
         prompts = _texts("prompt", prompt)
         if not prompts or not all(p.strip() for p in prompts):
@@ -323,6 +326,8 @@ class MultiCrafterPipeline:
         if output_type not in ("pil", "pt", "latent"):
             raise ValueError(f"output_type must be 'pil', 'pt' or 'latent', got {output_type!r}")
         grid, reference_grid = self._grids(size, reference_size)
+        if not force:
+            self._require_memory(grid, reference_grid, max(map(len, lists)), len(prompts) * num_images)
         scale = self._true_guidance(true_guidance)
         guidance = finite("guidance", self.guidance if guidance is None else guidance)
         self.backbone.check_prompts(self.pipe, [*prompts, *(negatives if scale != 1 else ())])
@@ -360,6 +365,15 @@ class MultiCrafterPipeline:
         self.bindings = [bound[i] for i in range(len(prompts))]
         _say_missing(self.bindings)
         return [picture for i in range(len(prompts)) for picture in results[i]]
+
+    def _require_memory(self, grid: Grid, reference_grid: Grid, references: int, pictures: int) -> None:
+        side = self.backbone.token_side(self.pipe)
+        size = (grid[0] * side, grid[1] * side)
+        need = drawing_bytes(
+            self.pipe.transformer.config, self.pipe.vae.config, size=size, reference_size=reference_grid[0] * side,
+            references=references, pictures=pictures, text_tokens=1, itemsize=self.pipe.transformer.dtype.itemsize,
+        )  # fmt: skip
+        require_drawing(need, device=self.device, what=f"{pictures} pictures of {size[0]} x {size[1]} pixels at once")
 
     def _finish(self, tokens: Tensor, grid: Grid, output_type: str) -> list[Any]:
         if not bool(torch.isfinite(tokens).all()):

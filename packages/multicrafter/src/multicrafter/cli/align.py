@@ -27,7 +27,7 @@ def _align(arguments: argparse.Namespace) -> int:
     from multicrafter.training.runs import run_align
     from multicrafter.training.scenes import encode_scenes
 
-    writable(arguments.out)
+    writable(arguments.out, file=False)
     check_free(arguments.out)
     config = tiny(seed=arguments.seed).align
     assert config is not None
@@ -41,7 +41,7 @@ def _align(arguments: argparse.Namespace) -> int:
     pipe, backbone = load(run, arguments)
     adapters, notes = Adapters.load(pipe.transformer, arguments.adapter, backbone=backbone)
     number = int(notes.get("num_references", 1))
-    world = replace(run.world, numbers=(number,))
+    world = replace(run.world, numbers=(number,), **_sizes(run, notes, arguments))
     run = replace(run, world=world, adapters=adapters.config)
     if is_main() and not (arguments.resume and (arguments.out / "recipe.yaml").exists()):
         recipes.save(arguments.out / "recipe.yaml", run)
@@ -54,6 +54,24 @@ def _align(arguments: argparse.Namespace) -> int:
         annotate(arguments.out, size=world.size, reference_size=world.reference_size, base_model=run.model.path)
         print(f"adapter: {arguments.out / 'adapter'}")
     return 0
+
+
+def _sizes(run: Any, notes: dict[str, Any], arguments: argparse.Namespace) -> dict[str, int]:
+    """The sizes that the adapter was trained at; others only where --set says so."""
+    from multicrafter.training.runs import trained_sizes
+
+    sizes = trained_sizes(notes)
+    changed = {change.partition("=")[0].rpartition(".")[2] for change in arguments.changes}
+    for name in sorted(sizes.keys() & changed):
+        del sizes[name]
+    if arguments.recipe is not None or arguments.config is not None:
+        for name, trained in sizes.items():
+            if (asked := getattr(run.world, name)) != trained:
+                raise ValueError(
+                    f"world.{name} must be {trained}, which {arguments.adapter} was trained at, got {asked}; to align at another size all "
+                    f"the same, say --set world.{name}={asked}"
+                )
+    return sizes
 
 
 def add_parser(commands: Any) -> None:

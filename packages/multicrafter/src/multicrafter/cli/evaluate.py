@@ -28,7 +28,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     config = EvaluateConfig(
         num_cases=arguments.cases, num_references=arguments.references or loaded.max_references, seed=arguments.seed,
         num_sampling_steps=arguments.steps or loaded.num_steps, guidance=arguments.guidance or loaded.guidance,
-        separation=binding(arguments, loaded.notes),
+        separation=binding(arguments, loaded.notes), size=loaded.size, reference_size=loaded.reference_size,
     )  # fmt: skip
     metrics, _ = run(loaded.pipe, cases(loaded.pipe, config), Judges.load(), config)
     summary = summarise(metrics)

@@ -11,7 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from multicrafter.cli.options import add_command, binding, finder, positive, real, separation_options, writable
+from multicrafter.cli.options import (
+    add_command,
+    binding,
+    finder,
+    force_option,
+    positive,
+    real,
+    separation_options,
+    writable,
+)
 from multicrafter.models.checks import finite
 
 
@@ -24,6 +33,15 @@ def lora(given: str) -> tuple[str, float]:
         return path, finite("weight", float(weight))
     except ValueError:
         raise ValueError(f"--lora must be FILE or FILE=WEIGHT, with a finite number as weight, got {given!r}") from None
+
+
+def names(out: Path, count: int) -> list[Path]:
+    """Files of ``count`` pictures: ``out``, or ``out`` with _0, _1, ...
+
+    >>> [p.name for p in names(Path("a.png"), 2)]
+    ['a_0.png', 'a_1.png']
+    """
+    return [out] if count == 1 else [out.with_stem(f"{out.stem}_{index}") for index in range(count)]
 
 
 @contextmanager
@@ -43,6 +61,7 @@ def generate(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from multicrafter.models.backbones import get_backbone
+    from multicrafter.models.loading import get_device, get_dtype
     from multicrafter.pipeline import MultiCrafterPipeline
 
     if not arguments.reference:
@@ -51,14 +70,24 @@ def generate(arguments: argparse.Namespace) -> int:
         raise ValueError("--prompt must not be empty")
     if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--out must end in .png, .jpg or .webp, got {str(arguments.out)!r}")
-    writable(arguments.out)
+    writable(arguments.out, file=True, most=arguments.num_images)
+    targets = names(arguments.out, arguments.num_images)
+    given = {p.resolve() for p in (*arguments.reference, *arguments.mask)}
+    if overwritten := [t for t in targets if t.resolve() in given]:
+        raise ValueError(f"--out must not be one of the given pictures, got {overwritten[0]}")
     loras = [lora(given) for given in arguments.lora]
     references = [open_image(path) for path in arguments.reference]
-    if arguments.model is not None:
-        from multicrafter.models.loading import get_dtype
-        from multicrafter.plan import require_weights
+    if arguments.device is not None:
+        get_device(arguments.device)
+    if not arguments.force:
+        from multicrafter.plan import require_picture, require_weights
 
-        require_weights(arguments.model, get_dtype(arguments.dtype), device=arguments.device)
+        dtype = get_dtype(arguments.dtype)
+        require_picture(
+            arguments.model, dtype, size=arguments.size, reference_size=arguments.reference_size, references=len(references),
+            pictures=arguments.num_images, device=arguments.device,
+        )  # fmt: skip
+        require_weights(arguments.model, dtype, device=arguments.device)
     pipeline = MultiCrafterPipeline.from_pretrained(
         arguments.model, adapter=arguments.adapter, dtype=arguments.dtype, device=arguments.device,
         backbone=get_backbone(arguments.backbone) if arguments.backbone else None,
@@ -82,11 +111,10 @@ def generate(arguments: argparse.Namespace) -> int:
             arguments.prompt, references, num_images=arguments.num_images, num_steps=steps, seed=arguments.seed,
             guidance=arguments.guidance, negative_prompt=arguments.negative_prompt, true_guidance=arguments.true_guidance,
             size=arguments.size, reference_size=arguments.reference_size, progress=lambda _: bar.update(),
-            separation=kept_apart, masks=masks,
+            separation=kept_apart, masks=masks, force=arguments.force,
         )  # fmt: skip
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    for index, picture in enumerate(pictures):
-        path = arguments.out if len(pictures) == 1 else arguments.out.with_stem(f"{arguments.out.stem}_{index}")
+    for path, picture in zip(targets, pictures, strict=True):
         temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
         picture.save(temporary)
         os.replace(temporary, path)
@@ -125,6 +153,7 @@ def add_parser(commands: Any) -> None:
     sub.add_argument(
         "--lora", action="append", default=[], metavar="FILE[=WEIGHT]", help="a plain LoRA to mix in; may be repeated"
     )
+    force_option(sub)
     sub.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     sub.add_argument("--device", help="cpu, cuda, cuda:1, ...")
     sub.add_argument("--backbone", metavar="NAME", help="module:class of a backbone of your own")

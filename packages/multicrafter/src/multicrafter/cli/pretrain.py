@@ -25,7 +25,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     from multicrafter.training.loop import check_free
     from multicrafter.training.runs import run_pretrain
 
-    writable(arguments.out)
+    writable(arguments.out, file=False)
     check_free(arguments.out)
     config = ablation(seed=arguments.seed)[arguments.row].pretrain
     flags = {

@@ -84,6 +84,7 @@ class Adapters:
         from peft import LoraConfig
 
         self.transformer, self.config = transformer, config
+        self.notes: dict[str, Any] = {}  # of the file it was loaded from
         self.backbone = backbone or backbone_of(transformer)
         transformer.requires_grad_(False)
         attention, ffn_linears = self.backbone.attention, self.backbone.ffn_linears
@@ -244,6 +245,7 @@ class Adapters:
         except ValueError as error:
             adapters.detach()
             raise ValueError(f"adapter {folder}: {error}") from None
+        adapters.notes = meta
         return adapters, meta
 
 

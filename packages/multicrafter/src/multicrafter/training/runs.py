@@ -89,7 +89,10 @@ def run_pretrain(
         tracker=tracker,
     )
     references = max(b.references.shape[1] for b in stage.buckets.buckets)
-    stage.trainee.save(out, stage=1, num_references=references, steps=config.num_steps, sampling=sampling_notes(config))
+    stage.trainee.save(
+        out, stage=1, num_references=references, steps=config.num_steps, sampling=sampling_notes(config),
+        **sides_of(stage.buckets.buckets[0], stage.backbone.token_side(pipe)),
+    )  # fmt: skip
     return stage.adapters
 
 
@@ -110,12 +113,13 @@ def run_align(
 ) -> list[dict[str, float]]:
     """Stage 2 into ``out``, as `run_pretrain`; returns the metrics of every iteration.
 
-    Without ``scenes`` prompts and references are drawn from the tiny world's ``family``; without ``reward`` it is the tiny world's, of people.
+    Without ``scenes`` prompts and references are drawn from the tiny world's ``family``, at the sizes that the adapter was trained at;
+    without ``reward`` it is the tiny world's, of people.
     ``sampling`` is what the stage-1 adapter says of how its pictures are drawn; the new one says the same.
     """
     if resume:
         _check_resume(out, asdict(config), resume)
-    world = WorldConfig(family=family, numbers=(num_references,), shared_attributes=4)
+    world = WorldConfig(family=family, numbers=(num_references,), shared_attributes=4, **trained_sizes(adapters.notes))
     scenes = scenes or encode_scenes(pipe, world, 512, seed=config.seed + 10_000, cache=config.execution.cache)
     stage = Align(pipe, adapters, config, scenes, reward or tiny_reward(config.reward))
     history = loop.run(
@@ -129,9 +133,24 @@ def run_align(
         tracker=tracker,
     )
     stage.trainee.save(
-        out, stage=2, num_references=num_references, steps=config.num_steps, sampling=dict(sampling or {})
-    )
+        out, stage=2, num_references=num_references, steps=config.num_steps, sampling=dict(sampling or {}),
+        **sides_of(scenes, stage.backbone.token_side(pipe)),
+    )  # fmt: skip
     return history
+
+
+def sides_of(scenes: EncodedScenes, token_side: int) -> dict[str, int]:
+    """Sides of pictures and references in pixels, from what was trained on."""
+    return {"size": scenes.grid[0] * token_side, "reference_size": scenes.reference_grid[0] * token_side}
+
+
+def trained_sizes(notes: Mapping[str, Any]) -> dict[str, int]:
+    """Sides of pictures and references that an adapter was trained at, as its notes say.
+
+    >>> trained_sizes({"size": 96, "stage": 1})
+    {'size': 96}
+    """
+    return {name: int(notes[name]) for name in ("size", "reference_size") if notes.get(name)}
 
 
 def with_execution(config: Any, **changes: Any) -> Any:
