@@ -19,7 +19,7 @@ Source = str | Path | dict[str, Tensor]
 
 MATRIX = re.compile(r"\.(?P<kind>lora_A|lora_B|lora\.down|lora\.up|lora_down|lora_up)(\.[^.]+)?\.weight$")
 DOWN = ("lora_A", "lora.down", "lora_down")
-LEFT_OUT = ("nsupported", "filter out", "not compatible", "unexpected")
+LEFT_OUT = ("nsupported keys", "filter out", "led to unexpected keys", "led to missing keys")
 
 
 @contextmanager
