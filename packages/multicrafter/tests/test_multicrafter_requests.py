@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -306,6 +307,10 @@ def test_an_adapter_is_aligned_at_the_size_it_was_trained_at(pipe, tmp_path):
         _sizes(Stage2(), notes, Namespace(**{**vars(args), "recipe": "tiny_stage2"}))
 
 
+def count_up(pictures, prompts, references):
+    return SimpleNamespace(totals=np.arange(len(pictures), dtype=float), parts={})
+
+
 def test_both_stages_write_the_size_they_saw(pipe, tmp_path):
     from multicrafter.training.align import AlignConfig
     from multicrafter.training.pretrain import PretrainConfig
@@ -339,7 +344,7 @@ def test_both_stages_write_the_size_they_saw(pipe, tmp_path):
             adapters,
             align,
             tmp_path / "two",
-            reward=lambda pictures, *a, **k: np.arange(len(pictures), dtype=float),
+            reward=count_up,
         )
     assert seen == [(96, 48)]
     assert notes(tmp_path / "two") == (96, 48)

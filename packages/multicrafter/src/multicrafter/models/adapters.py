@@ -50,6 +50,10 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         check_finite(self)
+        for name, least in (("rank", 1), ("num_experts", 0), ("top_k", 1)):
+            object.__setattr__(self, name, whole(name, getattr(self, name), least=least))
+        for name in ("alpha", "balance_coef", "z_coef"):
+            finite(name, getattr(self, name))
         if self.rank < 1 or self.alpha <= 0:
             raise ValueError(f"rank must be at least 1 and alpha positive, got {self.rank} and {self.alpha}")
         if self.num_experts:
@@ -221,6 +225,7 @@ class Adapters:
             ValueError,
             SafetensorError,
             OSError,
+            RecursionError,
         ) as error:
             raise ValueError(
                 f"adapter {folder} must be written by multicrafter, got {type(error).__name__}: {error}"
@@ -237,6 +242,7 @@ class Adapters:
             raise ValueError(
                 f"adapter {folder} must hold float32, bfloat16 or float16, got {', '.join(sorted(dtypes))}"
             )
+        check_shapes(f"adapter {folder}", state, config)
         check_tensors(f"adapter {folder}", state)
         check_notes(f"adapter {folder}", meta)
         adapters = cls(transformer, config, backbone=backbone)
@@ -247,6 +253,21 @@ class Adapters:
             raise ValueError(f"adapter {folder}: {error}") from None
         adapters.notes = meta
         return adapters, meta
+
+
+def check_shapes(what: str, tensors: Mapping[str, Tensor], config: AdapterConfig) -> None:
+    """Raises ValueError where the tensors are not of the configured rank: it says how much memory is made for them."""
+    found = {("rank", t.shape[0]) for k, t in tensors.items() if ".lora_A." in k and t.dim() == 2}
+    for key, tensor in tensors.items():
+        if key.endswith(".lora_a") and tensor.dim() == 3:
+            found |= {("num_experts", tensor.shape[0]), ("rank", tensor.shape[1])}
+    if not found:
+        raise ValueError(f"{what} must hold LoRA matrices, got none")
+    for name, value in sorted(found):
+        if value != getattr(config, name):
+            raise ValueError(
+                f"{what} must hold tensors of {name} {getattr(config, name)}, as its adapter.json says, got {value}"
+            )
 
 
 def check_tensors(what: str, tensors: Mapping[str, Tensor]) -> None:
