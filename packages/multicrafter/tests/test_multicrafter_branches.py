@@ -13,6 +13,7 @@ import torch
 from multicrafter.training import loop
 from multicrafter.training.checkpoint import checkpoints_in, find_checkpoint, rotate, save_checkpoint
 from multicrafter.training.loop import LoopConfig
+from multicrafter.training.run_folder import check_free
 
 SAFE = LoopConfig(save_every=1, keep=2, best=None)
 
@@ -96,12 +97,12 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
             with pytest.raises(ValueError, match=f"no other run is writing to, but .* held by process {os.getpid()}"):
                 loop.run(Counter(), num_steps=1, out=tmp_path)
             with pytest.raises(ValueError, match="held by process"):
-                loop.check_free(tmp_path)
+                check_free(tmp_path)
             assert files(tmp_path) == before
             return super().step(index)
 
     loop.run(Second(), num_steps=2, out=tmp_path, loop=SAFE)
-    loop.check_free(tmp_path)
+    check_free(tmp_path)
     loop.run(Counter(), num_steps=3, out=tmp_path, loop=SAFE, resume=True)
 
 

@@ -53,7 +53,7 @@ def test_whole_numbers_of_any_kind(pipeline, kind):
         ({"num_images": True}, "num_images must be"), ({"num_steps": 0}, "num_steps must be"), ({"reference_size": 0}, "reference_size must be"),
         ({"prompt": 3}, "prompt must be"), ({"prompt": [b"x"]}, "prompt must be a text"), ({"negative_prompt": ["a", "b"]}, "one per prompt"),
         ({"references": 3}, "references must be pictures"), ({"references": [3]}, "picture must be"), ({"references": ["no.png"]}, "no.png"),
-        ({"references": np.zeros((4, 4, 3))[None, None]}, "picture must be"), ({"references": None}, "references must be pictures"),
+        ({"references": None}, "references must be pictures"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_one_sentence(pipeline, options, words):
@@ -136,7 +136,7 @@ def test_masks_of_any_depth_are_the_same_mask(mask):
 
 @pytest.mark.parametrize(
     "mask",
-    [np.full((4, 4), np.nan), np.full((4, 4), -1.0), np.full((4, 4), 1.5), np.zeros((2, 4, 4)), np.zeros(4), "x", np.full((4, 4), 70000),
+    [np.full((4, 4), np.nan), np.full((4, 4), -1.0), np.full((4, 4), 1.5), np.zeros((2, 5, 5)), np.zeros(4), "x", np.full((4, 4), 70000),
      Image.new("RGBA", (4, 4), (255, 255, 255, 9))],
 )  # fmt: skip
 def test_masks_that_say_nothing_are_refused(mask):

@@ -23,7 +23,7 @@ def _align(arguments: argparse.Namespace) -> int:
     from multicrafter.config.run_options import annotate, chosen
     from multicrafter.models.adapters import Adapters
     from multicrafter.training.distributed import is_main
-    from multicrafter.training.loop import check_free
+    from multicrafter.training.run_folder import check_free
     from multicrafter.training.runs import run_align
     from multicrafter.training.scenes import encode_scenes
 

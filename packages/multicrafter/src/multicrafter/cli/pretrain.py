@@ -22,7 +22,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     from multicrafter.config.recipes import ModelConfig, Stage1, ablation
     from multicrafter.config.run_options import annotate, chosen
     from multicrafter.training.distributed import is_main
-    from multicrafter.training.loop import check_free
+    from multicrafter.training.run_folder import check_free
     from multicrafter.training.runs import run_pretrain
 
     writable(arguments.out, file=False)

@@ -86,7 +86,7 @@ def coverage(mask: Any) -> Float[Tensor, "H W"]:
         if top > scale or (values.dtype.kind == "f" and not np.array_equal(values, np.round(values))):
             raise ValueError(f"masks must be in [0, 1], 0..255 or 0..65535, got up to {top:g}")
         values = values / scale
-    return torch.from_numpy(np.ascontiguousarray(values, np.float32))
+    return torch.from_numpy(np.array(values, np.float32))
 
 
 def _mask_values(mask: Any) -> np.ndarray:

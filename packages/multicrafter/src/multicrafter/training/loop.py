@@ -5,12 +5,9 @@ What is lost when something happens: docs/guides/recovery.md.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -35,9 +32,9 @@ from multicrafter.training.checkpoint import (
     restore_rng,
     rng_tensors,
     save_checkpoint,
-    step_of,
     write_atomic,
 )
+from multicrafter.training.run_folder import alone, give_up_branch, start_over
 from multicrafter.training.trackers import NoTracker, Tracker
 
 Resume = bool | str | Path
@@ -156,7 +153,7 @@ def run(
     watched = tracker is not None and not isinstance(tracker, NoTracker) and hasattr(stage, "look")
     tracker = tracker if tracker is not None and distributed.is_main() else NoTracker()
     checkpoints, log = out / "checkpoints", _Log(out / "metrics.jsonl")
-    with _alone(out):
+    with alone(out):
         found = _find(checkpoints, resume)
         start = _restore(stage, found)
         if found is not None and start >= num_steps:
@@ -256,99 +253,13 @@ def _notes(stage: Stage) -> dict[str, Any]:
     return dict(stage.notes()) if hasattr(stage, "notes") else {}
 
 
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Holds the folder of a run; the lock goes with the process, however it ends.
-
-    Raises:
-        ValueError: Another run holds it; the same on every rank.
-    """
-    file, problem = None, ""
-    if _main():
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("a+")
-        if not _lock(file):
-            file.seek(0)
-            holder = file.read().strip()
-            file.close()
-            problem = f"out must be a folder that no other run is writing to, but {out} is held by {holder or 'another process'}"
-    problem = distributed.broadcast_object(problem)
-    if problem:
-        raise ValueError(problem)
-    if file is not None:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-    try:
-        yield
-    finally:
-        if file is not None:
-            file.close()  # the file stays: to remove it would let two others lock two different ones
-
-
-def _lock(file: Any) -> bool:
-    """Whether the file could be locked; always, where the system has no such locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def check_free(out: Path) -> None:
-    """Raises ValueError where another run is writing into ``out``, before anything of it is touched."""
-    if not (out / ".lock").exists():
-        return
-    with (out / ".lock").open("a+") as file:
-        if not _lock(file):
-            file.seek(0)
-            raise ValueError(
-                f"out must be a folder that no other run is writing to, but {out} is held by {file.read()}"
-            )
-
-
-def _new_folder(out: Path, name: str) -> Path:
-    """``name``, or ``name-2``, ``name-3``, ... where that is taken."""
-    numbered = (out / f"{name}-{i}" for i in itertools.count(2))
-    return next(t for t in itertools.chain([out / name], numbered) if not t.exists())
-
-
-def _start_over(out: Path, checkpoints: Path) -> None:
-    """Moves what an earlier run left into a folder of its own; a forgotten --resume must not cost it, however often."""
-    if not checkpoints_in(checkpoints):
-        return
-    target = _new_folder(out, "checkpoints.previous")
-    os.replace(checkpoints, target)
-    for name in ("metrics.jsonl", "config.json", "adapter", "adapter_ema"):
-        if (out / name).exists():
-            os.replace(out / name, target / name)
-    _say(f"the earlier run is kept in {target}")
-
-
-def _give_up_branch(out: Path, checkpoints: Path, found: Checkpoint) -> None:
-    """Moves checkpoints that do not lead to ``found`` aside: "auto" would take the newest of them for this run's."""
-    inside = found.path.resolve().parent == checkpoints.resolve()
-    others = [p for p in checkpoints_in(checkpoints) if not inside or step_of(p) > found.step]
-    if not others:
-        return
-    target = _new_folder(out, "checkpoints.abandoned")
-    target.mkdir()
-    for path in others:
-        os.replace(path, target / path.name)
-    _say(f"{len(others)} checkpoints of another branch are kept in {target}")
-
-
 def _prepare(out: Path, checkpoints: Path, config: dict[str, Any] | None, *, found: Checkpoint | None) -> None:
     """The folder, its config, and what an earlier run left out of the way: a forgotten --resume must not cost it."""
     if _main():
         if found is None:
-            _start_over(out, checkpoints)
+            start_over(out, checkpoints)
         else:
-            _give_up_branch(out, checkpoints, found)
+            give_up_branch(out, checkpoints, found)
         if config is not None:
             write_atomic(out / "config.json", json.dumps(config, indent=2, default=str) + "\n")
     distributed.broadcast_object(None)
