@@ -28,7 +28,8 @@ def _align(arguments: argparse.Namespace) -> int:
     from multicrafter.training.scenes import encode_scenes
 
     writable(arguments.out, file=False)
-    check_free(arguments.out)
+    if is_main():  # the others may be late, when this one holds the folder already
+        check_free(arguments.out)
     config = tiny(seed=arguments.seed).align
     assert config is not None
     flags = {

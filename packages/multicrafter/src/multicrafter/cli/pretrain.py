@@ -26,7 +26,8 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     from multicrafter.training.runs import run_pretrain
 
     writable(arguments.out, file=False)
-    check_free(arguments.out)
+    if is_main():  # the others may be late, when this one holds the folder already
+        check_free(arguments.out)
     config = ablation(seed=arguments.seed)[arguments.row].pretrain
     flags = {
         "pretrain.num_steps": arguments.steps,
