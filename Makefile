@@ -1,4 +1,4 @@
-# make demo | test | test-all | check | bench | docs | clean
+# make demo | test | test-all | fuzz | check | bench | docs | clean
 # Needs python3 >= 3.11 and a package index. Everything is installed inside this folder: hatch into .hatch/, the
 # environment into .venv/ (some 7 GB); the system Python is never touched. `make clean` removes both.
 SHELL := /bin/bash
@@ -13,12 +13,13 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 HATCH := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	HATCH_CONFIG=.hatch/config.toml HATCH_DATA_DIR=.hatch/data HATCH_CACHE_DIR=.hatch/cache .hatch/bin/python -m hatch
 
-.PHONY: demo test test-all check bench bench-science bench-science-smoke docs clean environment help
+.PHONY: demo test test-all fuzz check bench bench-science bench-science-smoke docs clean environment help
 
 help:
 	@echo "make demo      train both stages on the shipped tiny model, evaluate, write a report into runs/demo"
 	@echo "make test      the tests that take seconds ($(WORKERS) workers; WORKERS=4 for more)"
 	@echo "make test-all  the slow ones as well"
+	@echo "make fuzz      wrong input of every kind, FUZZ=1000 examples of each"
 	@echo "make check     ruff, mypy, import rules, changelog fragments, doctests, docs"
 	@echo "make bench     all micro-benchmarks in smoke size (BENCH_SIZE=full for real figures)"
 	@echo "make bench-science        what is missing of the studies (hours; python -m studies.all --minutes 100 for a piece)"
@@ -34,6 +35,9 @@ test: environment
 
 test-all: environment
 	$(RUN) -m pytest -m "not gpu"
+
+fuzz: environment
+	FUZZ=$${FUZZ:-1000} $(ONE_THREAD) $(RUN) -m pytest packages/multicrafter/tests/test_multicrafter_fuzz.py
 
 check: environment
 	$(RUN) -m ruff check .

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from multicrafter import UserError
+from multicrafter.models import foreign_loras
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.backbones import Backbone, ReferenceCache, backbone_of
 from multicrafter.models.binding import (
@@ -27,17 +30,22 @@ from multicrafter.models.binding import (
     sample_bound,
     separable,
 )
+from multicrafter.models.checks import finite, whole
 from multicrafter.models.flux.model import Text
 from multicrafter.models.flux.packing import Grid
-from multicrafter.models.loading import load_flux, resolve_adapter
+from multicrafter.models.loading import get_device, load_flux, resolve_adapter
+from multicrafter.models.needs import drawing_bytes, require_drawing
+from multicrafter.models.pictures import coverage, is_picture, lists_of, open_picture
 from multicrafter.models.publish import base_of, push_to_hub, save_pretrained
 
-References = Sequence[Image.Image]
+Picture = Any
+"""A path, a PIL picture, an array (h, w, 3) or a tensor (3, h, w); see `multicrafter.models.pictures.open_picture`."""
+References = Sequence[Picture]
 
 
-def to_tensor(picture: Image.Image, size: int) -> Float[Tensor, "3 size size"]:
-    """A picture as a square in [0, 1]: scaled to fit, the rest grey."""
-    square = ImageOps.pad(picture.convert("RGB"), (size, size), method=Image.Resampling.LANCZOS, color=(128, 128, 128))
+def to_tensor(picture: Picture, size: int) -> Float[Tensor, "3 size size"]:
+    """A picture of any kind as a square in [0, 1]: upright, scaled to fit, the rest grey."""
+    square = ImageOps.pad(open_picture(picture), (size, size), method=Image.Resampling.LANCZOS, color=(128, 128, 128))
     return torch.from_numpy(np.asarray(square, np.float32) / 255).permute(2, 0, 1)
 
 
@@ -85,6 +93,8 @@ class MultiCrafterPipeline:
         self.finder: Finder = finder or MapFinder()
         self.bindings: list[Binding] = []
         self.loras: dict[str, float] = {}
+        self._handles: dict[str, str] = {}
+        self._numbers = itertools.count()
         self.interrupt = False
 
     @classmethod
@@ -118,9 +128,10 @@ class MultiCrafterPipeline:
         """
         if model is not None and adapter is None and (base := base_of(model)) is not None:
             adapter, model = model, base
+        where = None if device is None else get_device(device)
         pipe = load_flux(model, dtype=dtype, backbone=backbone, **options)
-        if device is not None:
-            pipe.to(device)
+        if where is not None:
+            pipe.to(where)
         kept_apart: dict[str, Any] = {"separation": separation, "finder": finder}
         if adapter is None:
             return cls(pipe, backbone=backbone, **kept_apart)
@@ -178,61 +189,73 @@ class MultiCrafterPipeline:
 
         Args:
             source: File, folder, hub id or state dict.
-            weight: Scale of its update; change it with `set_loras`.
-            name: To call it by; by default the file's.
+            weight: Scale of its update, on the transformer and on the text encoder; change it with `set_loras`.
+            name: To call it by; by default the file's, with a number where that is taken.
 
         Raises:
-            ValueError: It cannot be read, or does not fit this transformer; the pipeline is then unchanged.
+            ValueError: It cannot be read, is not finite, or does not fit this pipeline in whole; the pipeline is then unchanged.
         """
-        name = name or ("lora" if isinstance(source, dict) else Path(source).stem).replace(".", "_").replace("-", "_")
-        if name == "default" or name in self.loras:
-            raise UserError(f"name must be new and not 'default', got {name!r} beside {sorted(self.loras)}")
-        state = self.adapters.state_dict() if self.adapters is not None else None
-        if self.adapters is not None:  # LoRAs find their layers by name, so they go on before the experts wrap the FFNs
-            self.adapters.detach()
-        problem: Exception | None = None
-        try:
-            self.pipe.load_lora_weights(source if isinstance(source, dict) else str(source), adapter_name=name)
-            if name not in getattr(self.pipe.transformer, "peft_config", {}):
-                raise UserError("no weight of it belongs to this transformer")
-        except Exception as error:
-            problem = error
-            if name in getattr(self.pipe.transformer, "peft_config", {}):
-                self.pipe.transformer.delete_adapters(name)
-        if self.adapters is not None and state is not None:
-            self.adapters = Adapters(self.pipe.transformer, self.adapters.config, backbone=self.backbone)
-            self.adapters.load_state_dict(state)
-        if problem is None:
-            self.loras[name] = weight
+        weight = finite("weight", weight)
+        if name is None:
+            stem = ("lora" if isinstance(source, dict) else Path(source).stem).replace(".", "_").replace("-", "_")
+            numbered = (f"{stem}_{i}" for i in itertools.count(2))
+            name = next(n for n in itertools.chain([stem], numbered) if n not in self.loras)
+        if name in self.loras:
+            raise UserError(f"name must be new, got {name!r} beside {sorted(self.loras)}")
+        handle = f"mixed_in_{next(self._numbers)}"  # peft's names may hold no dots, and none may be that of a layer
+        with self._adapters_off():
+            try:
+                foreign_loras.attach(self.pipe, source, handle)
+            except Exception as error:
+                reason = " ".join(str(error).split())[:300]
+                what = name if isinstance(source, dict) else source
+                raise UserError(f"lora {what} must fit {self.backbone.name}, got {reason}") from None
+        self.loras[name], self._handles[name] = weight, handle
         self._activate()
-        if problem is not None:
-            reason = " ".join(str(problem).split())[:200]
-            raise UserError(
-                f"lora {source if not isinstance(source, dict) else name} must fit {self.backbone.name}, got {reason}"
-            )
         return name
+
+    @contextmanager
+    def _adapters_off(self) -> Iterator[None]:
+        """LoRAs find their layers by name, so they go on while no experts wrap the FFNs."""
+        state = self.adapters.state_dict() if self.adapters is not None else None
+        if self.adapters is not None:
+            self.adapters.detach()
+        try:
+            yield
+        finally:
+            if self.adapters is not None and state is not None:
+                self.adapters = Adapters(self.pipe.transformer, self.adapters.config, backbone=self.backbone)
+                self.adapters.load_state_dict(state)
+            self._activate()
+
+    def unload_lora(self, name: str) -> None:
+        """Takes a mixed-in LoRA off again.
+
+        Raises:
+            ValueError: It is not loaded.
+        """
+        if name not in self.loras:
+            raise UserError(f"name must be a loaded LoRA, one of {sorted(self.loras)}, got {name!r}")
+        foreign_loras.detach(self.pipe, self._handles.pop(name))
+        del self.loras[name]
+        self._activate()
 
     def set_loras(self, weights: dict[str, float]) -> None:
         """New weights of LoRAs that are loaded; 0 switches one off.
 
         Raises:
-            ValueError: A name is not loaded.
+            ValueError: A name is not loaded, or a weight not finite; nothing is changed then.
         """
         unknown = sorted(weights.keys() - self.loras.keys())
         if unknown:
             raise UserError(f"weights must name loaded LoRAs {sorted(self.loras)}, got {unknown}")
-        self.loras.update(weights)
+        self.loras.update({name: finite(f"weight of {name}", weight) for name, weight in weights.items()})
         self._activate()
 
     def _activate(self) -> None:
-        names = (["default"] if self.adapters is not None else []) + list(self.loras)
-        if not names:
-            return
-        transformer = self.pipe.transformer
-        transformer.set_adapters(names, [1.0] * (self.adapters is not None) + list(self.loras.values()))
-        for key, parameter in transformer.named_parameters():
-            if any(f".{name}." in key for name in self.loras):
-                parameter.requires_grad_(False)
+        own = {"default": 1.0} if self.adapters is not None else {}
+        if self.loras or own:
+            foreign_loras.set_weights(self.pipe, {**own, **{self._handles[n]: w for n, w in self.loras.items()}})
 
     @torch.no_grad()
     def __call__(
@@ -240,7 +263,7 @@ class MultiCrafterPipeline:
         prompt: str | Sequence[str],
         references: References | Sequence[References],
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] = "",
         true_guidance: float | None = None,
         num_images: int = 1,
         num_steps: int | None = None,
@@ -255,14 +278,15 @@ class MultiCrafterPipeline:
         callback_on_step_end: Callable[[MultiCrafterPipeline, int, float, dict[str, Any]], dict[str, Any] | None]
         | None = None,
         output_type: str = "pil",
+        force: bool = False,
     ) -> list[Any]:
         """Draws ``num_images`` pictures per prompt; a batch gives what its prompts give alone, up to rounding.
 
         Args:
             prompt: What the picture shows, or one text per picture.
-            references: One picture per subject, padded to a square; with several prompts, one list per prompt. The lists may
-                differ in length: prompts with equally many references run together, nothing is padded.
-            negative_prompt: What to steer away from; used where ``true_guidance`` is not 1.
+            references: One picture per subject (path, PIL, array or tensor), padded to a square; with several prompts, one list per prompt.
+                The lists may differ in length: prompts with equally many references run together, nothing is padded.
+            negative_prompt: What to steer away from, or one text per prompt; used where ``true_guidance`` is not 1.
             true_guidance: ``velocity = negative + true_guidance * (positive - negative)`` (arXiv 2207.12598), a second pass a step.
                 Default: 1 (off) where the model embeds its guidance or was distilled, else the backbone's.
             num_images: Pictures per prompt, each from its own noise.
@@ -281,23 +305,33 @@ class MultiCrafterPipeline:
             callback_on_step_end: As in diffusers: ``(pipeline, step, timestep, {"latents": ..., "rows": ...})``, where rows are the
                 prompts of the latents; may return ``{"latents": ...}`` and may set ``pipeline.interrupt``.
             output_type: "pil", "pt" (tensors (3, H, W) in [0, 1]) or "latent" (tokens (n, d)).
+            force: Draw even what by arithmetic does not fit into memory (`multicrafter.models.needs.drawing_bytes`).
 
         Raises:
-            ValueError: No prompt, no reference, a number out of range, or something that the backbone does not have.
+            ValueError: No prompt, or one that is longer than the text encoder reads; no reference, or one that is no picture; a number out
+                of range; something that does not fit into memory, or that the backbone does not have; or a picture that came out as NaN.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = _texts("prompt", prompt)
+        if not prompts or not all(p.strip() for p in prompts):
+            raise UserError("prompt must not be empty")
+        negatives = _texts("negative_prompt", negative_prompt)
+        negatives = negatives * len(prompts) if isinstance(negative_prompt, str) else negatives
+        if len(negatives) != len(prompts):
+            raise UserError(
+                f"negative_prompt must be one text or one per prompt ({len(prompts)}), got {len(negatives)}"
+            )
         lists = _reference_lists(prompts, references)
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-        num_steps = self.num_steps if num_steps is None else num_steps
-        if num_images < 1 or num_steps < 1:
-            raise UserError(f"num_images and num_steps must be at least 1, got {num_images} and {num_steps}")
-        if len(seeds) != len(prompts):
-            raise UserError(f"seed must be one number or one per prompt ({len(prompts)}), got {len(seeds)}")
+        seeds = _seeds(seed, len(prompts))
+        num_steps = whole("num_steps", self.num_steps if num_steps is None else num_steps, least=1)
+        num_images = whole("num_images", num_images, least=1)
         if output_type not in ("pil", "pt", "latent"):
             raise UserError(f"output_type must be 'pil', 'pt' or 'latent', got {output_type!r}")
         grid, reference_grid = self._grids(size, reference_size)
+        if not force:
+            self._require_memory(grid, reference_grid, max(map(len, lists)), len(prompts) * num_images)
         scale = self._true_guidance(true_guidance)
-        guidance = self.guidance if guidance is None else guidance
+        guidance = finite("guidance", self.guidance if guidance is None else guidance)
+        self.backbone.check_prompts(self.pipe, [*prompts, *(negatives if scale != 1 else ())])
         keep = self.backbone.caches_references if cache_references is None else cache_references
         if keep and not self.backbone.caches_references:
             raise UserError(f"cache_references must be off: the reference keys of {self.backbone.name} depend on sigma")
@@ -313,7 +347,7 @@ class MultiCrafterPipeline:
             rows = [i for i, x in enumerate(lists) if len(x) == count]
             sampler = _Sampler(
                 self, grid, reference_grid, num_images=num_images, num_steps=num_steps, guidance=guidance, scale=scale, keep=keep,
-                negative_prompt=negative_prompt, binding=binding,
+                negative_prompts=[negatives[i] for i in rows], binding=binding,
                 masks=None if places is None else torch.stack([places[i] for i in rows]),
             )  # fmt: skip
             tokens = sampler.run(
@@ -331,7 +365,21 @@ class MultiCrafterPipeline:
         _say_missing(self.bindings)
         return [picture for i in range(len(prompts)) for picture in results[i]]
 
+    def _require_memory(self, grid: Grid, reference_grid: Grid, references: int, pictures: int) -> None:
+        side = self.backbone.token_side(self.pipe)
+        size = (grid[0] * side, grid[1] * side)
+        need = drawing_bytes(
+            self.pipe.transformer.config, self.pipe.vae.config, size=size, reference_size=reference_grid[0] * side,
+            references=references, pictures=pictures, text_tokens=1, itemsize=self.pipe.transformer.dtype.itemsize,
+        )  # fmt: skip
+        require_drawing(need, device=self.device, what=f"{pictures} pictures of {size[0]} x {size[1]} pixels at once")
+
     def _finish(self, tokens: Tensor, grid: Grid, output_type: str) -> list[Any]:
+        if not bool(torch.isfinite(tokens).all()):
+            raise UserError(
+                "the picture must be finite, but NaN or infinity came out of the sampler: look at the guidance, the weights of LoRAs, and "
+                "the dtype (float16 overflows where bfloat16 does not)"
+            )
         if output_type == "latent":
             return list(tokens)
         pictures = self.backbone.decode_pictures(self.pipe, tokens, grid)
@@ -340,7 +388,12 @@ class MultiCrafterPipeline:
     def _grids(self, size: int | tuple[int, int] | None, reference_size: int | None) -> tuple[Grid, Grid]:
         """Token grids of picture and reference."""
         side = self.backbone.token_side(self.pipe)
-        height, width = (size, size) if isinstance(size, int) else (size or (self.size, self.size))
+        sides = [self.size] * 2 if size is None else list(size) if np.ndim(size) == 1 else [size] * 2  # type: ignore[arg-type]
+        if len(sides) != 2:
+            raise UserError(f"size must be a side, or (height, width), got {size!r}")
+        height, width = (whole("size", x) for x in sides)
+        if reference_size is not None:
+            reference_size = whole("reference_size", reference_size, least=1)
         small = reference_size or (self.reference_size if size is None else min(self.reference_size, height, width))
         for name, value in (("size", height), ("size", width), ("reference_size", small)):
             if value < side or value % side:
@@ -354,25 +407,39 @@ class MultiCrafterPipeline:
         has = self.backbone.has_true_guidance(self.pipe)
         if value is None:
             return self.backbone.default_true_guidance if has else 1.0
+        value = finite("true_guidance", value)
         if value != 1 and not has:
             raise UserError(f"true_guidance must be 1: this {self.backbone.name} was distilled, got {value}")
         return value
 
 
+def _texts(name: str, given: str | Sequence[str]) -> list[str]:
+    texts = [given] if isinstance(given, str) else list(given)
+    if not all(isinstance(t, str) for t in texts):
+        kind = next(type(t).__name__ for t in texts if not isinstance(t, str))
+        raise UserError(f"{name} must be a text, or one text per picture, got {kind}")
+    return [str(t) for t in texts]
+
+
+def _seeds(seed: Any, count: int) -> list[int]:
+    """One seed per prompt; the range is torch's."""
+    given = [seed] * count if np.ndim(seed) == 0 else list(seed)
+    seeds = [whole("seed", s) for s in given]
+    if len(seeds) != count:
+        raise UserError(f"seed must be one number or one per prompt ({count}), got {len(seeds)}")
+    if any(not -(2**63) <= s < 2**64 for s in seeds):
+        raise UserError(f"seed must fit into 64 bits, got {max(seeds, key=abs)}")
+    return seeds
+
+
 def _reference_lists(prompts: list[str], references: References | Sequence[References]) -> list[list[Image.Image]]:
-    """One list of references per prompt."""
-    if not prompts or not all(p.strip() for p in prompts):
-        raise UserError("prompt must not be empty")
-    given: list[Any] = list(references)
-    nested = [isinstance(x, (list, tuple)) for x in given]
-    if any(nested) and not all(nested):
-        raise UserError("references must be pictures, or one list of pictures per prompt, got both")
-    lists = [list(x) for x in given] if given and all(nested) else [given] * len(prompts)
-    if len(lists) != len(prompts):
-        raise UserError(f"references must hold one list per prompt ({len(prompts)}), got {len(lists)}")
-    if not all(lists):
-        raise UserError("references must hold at least one picture, got none")
-    return lists
+    """One list of references per prompt, opened."""
+    lists = lists_of(references, len(prompts), name="references")
+    known: dict[int, list[Image.Image]] = {}
+    for row in lists:  # the same list may stand for all prompts
+        if id(row) not in known:
+            known[id(row)] = [open_picture(p, name=f"reference {i}") for i, p in enumerate(row)]
+    return [known[id(row)] for row in lists]
 
 
 def binding_config(separation: Mode | BindingConfig) -> BindingConfig:
@@ -388,26 +455,17 @@ def _mask_lists(masks: Any, lists: list[list[Image.Image]], grid: Grid) -> list[
     """Owners (s, n) of the tokens for every prompt."""
     if masks is None:
         raise UserError("masks must be given for separation 'masks', got none")
-    given = list(masks)
-    nested = bool(given) and isinstance(given[0], (list, tuple))
-    rows = [list(row) for row in given] if nested else [given] * len(lists)
+    if not is_picture(masks) or getattr(masks, "ndim", 0) == 3:  # a stack (s, H, W) is a list of masks
+        masks = list(masks)
+    rows = lists_of(masks, len(lists), name="masks")
     if [len(row) for row in rows] != [len(row) for row in lists]:
         raise UserError(
             f"masks must be one per reference, {[len(r) for r in lists]}, got {[len(r) for r in rows]} masks"
         )
     return [
-        owner_masks(torch.stack([token_masks(_coverage(m)[None, None], grid)[0, 0] for m in row])[None])[0]
+        owner_masks(torch.stack([token_masks(coverage(m)[None, None], grid)[0, 0] for m in row])[None])[0]
         for row in rows
     ]
-
-
-def _coverage(mask: Any) -> Float[Tensor, "H W"]:
-    if isinstance(mask, Image.Image):
-        return torch.from_numpy(np.array(mask.convert("L"), np.float32) / 255)
-    values = torch.as_tensor(np.asarray(mask)).float()
-    if values.dim() != 2:
-        raise UserError(f"masks must be pictures or (H, W), got {tuple(values.shape)}")
-    return values
 
 
 def _per_prompt(binding: Binding, count: int) -> list[Binding]:
@@ -443,11 +501,11 @@ class _Sampler:
 
     def __init__(
         self, owner: MultiCrafterPipeline, grid: Grid, reference_grid: Grid, *, num_images: int, num_steps: int,
-        guidance: float, scale: float, keep: bool, negative_prompt: str, binding: BindingConfig, masks: Tensor | None,
+        guidance: float, scale: float, keep: bool, negative_prompts: list[str], binding: BindingConfig, masks: Tensor | None,
     ) -> None:  # fmt: skip
         self.owner, self.backbone, self.pipe = owner, owner.backbone, owner.pipe
         self.grid, self.reference_grid, self.num_images, self.num_steps = grid, reference_grid, num_images, num_steps
-        self.guidance, self.scale, self.negative_prompt = guidance, scale, negative_prompt
+        self.guidance, self.scale, self.negative_prompts = guidance, scale, negative_prompts
         self.keep, self.binding, self.masks = keep, binding, masks
         self.caches = [ReferenceCache(), ReferenceCache()] if keep else [None, None]
         self.bound, self.passes = Binding(None, None, torch.ones(0, dtype=torch.bool), 0), 0
@@ -469,7 +527,8 @@ class _Sampler:
         self.references = list(expanded.unbind(1))
         repeated = [p for p in prompts for _ in range(self.num_images)]
         self.text = self._encode(repeated, dtype)
-        self.negative = self._encode([self.negative_prompt] * len(repeated), dtype) if self.scale != 1 else None
+        repeated = [p for p in self.negative_prompts for _ in range(self.num_images)]
+        self.negative = self._encode(repeated, dtype) if self.scale != 1 else None
         shape = (self.num_images, self.grid[0] * self.grid[1], encoded.shape[-1])
         noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,16 @@ def built(drawn, tmp_path_factory):
     out = tmp_path_factory.mktemp("built") / "set"
     summary = build(drawn[0], out, config(), progress=False)
     return out, summary
+
+
+@pytest.fixture
+def few(drawn, tmp_path):
+    """Six photos of the first circle, to be spoiled."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(6):
+        shutil.copy(drawn[0] / f"{i:03d}.png", folder)
+    return folder
 
 
 @pytest.fixture

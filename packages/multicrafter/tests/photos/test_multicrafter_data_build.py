@@ -175,16 +175,6 @@ def test_lost_files_are_made_again(drawn, built, make_config, tmp_path):
     assert content(tmp_path / "out") == content(built[0])
 
 
-@pytest.fixture
-def few(drawn, tmp_path):
-    """Six photos of the first circle, to be spoiled."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i in range(6):
-        shutil.copy(drawn[0] / f"{i:03d}.png", folder)
-    return folder
-
-
 def test_bad_files_are_logged_and_stop_nothing(few, make_config, tmp_path):
     (few / "text.jpg").write_text("not a picture")
     (few / "empty.png").touch()

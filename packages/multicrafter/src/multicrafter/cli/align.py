@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from multicrafter import UserError
 from multicrafter.cli.options import add_command, positive, training_options, writable
 from multicrafter.cli.runs import load, together, tracker
 from multicrafter.config.run_options import add_options
@@ -23,10 +24,13 @@ def _align(arguments: argparse.Namespace) -> int:
     from multicrafter.config.run_options import annotate, chosen
     from multicrafter.models.adapters import Adapters
     from multicrafter.training.distributed import is_main
+    from multicrafter.training.run_folder import check_free
     from multicrafter.training.runs import run_align
     from multicrafter.training.scenes import encode_scenes
 
-    writable(arguments.out)
+    writable(arguments.out, file=False)
+    if is_main():  # the others may be late, when this one holds the folder already
+        check_free(arguments.out)
     config = tiny(seed=arguments.seed).align
     assert config is not None
     flags = {
@@ -39,9 +43,9 @@ def _align(arguments: argparse.Namespace) -> int:
     pipe, backbone = load(run, arguments)
     adapters, notes = Adapters.load(pipe.transformer, arguments.adapter, backbone=backbone)
     number = int(notes.get("num_references", 1))
-    world = replace(run.world, numbers=(number,))
+    world = replace(run.world, numbers=(number,), **_sizes(run, notes, arguments))
     run = replace(run, world=world, adapters=adapters.config)
-    if is_main():
+    if is_main() and not (arguments.resume and (arguments.out / "recipe.yaml").exists()):
         recipes.save(arguments.out / "recipe.yaml", run)
     scenes = encode_scenes(pipe, world, run.num_scenes, seed=run.align.seed + 10_000, cache=run.execution.cache)
     run_align(
@@ -52,6 +56,24 @@ def _align(arguments: argparse.Namespace) -> int:
         annotate(arguments.out, size=world.size, reference_size=world.reference_size, base_model=run.model.path)
         print(f"adapter: {arguments.out / 'adapter'}")
     return 0
+
+
+def _sizes(run: Any, notes: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """The sizes that the adapter was trained at; others only where --set says so."""
+    from multicrafter.training.runs import trained_sizes
+
+    sizes = trained_sizes(notes)
+    changed = {change.partition("=")[0].rpartition(".")[2] for change in arguments.changes}
+    for name in sorted(sizes.keys() & changed):
+        del sizes[name]
+    if arguments.recipe is not None or arguments.config is not None:
+        for name, trained in sizes.items():
+            if (asked := getattr(run.world, name)) != trained:
+                raise UserError(
+                    f"world.{name} must be {trained}, which {arguments.adapter} was trained at, got {asked}; to align at another size all "
+                    f"the same, say --set world.{name}={asked}"
+                )
+    return sizes
 
 
 def add_parser(commands: Any) -> None:

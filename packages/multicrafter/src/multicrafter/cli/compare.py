@@ -20,6 +20,8 @@ def compare(arguments: argparse.Namespace) -> int:
     from multicrafter.scoring.pages import compare_page
     from multicrafter.scoring.score import Scores
 
+    if arguments.out is not None and arguments.out.suffix not in (".html", ".json"):
+        raise UserError(f"--out must end in .html or .json, got {str(arguments.out)!r}")
     a, b = Scores.load(arguments.first), Scores.load(arguments.second)
     result, notes = compare_runs(a, b, strict=not arguments.allow_different_judges)
     for note in notes:
@@ -40,10 +42,8 @@ def compare(arguments: argparse.Namespace) -> int:
                 },
                 indent=1,
             )
-        elif arguments.out.suffix == ".html":
-            content = compare_page(a, b, result, notes)
         else:
-            raise UserError(f"--out must end in .html or .json, got {str(arguments.out)!r}")
+            content = compare_page(a, b, result, notes)
         print(f"written to {write_whole(arguments.out, content)}")
     return 0
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from multicrafter.cli.options import real
+
 
 def build(arguments: argparse.Namespace) -> int:
     """Photos into a dataset with masks and references."""
@@ -18,11 +20,11 @@ def build(arguments: argparse.Namespace) -> int:
         return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
     config = BuildConfig(
-        **given("faces", "people", "masks", "captions", "aesthetics", "licence", "consent", "batch", "detect_side"),
+        **given("faces", "people", "count", "masks", "captions", "aesthetics", "licence", "consent", "batch", "detect_side"),
         filter=FilterConfig(
             **given(
                 "min_side", "min_sharpness", "min_aesthetics", "min_people", "max_people", "min_face", "min_face_pixels",
-                "min_face_score", "duplicate_distance",
+                "min_face_score", "duplicate_distance", "strangers",
             )
         ),
         privacy=PrivacyConfig(**given("require_consent", "minors")),
@@ -75,7 +77,8 @@ def add_parser(commands: Any) -> None:
     made.add_argument("--workers", type=int, help="processes of the engine ray; default: one per core")
     made.add_argument("--progress", action="store_true", help="show bars even where stderr is no terminal")
     backends = made.add_argument_group("backends", "NAME, or NAME:PATH with a local model")
-    backends.add_argument("--faces", help="tiny, dlib, insightface, ...; default dlib")
+    backends.add_argument("--faces", help="tiny, dlib (default), dlib_cnn (slower, misses fewer), insightface, ...")
+    backends.add_argument("--count", help="second count of people: auto (default), dlib_cnn, dlib, detector:PATH, none")
     backends.add_argument("--people", help="faces (guessed bodies, default), same, detector:PATH")
     backends.add_argument("--masks", help="boxes (default), selfie:PATH, semantic:PATH, sam2:PATH")
     backends.add_argument("--captions", help="template (default), vlm:PATH")
@@ -85,16 +88,19 @@ def add_parser(commands: Any) -> None:
     filters = made.add_argument_group("filters")
     for name, kind, what in (
         ("min-side", int, "shorter side of a photo, pixels"),
-        ("min-sharpness", float, "see the histogram in the report"),
-        ("min-aesthetics", float, "of the chosen scorer"),
+        ("min-sharpness", real, "see the histogram in the report"),
+        ("min-aesthetics", real, "of the chosen scorer"),
         ("min-people", int, "usable faces of a target"),
         ("max-people", int, "the same, at most"),
-        ("min-face", float, "shorter side of a face over the photo's"),
+        ("min-face", real, "shorter side of a face over the photo's"),
         ("min-face-pixels", int, "shorter side of a face"),
-        ("min-face-score", float, "confidence of the detector"),
+        ("min-face-score", real, "confidence of the detector"),
         ("duplicate-distance", int, "bits of 64 in which near-duplicates differ, -1: keep them"),
     ):
         filters.add_argument(f"--{name}", type=kind, help=what)
+    filters.add_argument(
+        "--strangers", choices=("drop", "keep"), help="photos that show somebody without a mask; default: drop"
+    )
     privacy = made.add_argument_group("consent and licence")
     privacy.add_argument(
         "--require-consent", action="store_true", default=None, help="use only people marked consent: yes"
@@ -108,18 +114,18 @@ def add_parser(commands: Any) -> None:
     references.add_argument(
         "--same-person",
         dest="threshold",
-        type=float,
+        type=real,
         help="cosine from which two faces are one person; default: the backend's",
     )
     references.add_argument("--references", dest="per_subject", type=int, help="of a subject, at most")
     references.add_argument("--reference-size", dest="size", type=int, help="pixels")
-    references.add_argument("--reference-scale", dest="scale", type=float, help="side of a crop over the face")
+    references.add_argument("--reference-scale", dest="scale", type=real, help="side of a crop over the face")
     references.add_argument("--no-augmented", action="store_true", help="drop people who are on one photo only")
     output = made.add_argument_group("output")
     output.add_argument("--format", choices=("parquet", "jsonl", "webdataset"))
     output.add_argument("--max-side", type=int, help="longer side of a written picture")
     output.add_argument("--quality", type=int, help="of the JPEGs")
-    output.add_argument("--test-fraction", type=float, help="of the groups of people")
+    output.add_argument("--test-fraction", type=real, help="of the groups of people")
     output.add_argument("--shard-size", type=int, help="records a file")
 
     checked = sub.add_parser("check", help=check.__doc__, description=check.__doc__)

@@ -14,7 +14,7 @@ def demo(arguments: argparse.Namespace) -> int:
     """Both stages, evaluation, report."""
     from multicrafter.demo.both_stages import DemoConfig, run
 
-    writable(arguments.out)
+    writable(arguments.out, file=False)
     config = DemoConfig(seed=arguments.seed)
     for name in ("stage1_steps", "stage2_steps", "scenes", "cases"):
         value = getattr(arguments, name)

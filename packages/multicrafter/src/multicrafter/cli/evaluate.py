@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from multicrafter import UserError, user_input
-from multicrafter.cli.options import add_command, binding, positive, separation_options, writable
+from multicrafter.cli.options import add_command, binding, positive, real, separation_options, writable
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     config = EvaluateConfig(
         num_cases=arguments.cases, num_references=arguments.references or loaded.max_references, seed=arguments.seed,
         num_sampling_steps=arguments.steps or loaded.num_steps, guidance=arguments.guidance or loaded.guidance,
-        separation=binding(arguments, loaded.notes),
+        separation=binding(arguments, loaded.notes), size=loaded.size, reference_size=loaded.reference_size,
     )  # fmt: skip
     metrics, _ = run(loaded.pipe, cases(loaded.pipe, config), Judges.load(), config)
     summary = summarise(metrics)
@@ -130,7 +130,7 @@ def add_parser(commands: Any) -> None:
     sub.add_argument("--out", type=Path, help="JSON")
     sub.add_argument("--steps", type=positive, help="default: what the adapter says, else 20")
     sub.add_argument(
-        "--guidance", type=float, help="embedded guidance; default: what the adapter says, else the backbone's"
+        "--guidance", type=real, help="embedded guidance; default: what the adapter says, else the backbone's"
     )
     separation_options(sub)
     add_scoring(sub)

@@ -9,17 +9,39 @@ from pathlib import Path
 from typing import Any
 
 from multicrafter import UserError, user_input
-from multicrafter.cli.options import add_command, binding, finder, positive, separation_options, writable
+from multicrafter.cli.options import (
+    add_command,
+    binding,
+    finder,
+    force_option,
+    positive,
+    real,
+    separation_options,
+    writable,
+)
+from multicrafter.models.checks import finite
 
 logger = logging.getLogger(__name__)
 
 
-def number(given: str, text: str) -> float:
-    """The weight after ``--lora FILE=``."""
+def lora(given: str) -> tuple[str, float]:
+    """File and weight of ``--lora FILE`` or ``--lora FILE=WEIGHT``; a file's name may hold a "=" itself."""
+    path, _, weight = given.rpartition("=")
+    if not path or Path(given).exists():
+        return given, 1.0
     try:
-        return float(text)
-    except ValueError as error:
-        raise UserError(f"--lora must be FILE or FILE=WEIGHT, got {given!r}") from error
+        return path, finite("weight", float(weight))
+    except ValueError:
+        raise UserError(f"--lora must be FILE or FILE=WEIGHT, with a finite number as weight, got {given!r}") from None
+
+
+def names(out: Path, count: int) -> list[Path]:
+    """Files of ``count`` pictures: ``out``, or ``out`` with _0, _1, ...
+
+    >>> [p.name for p in names(Path("a.png"), 2)]
+    ['a_0.png', 'a_1.png']
+    """
+    return [out] if count == 1 else [out.with_stem(f"{out.stem}_{index}") for index in range(count)]
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -29,6 +51,7 @@ def generate(arguments: argparse.Namespace) -> int:
 
     from multicrafter.files import appearing
     from multicrafter.models.backbones import get_backbone
+    from multicrafter.models.loading import get_device, get_dtype
     from multicrafter.pipeline import MultiCrafterPipeline
     from multicrafter.world import shipped_adapter
 
@@ -38,19 +61,30 @@ def generate(arguments: argparse.Namespace) -> int:
         raise UserError("--prompt must not be empty")
     if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out must end in .png, .jpg or .webp, got {str(arguments.out)!r}")
-    writable(arguments.out)
+    writable(arguments.out, file=True, most=arguments.num_images)
+    targets = names(arguments.out, arguments.num_images)
+    given = {p.resolve() for p in (*arguments.reference, *arguments.mask)}
+    if overwritten := [t for t in targets if t.resolve() in given]:
+        raise UserError(f"--out must not be one of the given pictures, got {overwritten[0]}")
     if arguments.sheet is not None:
         if arguments.sheet.suffix.lower() != ".png" or arguments.sheet == arguments.out:
             raise UserError(f"--sheet must be another file than --out and end in .png, got {str(arguments.sheet)!r}")
-        writable(arguments.sheet)
+        writable(arguments.sheet, file=True)
+    loras = [lora(given) for given in arguments.lora]
     with user_input():
         references = [open_image(path) for path in arguments.reference]
         masks = [open_image(path) for path in arguments.mask] or None
-    if arguments.model is not None:
-        from multicrafter.models.loading import get_dtype
-        from multicrafter.plan import require_weights
+    if arguments.device is not None:
+        get_device(arguments.device)
+    if not arguments.force:
+        from multicrafter.plan import require_picture, require_weights
 
-        require_weights(arguments.model, get_dtype(arguments.dtype), device=arguments.device)
+        dtype = get_dtype(arguments.dtype)
+        require_picture(
+            arguments.model, dtype, size=arguments.size, reference_size=arguments.reference_size, references=len(references),
+            pictures=arguments.num_images, device=arguments.device,
+        )  # fmt: skip
+        require_weights(arguments.model, dtype, device=arguments.device)
     adapter = arguments.adapter
     if adapter is None and arguments.model is None:
         adapter = shipped_adapter()
@@ -65,9 +99,8 @@ def generate(arguments: argparse.Namespace) -> int:
     if masks is not None and kept_apart.mode != "masks":
         raise UserError(f"--mask is for --separation masks, got --separation {kept_apart.mode}")
     steps = arguments.steps or pipeline.num_steps
-    for given in arguments.lora:
-        path, _, weight = given.rpartition("=")
-        pipeline.load_lora(path or weight, weight=number(given, weight) if path else 1.0)
+    for path, weight in loras:
+        pipeline.load_lora(path, weight=weight)
     if len(references) > pipeline.max_references:
         what = "the adapter was" if adapter else "a base without adapter is"
         logger.warning(
@@ -78,15 +111,14 @@ def generate(arguments: argparse.Namespace) -> int:
             arguments.prompt, references, num_images=arguments.num_images, num_steps=steps, seed=arguments.seed,
             guidance=arguments.guidance, negative_prompt=arguments.negative_prompt, true_guidance=arguments.true_guidance,
             size=arguments.size, reference_size=arguments.reference_size, progress=lambda _: bar.update(),
-            separation=kept_apart, masks=masks,
+            separation=kept_apart, masks=masks, force=arguments.force,
         )  # fmt: skip
         if arguments.sheet is not None:
             _sheet(pipeline, arguments, references, pictures, kept_apart, steps)
-    for index, picture in enumerate(pictures):
-        path = arguments.out if len(pictures) == 1 else arguments.out.with_stem(f"{arguments.out.stem}_{index}")
-        with appearing(path) as temporary:
+    for target, picture in zip(targets, pictures, strict=True):
+        with appearing(target) as temporary:
             picture.save(temporary)
-        print(path)
+        print(target)
     return 0
 
 
@@ -139,7 +171,7 @@ def add_parser(commands: Any) -> None:
     sub.add_argument("--num-images", type=positive, default=1)
     sub.add_argument("--steps", type=positive, help="default: what the adapter says, else 20")
     sub.add_argument(
-        "--guidance", type=float, help="embedded guidance; default: what the adapter says, else the backbone's"
+        "--guidance", type=real, help="embedded guidance; default: what the adapter says, else the backbone's"
     )
     separation_options(sub)
     sub.add_argument(
@@ -147,12 +179,13 @@ def add_parser(commands: Any) -> None:
         help="once per reference: white where its subject is to be; for --separation masks",
     )  # fmt: skip
     sub.add_argument("--negative-prompt", default="", help="used with --true-guidance")
-    sub.add_argument("--true-guidance", type=float, help="scale of a second, negative pass; default: the backbone's")
+    sub.add_argument("--true-guidance", type=real, help="scale of a second, negative pass; default: the backbone's")
     sub.add_argument("--size", type=positive, help="side of the picture in pixels")
     sub.add_argument("--reference-size", type=positive, help="side of the references in pixels")
     sub.add_argument(
         "--lora", action="append", default=[], metavar="FILE[=WEIGHT]", help="a plain LoRA to mix in; may be repeated"
     )
+    force_option(sub)
     sub.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     sub.add_argument("--device", help="cpu, cuda, cuda:1, ...")
     sub.add_argument("--backbone", metavar="NAME", help="module:class of a backbone of your own")

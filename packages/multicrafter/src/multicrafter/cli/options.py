@@ -9,17 +9,42 @@ from pathlib import Path
 from typing import Any
 
 from multicrafter import UserError, user_input
+from multicrafter.models.checks import finite
 
 
-def writable(path: Path) -> None:
-    """Fails before the work, not after it."""
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
+def writable(path: Path, *, file: bool | None = None, most: int = 1) -> None:
+    """Fails before the work, not after it.
+
+    Args:
+        path: Of ``--out``.
+        file: Whether it is a file, which may be there: it is written anew. None tells by the suffix.
+        most: Files that are written under names like it, NAME_0 and so on.
+    """
+    folder, file = path.absolute(), bool(path.suffix) if file is None else file
+    try:
+        if path.exists() and path.is_dir() == file:
+            raise UserError(
+                f"--out {path} must be a {'file' if file else 'folder'}, but it is a {'folder' if file else 'file'}"
+            )
+        if path.is_file():
+            if not os.access(path, os.W_OK):
+                raise UserError(f"--out {path} must be writable, but the file that is there is not")
+            folder = folder.parent
+        while not folder.exists():
+            folder = folder.parent
+        longest = os.pathconf(folder, "PC_NAME_MAX")
+    except OSError as error:  # a name that is too long cannot even be looked for
+        raise UserError(
+            f"--out must be a name that a file can have, got {str(path)[:60]!r}...: {error.strerror}"
+        ) from None
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"--out {path} must be writable, but {folder} is not a folder that can be written to")
-    if path.is_dir() and path.suffix:
-        raise UserError(f"--out {path} must be a file, but it is a folder")
+    extra = len(f"..tmp{path.suffix}") + (len(f"_{most - 1}") if most > 1 else 0)
+    for part in path.parts:
+        if (size := len(os.fsencode(part)) + (extra if part == path.name else 0)) > longest:
+            raise UserError(
+                f"--out must have names of at most {longest} bytes, those of temporary files included, got {size} in {part[:40]!r}..."
+            )
 
 
 def positive(text: str) -> int:
@@ -27,6 +52,14 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def real(text: str) -> float:
+    """A finite number."""
+    try:
+        return finite("it", float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}") from None
 
 
 def add_command(
@@ -43,8 +76,14 @@ def add_command(
     return sub
 
 
+def force_option(sub: argparse.ArgumentParser) -> None:
+    """``--force``."""
+    sub.add_argument("--force", action="store_true", help="start even what by arithmetic does not fit into memory")
+
+
 def training_options(sub: argparse.ArgumentParser) -> None:
-    """``--resume`` and ``--tracker``."""
+    """``--resume``, ``--tracker`` and ``--force``."""
+    force_option(sub)
     sub.add_argument(
         "--resume", nargs="?", const="auto", default=False, metavar="auto|CHECKPOINT",
         help="go on from the newest good checkpoint in --out (auto, also without a value), or from this one",
@@ -63,7 +102,7 @@ def separation_options(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     sub.add_argument("--draft-steps", type=positive, help="steps of the draft; default: 3")
     sub.add_argument(
-        "--bind-at", type=float, help="noise level at which --separation in-flight looks for places; default: 0.95"
+        "--bind-at", type=real, help="noise level at which --separation in-flight looks for places; default: 0.95"
     )
     sub.add_argument(
         "--finder", choices=("auto", "people", "maps", "dlib", "insightface"), default="auto",

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from multicrafter.cli.options import real
+
 
 def plan(arguments: argparse.Namespace) -> int:
     """Whether a run fits, and what a step takes: memory, arithmetic, traffic, time; without weights."""
@@ -68,7 +70,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     sub.set_defaults(function=plan)
     add_options(sub)
     sub.add_argument("--gpus", type=int, nargs="+", default=[1], help="numbers of cards")
-    sub.add_argument("--memory", type=float, nargs="+", help="memory of a card in GB; default: 24 40 80 141")
+    sub.add_argument("--memory", type=real, nargs="+", help="memory of a card in GB; default: 24 40 80 141")
     sub.add_argument(
         "--uncached",
         action="store_true",

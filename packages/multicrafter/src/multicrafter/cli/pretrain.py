@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from multicrafter import UserError
-from multicrafter.cli.options import add_command, positive, training_options, writable
+from multicrafter.cli.options import add_command, positive, real, training_options, writable
 from multicrafter.cli.runs import load, together, tracker
 from multicrafter.config.run_options import add_options
 
@@ -23,9 +23,12 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     from multicrafter.config.recipes import ModelConfig, Stage1, ablation
     from multicrafter.config.run_options import annotate, chosen
     from multicrafter.training.distributed import is_main
+    from multicrafter.training.run_folder import check_free
     from multicrafter.training.runs import run_pretrain
 
-    writable(arguments.out)
+    writable(arguments.out, file=False)
+    if is_main():  # the others may be late, when this one holds the folder already
+        check_free(arguments.out)
     config = ablation(seed=arguments.seed)[arguments.row].pretrain
     flags = {
         "pretrain.num_steps": arguments.steps,
@@ -39,7 +42,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     if arguments.data is not None:
         run = replace(run, pretrain=_with_photos(run.pretrain, arguments))
     pipe, _ = load(run, arguments)
-    if is_main():
+    if is_main() and not (arguments.resume and (arguments.out / "recipe.yaml").exists()):
         recipes.save(arguments.out / "recipe.yaml", run)
     run_pretrain(pipe, run.pretrain, arguments.out, resume=arguments.resume, tracker=tracker(arguments, run))
     if is_main():
@@ -87,5 +90,5 @@ def add_parser(commands: Any) -> None:
         help="training scenes drawn; with --data samples of the photos, default: each photo once",
     )
     sub.add_argument("--references", type=int, choices=(2, 3, 4), help="subjects of a drawn scene")
-    sub.add_argument("--idar-coef", type=float)
+    sub.add_argument("--idar-coef", type=real)
     training_options(sub)

@@ -10,13 +10,15 @@ from typing import Any
 def load(run: Any, arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The base of a run, after a look at whether it fits into memory, and its backbone."""
     from multicrafter.models.backbones import backbone_of, get_backbone
-    from multicrafter.pipeline import load_flux
+    from multicrafter.models.loading import get_device, load_flux
     from multicrafter.plan import require_memory
     from multicrafter.training.distributed import world_size
 
     own = get_backbone(run.model.backbone) if ":" in run.model.backbone else None
-    if run.model.path is not None:
+    if not arguments.force:
         require_memory(run, device=arguments.device, gpus=world_size())
+    if arguments.device is not None:
+        get_device(arguments.device)
     pipe = load_flux(run.model.path, dtype=run.execution.torch_dtype, backbone=own)
     if arguments.device is not None:
         pipe.to(arguments.device)

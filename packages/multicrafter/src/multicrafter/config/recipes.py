@@ -19,6 +19,7 @@ from multicrafter.config.provenance import provenance
 from multicrafter.files import write_whole
 from multicrafter.models.adapters import AdapterConfig
 from multicrafter.models.binding import BindingConfig
+from multicrafter.models.checks import check_finite
 from multicrafter.scoring.evaluate import EvaluateConfig
 from multicrafter.training.align import AlignConfig
 from multicrafter.training.precision import ExecutionConfig
@@ -83,6 +84,7 @@ class ModelConfig:
     text_tokens: int = 512
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.text_tokens < 1:
             raise UserError(f"text_tokens must be at least 1, got {self.text_tokens}")
 

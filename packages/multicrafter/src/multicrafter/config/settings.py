@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from multicrafter import UserError
+from multicrafter.models.checks import finite
 
 Config = TypeVar("Config")
 
@@ -82,12 +83,14 @@ def convert(hint: Any, value: Any, *, path: str) -> Any:
     if hint is type(None) and value is None:
         return None
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        return finite(path, value)
     if hint is float and isinstance(value, str) and value[:1] in "+-.0123456789":  # YAML reads 1e-4 as text
         try:
-            return float(value)
+            number = float(value)
         except ValueError:
             pass
+        else:
+            return finite(path, number)
     if hint in (int, str, bool) and type(value) is hint:
         return value
     name = "nothing" if hint is type(None) else getattr(hint, "__name__", str(hint))

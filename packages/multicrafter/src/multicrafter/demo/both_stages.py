@@ -19,6 +19,7 @@ from multicrafter.demo import figures
 from multicrafter.demo.report import write_report
 from multicrafter.files import write_json
 from multicrafter.models.adapters import Adapters
+from multicrafter.models.checks import check_finite
 from multicrafter.pipeline import MultiCrafterPipeline, load_flux
 from multicrafter.scoring.evaluate import METRICS, EvaluateConfig, Judges, cases, difference, evaluate, summarise, table
 from multicrafter.training.runs import run_align, run_pretrain
@@ -48,6 +49,7 @@ class DemoConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("stage1_steps", "stage2_steps", "scenes", "cases"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")

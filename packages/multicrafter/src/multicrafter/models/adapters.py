@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from multicrafter import UserError, __version__
 from multicrafter.models.backbones import Backbone, backbone_of
+from multicrafter.models.checks import check_finite, finite, whole
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
@@ -48,6 +49,11 @@ class AdapterConfig:
     z_coef: float = 0.001
 
     def __post_init__(self) -> None:
+        check_finite(self)
+        for name, least in (("rank", 1), ("num_experts", 0), ("top_k", 1)):
+            object.__setattr__(self, name, whole(name, getattr(self, name), least=least))
+        for name in ("alpha", "balance_coef", "z_coef"):
+            finite(name, getattr(self, name))
         if self.rank < 1 or self.alpha <= 0:
             raise UserError(f"rank must be at least 1 and alpha positive, got {self.rank} and {self.alpha}")
         if self.num_experts:
@@ -82,6 +88,7 @@ class Adapters:
         from peft import LoraConfig
 
         self.transformer, self.config = transformer, config
+        self.notes: dict[str, Any] = {}  # of the file it was loaded from
         self.backbone = backbone or backbone_of(transformer)
         transformer.requires_grad_(False)
         attention, ffn_linears = self.backbone.attention, self.backbone.ffn_linears
@@ -92,13 +99,27 @@ class Adapters:
             self.experts: MoELoRA | None = (
                 inject(transformer, config.moe(), self.backbone.ffn_blocks) if config.num_experts else None
             )
+        # everything else was frozen a moment ago; from now on the names say what is ours, whoever freezes what
+        self.names = frozenset(n for n, p in transformer.named_parameters() if p.requires_grad)
+        for parameter in self.parameters():  # peft makes them in the base's dtype
+            parameter.data = parameter.data.float()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Trainable parameters only."""
-        return ((n, p) for n, p in self.transformer.named_parameters() if p.requires_grad)
+        """The adapters' parameters, frozen or not, and none of the base or of another LoRA.
+
+        Raises:
+            ValueError: Some are no longer on the transformer.
+        """
+        found = [(n, p) for n, p in self.transformer.named_parameters() if n in self.names]
+        if len(found) != len(self.names):
+            raise UserError(
+                f"the adapter must be on the transformer, but {len(self.names) - len(found)} of its {len(self.names)} tensors are "
+                "gone (unload_lora_weights and delete_adapters take them off): load it again"
+            )
+        return iter(found)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Trainable parameters only."""
+        """See `named_parameters`."""
         return (p for _, p in self.named_parameters())
 
     def aux_loss(self) -> Tensor:
@@ -122,13 +143,14 @@ class Adapters:
         """Takes the adapters off: the transformer is what it was, other LoRAs on it stay."""
         if self.experts is not None:
             self.experts.remove()
-        if list(self.transformer.peft_config) == ["default"]:
+        others = set(getattr(self.transformer, "peft_config", {}))
+        if others == {"default"}:
             self.transformer.unload_lora()
-        else:
+        elif "default" in others:
             self.transformer.delete_adapters("default")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Trainable tensors by name."""
+        """The adapters' tensors by name."""
         return {n: p.detach().clone() for n, p in self.named_parameters()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -144,11 +166,19 @@ class Adapters:
                 parameter.copy_(state[key])
 
     def save(self, folder: Path, *, state: Mapping[str, Tensor] | None = None, **notes: Any) -> Path:
-        """Writes the adapter (or ``state`` in its place); ``notes`` (stage, number of references, ...) go into adapter.json."""
+        """Writes the adapter (or ``state`` in its place), in float32; ``notes`` (stage, number of references, ...) go into adapter.json.
+
+        Raises:
+            ValueError: A part of it is missing; nothing is written then.
+        """
         from safetensors.torch import save_file
 
+        tensors = {k: t.float().contiguous() for k, t in (state or self.state_dict()).items()}
+        if tensors.keys() != self.names:
+            missing = sorted(self.names ^ tensors.keys())
+            raise UserError(f"state must hold exactly the adapter's tensors, but {missing[0]!r} differs")
+        check_tensors("adapter to save", tensors)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {k: t.contiguous() for k, t in (state or self.state_dict()).items()}
         save_file(tensors, folder / "adapter.safetensors.tmp")
         meta = {
             "format": FORMAT,
@@ -180,7 +210,9 @@ class Adapters:
             if not (folder / name).is_file():
                 raise UserError(f"adapter {folder} must hold {name}, but it is missing")
         try:
-            meta = json.loads((folder / "adapter.json").read_text())
+            meta = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
+            if not isinstance(meta, dict):
+                raise UserError(f"adapter.json must hold an object, got {type(meta).__name__}")
             config = AdapterConfig(**meta["config"])
             if meta["format"] != FORMAT:
                 raise UserError(f"format must be {FORMAT}, got {meta['format']!r}")
@@ -193,6 +225,7 @@ class Adapters:
             ValueError,
             SafetensorError,
             OSError,
+            RecursionError,
         ) as error:
             raise UserError(
                 f"adapter {folder} must be written by multicrafter, got {type(error).__name__}: {error}"
@@ -207,9 +240,53 @@ class Adapters:
         dtypes = {str(t.dtype).removeprefix("torch.") for t in state.values()}
         if not dtypes <= {"float32", "bfloat16", "float16"}:
             raise UserError(f"adapter {folder} must hold float32, bfloat16 or float16, got {', '.join(sorted(dtypes))}")
+        check_shapes(f"adapter {folder}", state, config)
+        check_tensors(f"adapter {folder}", state)
+        check_notes(f"adapter {folder}", meta)
         adapters = cls(transformer, config, backbone=backbone)
-        adapters.load_state_dict(state)
+        try:
+            adapters.load_state_dict(state)
+        except ValueError as error:
+            adapters.detach()
+            raise UserError(f"adapter {folder}: {error}") from None
+        adapters.notes = meta
         return adapters, meta
+
+
+def check_shapes(what: str, tensors: Mapping[str, Tensor], config: AdapterConfig) -> None:
+    """Raises ValueError where the tensors are not of the configured rank: it says how much memory is made for them."""
+    found = {("rank", t.shape[0]) for k, t in tensors.items() if ".lora_A." in k and t.dim() == 2}
+    for key, tensor in tensors.items():
+        if key.endswith(".lora_a") and tensor.dim() == 3:
+            found |= {("num_experts", tensor.shape[0]), ("rank", tensor.shape[1])}
+    if not found:
+        raise UserError(f"{what} must hold LoRA matrices, got none")
+    for name, value in sorted(found):
+        if value != getattr(config, name):
+            raise UserError(
+                f"{what} must hold tensors of {name} {getattr(config, name)}, as its adapter.json says, got {value}"
+            )
+
+
+def check_tensors(what: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where a tensor holds NaN or infinity: what it draws would be black."""
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{what} must be finite, got NaN or infinity in {key!r}")
+
+
+def check_notes(what: str, notes: Mapping[str, Any]) -> None:
+    """Raises ValueError where a number in an adapter's notes is none, so that it is named before anything is drawn."""
+    for name in ("size", "reference_size", "num_references"):
+        if notes.get(name) is not None:
+            whole(f"{what}: {name}", notes[name], least=1)
+    sampling = notes.get("sampling") or {}
+    if not isinstance(sampling, Mapping):
+        raise UserError(f"{what}: sampling must be an object, got {sampling!r}")
+    if "num_steps" in sampling:
+        whole(f"{what}: sampling.num_steps", sampling["num_steps"], least=1)
+    if "guidance" in sampling:
+        finite(f"{what}: sampling.guidance", sampling["guidance"])
 
 
 def fingerprint(transformer: FluxTransformer2DModel) -> dict[str, int]:

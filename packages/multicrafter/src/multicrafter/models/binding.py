@@ -33,6 +33,7 @@ from torch import Tensor
 
 from multicrafter import UserError
 from multicrafter.models.backbones import Backbone
+from multicrafter.models.checks import check_finite
 from multicrafter.models.flux.model import sample
 from multicrafter.models.flux.packing import Grid
 
@@ -70,6 +71,7 @@ class BindingConfig:
     sigmas: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.mode not in MODES:
             raise UserError(f"separation must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
         if self.draft_steps < 1:

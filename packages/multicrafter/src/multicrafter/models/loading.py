@@ -28,6 +28,22 @@ def get_dtype(name: str | torch.dtype) -> torch.dtype:
     return found  # type: ignore[return-value]
 
 
+def get_device(name: str | torch.device) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        ValueError: There is no such device, or none that holds numbers.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except Exception:
+        found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        found += ["mps"] if torch.backends.mps.is_available() else []
+        raise UserError(f"device must be one of {', '.join(found)}, got {str(name)!r}") from None
+    return device
+
+
 def load_flux(
     model: str | Path | None = None,
     *,

@@ -103,10 +103,17 @@ def save_pretrained(pipeline: Publishable, folder: Path, *, base: bool = False) 
     Everything appears at once, through a temporary folder; files of an earlier call are replaced, others stay.
 
     Raises:
-        ValueError: There is neither an adapter nor ``base``, or ``folder`` is a file.
+        ValueError: There is neither an adapter nor ``base``, LoRAs of others are mixed in, or ``folder`` is a file.
     """
     if pipeline.adapters is None and not base:
         raise UserError("pipeline must have an adapter, or be saved with base=True, got neither")
+    if pipeline.adapters is not None:
+        pipeline.adapters.state_dict()  # raises where it is no longer whole
+    if mixed := [*pipeline.loras, *_strangers(pipeline)]:
+        raise UserError(
+            f"pipeline must be saved without mixed-in LoRAs, which the folder would not hold, got {sorted(mixed)}: "
+            "take them off with unload_lora, save, and load them again"
+        )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"folder must be a folder, but {folder} is a file")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -129,6 +136,15 @@ def save_pretrained(pipeline: Publishable, folder: Path, *, base: bool = False) 
     return folder
 
 
+def _strangers(pipeline: Publishable) -> list[str]:
+    """LoRAs that somebody put on the pipeline of diffusers itself."""
+    if pipeline.loras:
+        return []
+    parts = getattr(pipeline.pipe, "components", {}).values()
+    names = {n for part in parts for n in getattr(part, "peft_config", None) or {}}
+    return sorted(names - ({"default"} if pipeline.adapters is not None else set()))
+
+
 def _source(pipeline: Publishable) -> str:
     """Where the base came from: diffusers remembers it; else where the backbone's weights are."""
     return str(getattr(pipeline.pipe, "name_or_path", "") or pipeline.backbone.hub_id)
@@ -136,8 +152,6 @@ def _source(pipeline: Publishable) -> str:
 
 def _save_base(pipeline: Publishable, folder: Path) -> None:
     """The pipeline without adapters: they come off for the moment and go on again."""
-    if pipeline.loras:
-        raise UserError(f"base can only be saved without mixed-in LoRAs, got {sorted(pipeline.loras)}")
     adapters = pipeline.adapters
     if adapters is None:
         pipeline.pipe.save_pretrained(folder)

@@ -1,6 +1,7 @@
 """A folder of photos becomes training pairs with masks (MultiCrafter, arXiv 2509.21953, Fig. 1).
 
-scan -> fingerprint -> duplicates and privacy -> detect -> filter -> aesthetics -> group identities -> masks -> captions -> render -> write.
+scan -> fingerprint -> duplicates and privacy -> detect -> filter -> aesthetics -> group identities -> count people -> masks ->
+captions -> render -> write.
 Every stage is cached by content hash: an interrupted build goes on where it stopped, and a changed setting repeats only what depends on it.
 """
 
@@ -38,6 +39,7 @@ def prepare(config: BuildConfig) -> None:
     side = config.detect_side
     wanted: list[Stage] = [
         stages.Detect(config.faces, config.people, side),
+        stages.Count(config.means, side),
         stages.Aesthetics(config.aesthetics, side),
         stages.Masks(config.masks, side),
     ]
@@ -84,7 +86,7 @@ def build(
         kept = run.rate(kept)
         run.group(kept)
         crops = select.choose_references(kept, config.references)
-        targets = run.targets(kept, crops)
+        targets = run.without_strangers(run.targets(kept, crops))
         masks = run.mask(targets, detector)
         sentences = run.caption(targets)
         rendered = run.render(kept, crops, masks, files)

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from multicrafter import UserError
+from multicrafter.models.checks import check_finite
 
 MAX_SUBJECTS = 8  # a mask file holds one bit per subject
 
 Minors = Literal["keep", "drop", "drop_unknown"]
+Strangers = Literal["drop", "keep"]
 Format = Literal["parquet", "jsonl", "webdataset"]
 
 
@@ -44,6 +46,8 @@ class FilterConfig:
         min_face_pixels: Shorter side of a face box in pixels.
         min_face_score: Confidence of the face detector.
         duplicate_distance: Photos whose perceptual hashes differ in at most this many of 64 bits are one photo; -1 keeps all.
+        strangers: "drop" makes no target of a photo that shows somebody without a mask (see ``count`` of `BuildConfig`): training would
+            teach strangers; "keep" does.
     """
 
     min_side: int = 256
@@ -55,11 +59,14 @@ class FilterConfig:
     min_face_pixels: int = 32
     min_face_score: float = 0.0
     duplicate_distance: int = 4
+    strangers: Strangers = "drop"
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _at_least(self, 1, "min_side", "min_people", "min_face_pixels")
         _at_least(self, 0, "min_sharpness")
         _at_least(self, -1, "duplicate_distance")
+        _one_of("strangers", self.strangers, ("drop", "keep"))
         _fraction(self, "min_face", "min_face_score")
         if not self.min_people <= self.max_people <= MAX_SUBJECTS:
             raise UserError(
@@ -82,6 +89,7 @@ class PrivacyConfig:
     minors: Minors = "drop"
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _one_of("minors", self.minors, ("keep", "drop", "drop_unknown"))
 
 
@@ -104,6 +112,7 @@ class ReferenceConfig:
     size: int = 320
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _at_least(self, 1, "per_subject", "scale")
         _at_least(self, 16, "size")
         if self.threshold is not None and not -1 <= self.threshold <= 1:
@@ -129,6 +138,7 @@ class WriteConfig:
     shard_size: int = 10_000
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _one_of("format", self.format, ("parquet", "jsonl", "webdataset"))
         _at_least(self, 32, "max_side")
         _at_least(self, 1, "shard_size")
@@ -142,9 +152,11 @@ class BuildConfig:
     """A build. Backends are named ``NAME`` or ``NAME:PATH``, PATH being a local model folder or file.
 
     Attributes:
-        faces: "tiny" (drawn people) or a name of `id_reward.get_face_backend`.
+        faces: "tiny" (drawn people), "dlib_cnn" (slower than "dlib", misses fewer profiles) or a name of `id_reward.get_face_backend`.
         people: "faces" (body boxes guessed from face boxes), "same" (the backend's boxes are whole bodies already) or "detector:PATH" (a
             transformers object detector).
+        count: The second means by which people are counted: "auto" (another detector than ``faces``), "dlib_cnn", "dlib", "detector:PATH"
+            or "none". Faces and noted people are counted anyway.
         masks: "boxes", "selfie:PATH" (tflite), "semantic:PATH" (transformers) or "sam2:PATH".
         captions: "template" or "vlm:PATH" (a transformers image-text-to-text model).
         aesthetics: "closed_form", "hps:PATH" or "none".
@@ -155,6 +167,7 @@ class BuildConfig:
 
     faces: str = "dlib"
     people: str = "faces"
+    count: str = "auto"
     masks: str = "boxes"
     captions: str = "template"
     aesthetics: str = "closed_form"
@@ -168,6 +181,7 @@ class BuildConfig:
     write: WriteConfig = field(default_factory=WriteConfig)
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _at_least(self, 1, "batch")
         _at_least(self, 32, "detect_side")
         _one_of("consent", self.consent, ("yes", "no", "unknown"))
@@ -179,6 +193,13 @@ class BuildConfig:
                     f"{name} {kind!r} needs a model: write {name} as {kind}:PATH, got {getattr(self, name)!r}"
                 )
 
+    @property
+    def means(self) -> str:
+        """``count``, resolved."""
+        from multicrafter.photos.counting import resolve
+
+        return resolve(self.count, self.faces)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as saved in dataset.json."""
         return asdict(self)
@@ -186,6 +207,7 @@ class BuildConfig:
 
 BACKENDS: Mapping[str, Mapping[str, bool]] = {  # kind -> whether it needs a path
     "people": {"faces": False, "same": False, "detector": True},
+    "count": {"auto": False, "dlib_cnn": False, "dlib": False, "detector": True, "none": False},
     "masks": {"boxes": False, "selfie": True, "semantic": True, "sam2": True},
     "captions": {"template": False, "vlm": True},
     "aesthetics": {"closed_form": False, "hps": True, "none": False},

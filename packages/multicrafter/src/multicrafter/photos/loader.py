@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from multicrafter import UserError
+from multicrafter.models.checks import check_finite
 from multicrafter.photos.samples import Draw, Size, read_sample
 from multicrafter.photos.store import open_split
 from multicrafter.photos.write import Record
@@ -70,6 +71,7 @@ class LoaderConfig:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("batch", "reference_size", "max_references"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")

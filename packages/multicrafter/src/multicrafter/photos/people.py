@@ -22,7 +22,7 @@ Box = tuple[float, float, float, float]
 
 @lru_cache(maxsize=4)
 def face_backend(name: str) -> FaceBackend:
-    """``tiny`` (the people of the drawn world) or a name of `id_reward.get_face_backend`.
+    """``tiny`` (the people of the drawn world), ``dlib_cnn`` (`counting.CnnFaces`) or a name of `id_reward.get_face_backend`.
 
     Raises:
         ValueError: No backend has this name.
@@ -33,6 +33,10 @@ def face_backend(name: str) -> FaceBackend:
         from multicrafter.world.judges.people import PeopleBackend
 
         return PeopleBackend.from_pretrained(judges.shipped())
+    if name == "dlib_cnn":
+        from multicrafter.photos.counting import CnnFaces
+
+        return CnnFaces()
     from id_reward import get_face_backend
 
     with user_input(f"faces {name}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -14,11 +15,12 @@ from tqdm import tqdm
 
 from multicrafter import UserError
 from multicrafter.files import content_digest
-from multicrafter.photos import captions, identities, people, pictures, select, stages
+from multicrafter.photos import captions, counting, identities, people, pictures, select, stages
 from multicrafter.photos.cache import Cache, Result
 from multicrafter.photos.config import BuildConfig
 from multicrafter.photos.engines import Engine, Job, Stage
-from multicrafter.photos.scan import Found, PhotoNote, Skipped, printable, read_notes, walk
+from multicrafter.photos.notes import PhotoNote, is_metadata, match_notes, read_notes
+from multicrafter.photos.scan import Found, Skipped, printable, walk
 from multicrafter.photos.select import Crop, Drop, Photo
 
 
@@ -85,19 +87,25 @@ class Run:
         """Photos that can be opened, with what the metadata says about them."""
         notes = read_notes(self.photos, licence=self.config.licence, consent=self.config.consent)
         plain = PhotoNote(licence=self.config.licence, consent=self.config.consent)
-        found = []
+        found, others = [], []
         started = time.perf_counter()
         for item in self.bar("scan", walk(self.photos), unit="file"):
             if isinstance(item, Skipped):
+                if is_metadata(os.path.basename(item.path)):
+                    raise UserError(
+                        f"metadata must lie in the folder itself, but {self.photos / item.path} is in one below it"
+                    )
+                others.append(item.path)
                 self.drop(item.path, "scan", item.reason, item.detail)
             else:
                 found.append(item)
         self.timed("scan", started, len(found), len(found))
-        for name in sorted(notes.keys() - {item.path for item in found}):
+        note_of, unused = match_notes(notes, [item.path for item in found], others, root=self.photos)
+        for name in sorted(unused):
             self.drop(name, "scan", "noted but missing", "the metadata names a photo that is not there")
         results, _ = self.stage(stages.Fingerprint(), [Job(i.key, str(self.photos / i.path), {}) for i in found])
         return [
-            self._photo(item, results[item.key], notes.get(item.path, plain)) for item in found if item.key in results
+            self._photo(item, results[item.key], note_of.get(item.path, plain)) for item in found if item.key in results
         ]
 
     def _photo(self, item: Found, result: Result, note: PhotoNote) -> Photo:
@@ -198,6 +206,30 @@ class Run:
             else:
                 few = f"{len(with_reference)} subjects, fewer than {least}"
                 self.drop(photo.path, "group", "lends references only", few)
+        return kept
+
+    def without_strangers(self, targets: list[Photo]) -> list[Photo]:
+        """Photos on which everybody has a mask or is hidden; the others only lend references."""
+        if self.config.filter.strangers == "keep" or not targets:
+            return targets
+        stage = stages.Count(self.config.means, self.config.detect_side)
+        results, _ = self.stage(stage, [Job(p.stem, self.where(p), {}) for p in targets])
+        kept = []
+        for photo in (p for p in targets if p.stem in results):
+            shown = [f.box for f in photo.usable]
+            known = [*shown, *photo.hidden]
+            faces = [f.box for f in photo.faces if f.box not in known]  # found, but too small or too uncertain
+            noted = [p.box for p in photo.note.people]
+            counted = [tuple(box) for box in results[photo.stem]["boxes"]]
+            alone = max(
+                (counting.strangers(means, known) for means in (faces, noted, counted)),  # type: ignore[arg-type]
+                key=len,
+            )
+            if alone:
+                detail = f"{len(shown) + len(photo.hidden) + len(alone)} people counted, {len(shown)} with a mask"
+                self.drop(photo.path, "count", "people without a mask", detail)
+            else:
+                kept.append(photo)
         return kept
 
     def mask(self, targets: list[Photo], upstream: str) -> dict[str, Result]:

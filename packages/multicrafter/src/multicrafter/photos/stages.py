@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from multicrafter.files import write_whole
-from multicrafter.photos import captions, masks, people, pictures, quality, references
+from multicrafter.photos import captions, counting, masks, people, pictures, quality, references
 from multicrafter.photos.cache import Result
 from multicrafter.photos.config import ReferenceConfig, WriteConfig
 from multicrafter.photos.engines import Job
@@ -106,6 +106,35 @@ class Detect:
                 }
             )
         return results
+
+
+@dataclass(frozen=True)
+class Count:
+    """Boxes of people by a second means, in pixels of the upright photo; see `counting`."""
+
+    means: str
+    side: int
+    name: str = "count"
+
+    def settings(self) -> dict[str, Any]:
+        """See `engines.Stage`."""
+        return {"version": 1, "means": self.means, "side": self.side}
+
+    def prepare(self) -> None:
+        """See `engines.Stage`."""
+        counting.people_counter(self.means)
+
+    def __call__(self, jobs: Sequence[Job]) -> list[Result]:
+        """See `engines.Stage`."""
+        count = counting.people_counter(self.means)
+        if count is None:
+            return [{"boxes": []} for _ in jobs]
+        shrunk = [people.shrink(pictures.open_photo(job.path), self.side) for job in jobs]
+        found = count([picture for picture, _ in shrunk])
+        return [
+            {"boxes": [_round([x * scale for x in box]) for box in boxes]}
+            for (_, scale), boxes in zip(shrunk, found, strict=True)
+        ]
 
 
 def assign(faces: Sequence[people.Box], bodies: Sequence[Sequence[float]], width: int, height: int) -> list[people.Box]:

@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "require_picture": "memory",
     "CARDS": "hardware", "Card": "hardware", "card_for": "hardware", "available_memory": "memory", "require_memory": "memory",
     "require_weights": "memory", "Pass": "estimate", "Plan": "estimate", "measure": "estimate", "predict": "estimate",
     "Tracker": "tracker",

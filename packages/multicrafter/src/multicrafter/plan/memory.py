@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -9,7 +10,8 @@ import torch
 from multicrafter import UserError
 from multicrafter.config.recipes import Run, Stage1
 from multicrafter.models.backbones import BACKBONES
-from multicrafter.plan.estimate import predict
+from multicrafter.models.needs import config_file, drawing_bytes, free_memory, require_drawing
+from multicrafter.plan.estimate import predict, rows_of
 from multicrafter.plan.hardware import Card
 
 SMALL = 1 << 30  # weights below this are not worth a plan
@@ -17,17 +19,25 @@ SMALL = 1 << 30  # weights below this are not worth a plan
 
 def available_memory(device: str | None = None) -> int:
     """Bytes that are free on a device; of the machine where it is None or "cpu"."""
-    kind = torch.device(device or "cpu")
-    if kind.type == "cuda":
-        return int(torch.cuda.mem_get_info(kind)[0])
-    import psutil  # type: ignore[import-untyped]
-
-    return int(psutil.virtual_memory().available)
+    return free_memory(device)
 
 
 def weight_bytes(folder: Path, part: str = "") -> int:
     """Bytes of the safetensors files in a folder."""
     return sum(f.stat().st_size for f in (folder / part).rglob("*.safetensors"))
+
+
+def is_small(run: Run) -> bool:
+    """Whether a run on a small base asks for nothing large, so that it needs no plan (which takes seconds)."""
+    path, world, adapters = run.model.path, run.world, run.adapters
+    if path is not None and not (Path(path).exists() and weight_bytes(Path(path), "transformer") < SMALL):
+        return False
+    rows, _ = rows_of(run, 1)
+    scenes = run.pretrain.num_scenes if isinstance(run, Stage1) else run.num_scenes
+    pixels = max(world.size, world.reference_size) ** 2
+    return (
+        adapters.rank * max(1, adapters.num_experts) <= 1024 and pixels * rows <= 1 << 22 and pixels * scenes <= 1 << 30
+    )
 
 
 def require_memory(run: Run, *, device: str | None = None, gpus: int = 1) -> None:
@@ -36,20 +46,60 @@ def require_memory(run: Run, *, device: str | None = None, gpus: int = 1) -> Non
     Raises:
         ValueError: It is not enough; the sentence says by how much and what would help.
     """
-    path = run.model.path
-    if path is None or (Path(path).exists() and weight_bytes(Path(path), "transformer") < SMALL):
+    if is_small(run):
         return
     free = available_memory(device)
     card = Card(name="this machine", memory=float(free), tflops=1.0, bandwidth=1.0, link=1.0)
     plan = predict(run, card, gpus=gpus)
+    host = free_memory() if run.execution.cache is None else math.inf
+    if plan.cached > host:
+        raise UserError(
+            f"memory must hold about {plan.cached / 1e9:.1f} GB of encoded scenes, got {host / 1e9:.1f} GB free; what helps: fewer "
+            "scenes, a smaller size; --force tries it all the same"
+        )
     if plan.peak <= free:
         return
     prefix = "pretrain" if isinstance(run, Stage1) else "align"
     parts = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in plan.parts.items() if v >= 5e7)
     raise UserError(
         f"memory must hold about {plan.peak / 1e9:.1f} GB ({parts}), got {free / 1e9:.1f} GB free on {device or 'cpu'}; what helps: "
-        f"--set {prefix}.execution.quantization=nf4, .optimizer=adamw8bit, .cache=FOLDER, a smaller rank, more processes"
+        f"--set {prefix}.execution.quantization=nf4, .optimizer=adamw8bit, .cache=FOLDER, a smaller rank, more processes; --force "
+        "tries it all the same"
     )
+
+
+def require_picture(
+    model: str | Path | None,
+    dtype: torch.dtype,
+    *,
+    size: int | None,
+    reference_size: int | None,
+    references: int,
+    pictures: int,
+    device: str | None = None,
+) -> None:
+    """For inference, before anything is loaded: compares what drawing needs with the memory that is free.
+
+    Raises:
+        ValueError: It is not enough.
+    """
+    from multicrafter.models.flux import shipped
+
+    if size is None and pictures == 1:
+        return
+    folder = Path(model) if model is not None else shipped()
+    transformer, vae = config_file(folder, "transformer"), config_file(folder, "vae")
+    if not {"num_attention_heads", "attention_head_dim"} <= transformer.keys():
+        known = [b for b in BACKBONES if b.hub_id.lower() == str(model).lower()]
+        if not known:
+            return
+        transformer = dict(known[0].full_config)
+    side = size or int(vae.get("sample_size") or 512)
+    need = drawing_bytes(
+        transformer, vae, size=(side, side), reference_size=reference_size or min(side // 2, 512), references=references,
+        pictures=pictures, text_tokens=1, itemsize=dtype.itemsize,
+    )  # fmt: skip
+    require_drawing(need, device=device, what=f"{pictures} pictures of {side} x {side} pixels at once")
 
 
 def require_weights(model: str | Path | None, dtype: torch.dtype, *, device: str | None = None) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from multicrafter import UserError
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.binding import BindingConfig, Finder, IdentityFinder, sample_bound, separable
+from multicrafter.models.checks import check_finite
 from multicrafter.scoring.statistics import bootstrap_interval
 from multicrafter.training.pretrain import measure_leakage
 from multicrafter.training.scenes import EncodedScenes, encode_scenes
@@ -74,6 +75,7 @@ class EvaluateConfig:
     seed: int = 1000
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("num_cases", "num_sampling_steps", "guidance"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -15,6 +15,7 @@ from id_reward.backends.loading import load
 from jaxtyping import Float
 
 from multicrafter import UserError
+from multicrafter.models.checks import check_finite
 
 if TYPE_CHECKING:
     from id_reward.backends.text import ClipEncoder
@@ -126,6 +127,7 @@ class JudgeConfig:
     vlm: str | None = None
 
     def __post_init__(self) -> None:
+        check_finite(self)
         kind, _, path = self.aesthetics.partition(":")
         if kind not in ("closed_form", "hps", "none") or (kind == "hps" and not path):
             raise UserError(f"aesthetics must be closed_form, hps:PATH or none, got {self.aesthetics!r}")

@@ -16,7 +16,7 @@ from multicrafter.scoring.statistics import Comparison, compare, holm, paired_te
 
 def differences_in_kind(a: Scores, b: Scores) -> list[str]:
     """Why two runs may not be comparable, one sentence each."""
-    notes = []
+    notes: list[str] = []
     if a.about["judges"] != b.about["judges"]:
         keys = sorted(
             k
@@ -35,9 +35,17 @@ def align(a: Scores, b: Scores) -> tuple[list[int], list[int]]:
     """Rows of the cases that both have, in the order of a.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none; or one key stands for two prompts.
     """
     place = {c["key"]: i for i, c in enumerate(b.cases)}
+    for case in a.cases:
+        if case["key"] in place and "asked" in case:
+            other = b.cases[place[case["key"]]].get("asked", case["asked"])
+            if other != case["asked"]:
+                raise UserError(
+                    f"{a.name} and {b.name} must answer the same prompts with the same references, but {case['key']!r} asks for "
+                    "something else in each"
+                )
     pairs = [(i, place[c["key"]]) for i, c in enumerate(a.cases) if c["key"] in place]
     if not pairs:
         raise UserError(f"{a.name} and {b.name} must share cases, but no key is in both")
@@ -71,7 +79,7 @@ class Board:
 
 
 def leaderboard(runs: Sequence[Scores], *, sort_by: str | None = None, metrics: Sequence[str] | None = None) -> Board:
-    """Several runs of one prompt list by the same judges, best first.
+    """Several runs of one prompt list, by the same judges, best first.
 
     For each metric the best mean is marked, and those that a paired test cannot tell from it (p of at least .05 after Holm over the runs).
 
@@ -81,16 +89,21 @@ def leaderboard(runs: Sequence[Scores], *, sort_by: str | None = None, metrics: 
         metrics: Columns; None takes all.
 
     Raises:
-        ValueError: Names twice, other judges, or an unknown metric.
+        ValueError: Names twice, other judges, other prompts, or an unknown metric.
     """
     names = [r.name for r in runs]
     if not runs or len(set(names)) < len(names):
         raise UserError(f"runs must be at least one, with different names, got {names}")
-    notes = []
+    notes: list[str] = []
     for run in runs[1:]:
         if run.about["judges"] != runs[0].about["judges"]:
             raise UserError(f"{differences_in_kind(runs[0], run)[0]}; a leaderboard needs the same judges")
-        notes += differences_in_kind(runs[0], run)
+        if differences_in_kind(runs[0], run):
+            raise UserError(
+                f"{runs[0].name} and {run.name} answer different prompt lists, whose means do not compare; a leaderboard needs the same "
+                f"one: see multicrafter compare for the prompts of both"
+            )
+        align(runs[0], run)  # refuses one key for two prompts
     columns = [n for n in METRICS if any(n in r.names for r in runs)]
     if unknown := [m for m in [*(metrics or ()), *([sort_by] if sort_by else ())] if m not in columns]:
         raise UserError(f"metrics must be some of {', '.join(columns)}, got {', '.join(unknown)}")

@@ -258,44 +258,73 @@ def _layout(folder: Path) -> list[Prompt]:
     return prompts
 
 
+NUMBERED = re.compile(r"_(?:(?:seed|sample|image|img)[-_]?)?[0-9]+$")
+
+
 def find_cases(prompts: Iterable[Prompt], pictures: Path, *, format: str = "native") -> Benchmark:
-    """The pictures of each prompt: KEY.png, KEY_ANYTHING.png, KEY/out.png; or in OmniContext's folders, .../TASK/KEY.png.
+    """The pictures of each prompt: KEY.png; or KEY_0.png, KEY_1.png, ... (KEY_seed0.png, too); or KEY/out.png.
+
+    In OmniContext's folders they are called .../TASK/KEY.png. Hidden files and folders are left alone. Pictures may also lie in one
+    folder below ``pictures``. A picture belongs to one key only.
 
     Raises:
-        ValueError: ``pictures`` is no folder, or holds a picture for no prompt.
+        ValueError: ``pictures`` is no folder, holds a picture for no prompt, or two that could both be meant.
     """
     if not pictures.is_dir():
         raise UserError(f"--pictures must be a folder, but {pictures} is none")
-    by_key: dict[str, list[Path]] = {}
-    for path in sorted(p for p in pictures.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")):
-        relative = path.relative_to(pictures).with_suffix("").as_posix()
-        for key in {relative, path.stem, relative.removesuffix("/out")}:
-            by_key.setdefault(key, []).append(path)
-    numbered: dict[str, list[Path]] = {}
-    for path in (p for p in pictures.iterdir() if p.suffix.lower() in SUFFIXES):
-        for cut in re.finditer("_", path.stem):
-            numbered.setdefault(path.stem[: cut.start()], []).append(path)
     known = list(prompts)
-    keys = {p.key for p in known}
-    cases, missing = [], []
-    for prompt in known:
-        found = by_key.get(prompt.key, [])
-        if len(found) > 1 and prompt.category:
-            found = [p for p in found if prompt.category in p.parts] or found
-        found = found[:1] or sorted(p for p in numbered.get(prompt.key, ()) if p.stem not in keys)
-        if not found:
-            missing.append(prompt.key)
-        cases += [
-            Case(
-                key=f"{prompt.key}/{p.name}" if len(found) > 1 else prompt.key,
-                picture=p,
-                group=prompt.key,
-                prompt=prompt,
+    names = {p: p.relative_to(pictures) for p in sorted(pictures.rglob("*")) if p.suffix.lower() in SUFFIXES}
+    names = {p: n for p, n in names.items() if not any(part.startswith(".") for part in n.parts)}
+    found = _match(known, names)
+    if not any(found.values()):
+        below = {n.parts[0] for n in names.values() if len(n.parts) > 1}
+        answers = {top for top in below if any(_match(known, _inside(names, top)).values())}
+        if len(answers) > 1:
+            first, second = sorted(answers)[:2]
+            raise UserError(
+                f"--pictures {pictures} must hold the pictures of one run, but {first} and {second} both hold some"
             )
-            for p in found
-        ]
-    if not cases:
+        if answers:
+            found = _match(known, _inside(names, answers.pop()))
+    if not any(found.values()):
         raise UserError(
             f"--pictures {pictures} must hold pictures named after the manifest's keys ({known[0].key}.png, ...), but holds none"
         )
-    return Benchmark(format, cases, missing)
+    cases = [
+        Case(
+            key=f"{prompt.key}/{p.name}" if len(chosen) > 1 else prompt.key, picture=p, group=prompt.key, prompt=prompt
+        )
+        for prompt in known
+        for chosen in [found[prompt.key]]
+        for p in chosen
+    ]
+    return Benchmark(format, cases, [p.key for p in known if not found[p.key]])
+
+
+def _inside(names: Mapping[Path, Path], top: str) -> dict[Path, Path]:
+    return {p: n.relative_to(top) for p, n in names.items() if n.parts[0] == top and len(n.parts) > 1}
+
+
+def _match(prompts: Sequence[Prompt], names: Mapping[Path, Path]) -> dict[str, list[Path]]:
+    """Pictures by key; the most exact name counts."""
+    keys = {p.key for p in prompts}
+    exact: dict[str, list[Path]] = {}
+    numbered: dict[str, list[Path]] = {}
+    deep: dict[tuple[str, str], list[Path]] = {}
+    for path, name in names.items():
+        stem = name.with_suffix("").as_posix()
+        exact.setdefault(stem.removesuffix("/out"), []).append(path)
+        if stem not in keys and NUMBERED.search(stem):
+            numbered.setdefault(NUMBERED.sub("", stem), []).append(path)
+        for folder in name.parts[:-1]:
+            deep.setdefault((folder, name.stem), []).append(path)
+    found = {}
+    for prompt in prompts:
+        chosen = exact.get(prompt.key) or (deep.get((prompt.category, prompt.key)) if prompt.category else None) or []
+        if len(chosen) > 1:
+            raise UserError(
+                f"key {prompt.key!r} must have one picture of that name, but {chosen[0]} and {chosen[1]} both are"
+            )
+        several = numbered.get(prompt.key, [])
+        found[prompt.key] = chosen or sorted(several, key=lambda p: (len(p.stem), p.stem))
+    return found

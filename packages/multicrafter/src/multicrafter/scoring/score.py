@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
@@ -19,7 +20,7 @@ from multicrafter import UserError
 from multicrafter.files import content_digest, write_whole
 from multicrafter.scoring import metrics
 from multicrafter.scoring.judges import Judges
-from multicrafter.scoring.manifest import Benchmark, Case, Reference
+from multicrafter.scoring.manifest import Benchmark, Case, Prompt, Reference
 from multicrafter.scoring.statistics import Estimate, bootstrap_interval
 
 if TYPE_CHECKING:
@@ -210,6 +211,18 @@ def score(benchmark: Benchmark, judges: Judges, *, name: str, batch: int = 8, pr
     return scores
 
 
+def asked(prompt: Prompt) -> str:
+    """Digest of what a prompt asks for: its words, its references' kinds, places and bytes, and how many people there should be."""
+    references = []
+    for r in prompt.references:
+        try:
+            content = r.image.read_bytes() if isinstance(r.image, Path) else r.image
+        except OSError:
+            content = b""
+        references.append([r.kind, r.box, hashlib.sha256(content).hexdigest()])
+    return content_digest([prompt.prompt, prompt.people, references])
+
+
 def _score_batch(
     opened: Sequence[tuple[Case, Image.Image]], judges: Judges, references: _References
 ) -> list[dict[str, Any]]:
@@ -243,7 +256,8 @@ def _score_batch(
             values["vlm_overall"] = metrics.omnicontext(values["vlm_pf"], values["vlm_sc"])
         rows.append(
             {
-                "key": case.key, "group": case.group, "category": case.prompt.category, "picture": str(case.picture),
+                "key": case.key, "asked": asked(case.prompt),
+                "group": case.group, "category": case.prompt.category, "picture": str(case.picture),
                 "references": [str(r.image) if isinstance(r.image, Path) else None for r in case.prompt.references],
                 "faces": None if faces is None else len(faces[i].boxes),
                 "metrics": {n: round(v, 6) for n, v in values.items() if np.isfinite(v)},

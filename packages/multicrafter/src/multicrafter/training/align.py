@@ -18,6 +18,7 @@ from torch import Tensor
 from multicrafter import UserError
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.backbones import backbone_of
+from multicrafter.models.checks import check_finite
 from multicrafter.models.flux.model import Text
 from multicrafter.training.checkpoint import Section
 from multicrafter.training.distributed import (
@@ -101,6 +102,7 @@ class AlignConfig:
     )
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("num_steps", "prompts", "window_interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")

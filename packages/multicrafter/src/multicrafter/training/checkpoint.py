@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from multicrafter.training import distributed
 
 logger = logging.getLogger(__name__)
 FORMAT = 2
+STEP = re.compile(r"step_[0-9]+")
 RANK = "rank."  # keys under it are each rank's own
 
 
@@ -281,6 +283,21 @@ def _discard(path: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Folders of checkpoints, oldest first: by their number, which outgrows six digits at step 1,000,000."""
+    found = [p for p in folder.glob("step_*") if STEP.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The number in a checkpoint's name.
+
+    >>> step_of(Path("checkpoints/step_1000000"))
+    1000000
+    """
+    return int(path.name.removeprefix("step_"))
+
+
 def _score(path: Path) -> float:
     try:
         return float(json.loads((path / "state.json").read_text())["score"])
@@ -292,7 +309,7 @@ def rotate(folder: Path, keep: int) -> None:
     """Removes all but the newest ``keep`` checkpoints and the best one, and what a killed process left half-done."""
     for left in [*folder.glob(".step_*.tmp"), *folder.glob(".step_*.trash")]:
         shutil.rmtree(left, ignore_errors=True)
-    found = sorted(folder.glob("step_*"))
+    found = checkpoints_in(folder)
     spare = found[:-keep] if keep else found
     best = max(found, key=_score, default=None)
     for path in spare:
@@ -304,7 +321,7 @@ def find_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest undamaged checkpoint of a folder, or None; a damaged one is skipped, and said so. The same on every rank."""
     chosen: Path | None = None
     if distributed.is_main():
-        for path in sorted(folder.glob("step_*"), reverse=True):
+        for path in reversed(checkpoints_in(folder)):
             try:
                 chosen = Checkpoint.open(path).path
                 break

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -17,20 +16,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from multicrafter import UserError, __version__
+from multicrafter.models.checks import check_finite
 from multicrafter.training import distributed
 from multicrafter.training.checkpoint import (
     Checkpoint,
     CheckpointError,
+    checkpoints_in,
     find_checkpoint,
     restore_rng,
     rng_tensors,
     save_checkpoint,
     write_atomic,
 )
+from multicrafter.training.run_folder import alone, give_up_branch, start_over
 from multicrafter.training.trackers import NoTracker, Tracker
 
 logger = logging.getLogger(__name__)
@@ -88,6 +92,7 @@ class LoopConfig:
     picture_every: int = 0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("save_every", "keep", "max_skipped", "max_failed_saves"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -128,8 +133,10 @@ def run(
         stage: What to train; on every rank.
         num_steps: Steps in all, those before resuming included.
         out: Folder of the run, the same for all ranks.
-        resume: False starts over (checkpoints of an earlier run move to ``checkpoints.previous``); True or "auto" goes on from
-            the newest good checkpoint, or starts if there is none; a path goes on from that checkpoint.
+        resume: False starts over (what an earlier run left moves to ``checkpoints.previous``, ``checkpoints.previous-2``, ...); True or
+            "auto" goes on from the newest good checkpoint, or starts if there is none; a path goes on from that checkpoint, and those
+            of the branch that is given up move to ``checkpoints.abandoned``, ... A checkpoint that has ``num_steps`` already is only
+            restored: nothing on the disk changes.
         save_every: Short for ``loop.save_every``.
         description: Of the progress bar.
         config: Written to ``out/config.json``.
@@ -137,6 +144,7 @@ def run(
         tracker: Where metrics and pictures go besides.
 
     Raises:
+        ValueError: Another run is writing into ``out``.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
         Diverged: ``max_skipped`` steps in a row were skipped.
         CheckpointError: The last checkpoint, or ``max_failed_saves`` in a row, could not be written; or none to resume from is readable.
@@ -146,9 +154,24 @@ def run(
     watched = tracker is not None and not isinstance(tracker, NoTracker) and hasattr(stage, "look")
     tracker = tracker if tracker is not None and distributed.is_main() else NoTracker()
     checkpoints, log = out / "checkpoints", _Log(out / "metrics.jsonl")
-    _prepare(out, checkpoints, config, fresh=resume is False)
-    start = _resume(stage, checkpoints, resume)
-    history = log.restart(start)
+    with alone(out):
+        found = _find(checkpoints, resume)
+        start = _restore(stage, found)
+        if found is not None and start >= num_steps:
+            return log.read(start)
+        _prepare(out, checkpoints, config, found=found)
+        history = log.restart(start)
+        return _train(
+            stage, start=start, num_steps=num_steps, every=every, checkpoints=checkpoints, log=log, history=history,
+            description=description, settings=settings, tracker=tracker, watched=watched,
+        )  # fmt: skip
+
+
+def _train(
+    stage: Stage, *, start: int, num_steps: int, every: int, checkpoints: Path, log: _Log, history: list[dict[str, float]],
+    description: str, settings: LoopConfig, tracker: Tracker, watched: bool,
+) -> list[dict[str, float]]:  # fmt: skip
+    """The steps from ``start`` on; see `run`."""
     saved, failed, skipped = start, 0, 0
     with (
         _signals() as stop,
@@ -171,11 +194,17 @@ def run(
             stopping, last = distributed.any_rank(bool(stop)), index + 1 == num_steps
             if (index + 1) % every == 0 or last or stopping:
                 log.sync()
+                tensors = stage.tensors()
+                if distributed.any_rank(bool(broken := _broken(tensors))):
+                    raise Diverged(
+                        f"adapter must be finite, but {broken or 'a tensor of another rank'} holds NaN or infinity at step {index + 1}; "
+                        f"the newest checkpoint is of step {saved}: lower the learning rate, or look at the data"
+                    )
                 try:
                     save_checkpoint(
                         checkpoints,
                         index + 1,
-                        {**stage.tensors(), **rng_tensors()},
+                        {**tensors, **rng_tensors()},
                         keep=settings.keep,
                         notes=_notes(stage),
                         score=settings.score(history[-(index + 1 - saved) :]),
@@ -193,7 +222,8 @@ def run(
                 )
             if stopping and not last:
                 raise Interrupted(
-                    f"stopped at step {index + 1} of {num_steps}; saved in {checkpoints}; go on with --resume"
+                    f"stopped at step {index + 1} of {num_steps}; saved in {checkpoints}; go on with --resume, or take the adapter as it is "
+                    f"with --resume --steps {index + 1}"
                 )
     return history
 
@@ -207,6 +237,15 @@ def _say(text: str, level: int = logging.WARNING) -> None:
         logger.log(level, text)
 
 
+def _broken(tensors: Mapping[str, Tensor]) -> str:
+    """The first trained tensor that is not finite, by name; this rank's part of it."""
+    for key, tensor in tensors.items():
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if key.startswith(("adapters.", "ema.")) and not bool(torch.isfinite(part).all()):
+            return key
+    return ""
+
+
 def _shown(metrics: dict[str, float]) -> dict[str, str]:
     return {k: f"{v:.4g}" for k, v in metrics.items() if k in ("loss", "reward", "attention_loss")}
 
@@ -215,31 +254,34 @@ def _notes(stage: Stage) -> dict[str, Any]:
     return dict(stage.notes()) if hasattr(stage, "notes") else {}
 
 
-def _prepare(out: Path, checkpoints: Path, config: dict[str, Any] | None, *, fresh: bool) -> None:
-    """The folder, its config, and earlier checkpoints out of the way of a new run: a forgotten --resume must not cost them."""
+def _prepare(out: Path, checkpoints: Path, config: dict[str, Any] | None, *, found: Checkpoint | None) -> None:
+    """The folder, its config, and what an earlier run left out of the way: a forgotten --resume must not cost it."""
     if _main():
-        out.mkdir(parents=True, exist_ok=True)
+        if found is None:
+            start_over(out, checkpoints)
+        else:
+            give_up_branch(out, checkpoints, found)
         if config is not None:
             write_atomic(out / "config.json", json.dumps(config, indent=2, default=str) + "\n")
-        if fresh and checkpoints.exists():
-            previous = checkpoints.with_name("checkpoints.previous")
-            shutil.rmtree(previous, ignore_errors=True)
-            checkpoints.rename(previous)
     distributed.broadcast_object(None)
 
 
-def _resume(stage: Stage, checkpoints: Path, resume: Resume) -> int:
-    """Restores the stage; returns the step to go on from."""
+def _find(checkpoints: Path, resume: Resume) -> Checkpoint | None:
+    """The checkpoint to go on from."""
     if resume is False or resume == "never":
-        return 0
-    if resume is True or resume == "auto":
-        found = find_checkpoint(checkpoints)
-        if found is None and any(checkpoints.glob("step_*")):
-            raise CheckpointError(
-                f"{checkpoints} must hold a readable checkpoint to resume from, but all of them are damaged"
-            )
-    else:
-        found = Checkpoint.open(Path(resume))
+        return None
+    if resume is not True and resume != "auto":
+        return Checkpoint.open(Path(resume))
+    found = find_checkpoint(checkpoints)
+    if found is None and checkpoints_in(checkpoints):
+        raise CheckpointError(
+            f"{checkpoints} must hold a readable checkpoint to resume from, but all of them are damaged"
+        )
+    return found
+
+
+def _restore(stage: Stage, found: Checkpoint | None) -> int:
+    """Restores the stage; returns the step to go on from."""
     if found is None:
         return 0
     if (code := found.manifest["code"]["multicrafter"]) != __version__:
@@ -261,7 +303,14 @@ class _Log:
         self.file: Any = None
 
     def restart(self, steps: int) -> list[dict[str, float]]:
-        """The metrics of the first ``steps`` steps; later ones, which will be made anew, and a torn last line are dropped."""
+        """`read`, written back: later steps, which will be made anew, and a torn last line are dropped."""
+        history = self.read(steps)
+        if _main():
+            write_atomic(self.path, "".join(json.dumps(m) + "\n" for m in history))
+        return history
+
+    def read(self, steps: int) -> list[dict[str, float]]:
+        """The metrics of the first ``steps`` steps, the same on every rank."""
         history: list[dict[str, float]] = []
         if steps and self.path.exists():
             for line in self.path.read_text().splitlines():
@@ -271,10 +320,8 @@ class _Log:
                     continue
                 if metrics["step"] <= steps:
                     history.append(metrics)
-        history = distributed.broadcast_object(history)
-        if _main():
-            write_atomic(self.path, "".join(json.dumps(m) + "\n" for m in history))
-        return history
+        read: list[dict[str, float]] = distributed.broadcast_object(history)
+        return read
 
     def __enter__(self) -> _Log:
         self.file = self.path.open("a") if _main() else None

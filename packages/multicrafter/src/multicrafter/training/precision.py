@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from multicrafter import UserError
+from multicrafter.models.checks import check_finite
 from multicrafter.training.distributed import Parallel, transformer_blocks
 from multicrafter.training.optimization import AdamWConfig
 
@@ -50,6 +51,7 @@ class ExecutionConfig:
     cache: str | None = None
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name, allowed in (
             ("dtype", ("float32", "bfloat16")),
             ("quantization", ("none", "int8", "nf4")),

@@ -27,6 +27,7 @@ from torch import Tensor
 from multicrafter import UserError
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import backbone_of
+from multicrafter.models.checks import check_finite
 from multicrafter.models.flux.model import Text
 from multicrafter.training.attention import layout_of, noised_velocity, watch_attention
 from multicrafter.training.distributed import active, all_sum, my_slice, world_size
@@ -73,6 +74,7 @@ class IDARConfig:
     until: float = 1.0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if not 0 < self.until <= 1:
             raise UserError(f"until must be in (0, 1], got {self.until}")
         if self.coef < 0:
@@ -114,6 +116,7 @@ class SeparationConfig:
     routing: bool = False
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("share", "strength"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -138,6 +141,7 @@ class SamplingConfig:
     guidance: float | None = None
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.num_sampling_steps < 1:
             raise UserError(f"num_sampling_steps must be at least 1, got {self.num_sampling_steps}")
         if self.guidance is not None and not 1 <= self.guidance < math.inf:
@@ -185,6 +189,7 @@ class PretrainConfig:
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(save_every=200, picture_every=50))
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("num_steps", "batch", "num_scenes"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")

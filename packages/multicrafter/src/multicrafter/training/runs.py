@@ -13,6 +13,7 @@ from multicrafter import UserError
 from multicrafter.models.adapters import Adapters
 from multicrafter.training import loop
 from multicrafter.training.align import Align, AlignConfig
+from multicrafter.training.checkpoint import Checkpoint, checkpoints_in, find_checkpoint
 from multicrafter.training.distributed import is_main
 from multicrafter.training.loop import LoopConfig
 from multicrafter.training.photo_scenes import encode_by_number
@@ -36,15 +37,20 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     return {**known, "execution": execution}
 
 
-def _check_resume(out: Path, run: PretrainConfig | AlignConfig) -> None:
-    """Going on under another configuration would be neither run."""
+def _check_resume(out: Path, run: PretrainConfig | AlignConfig, resume: loop.Resume) -> None:
+    """Going on under another configuration would be neither run; to stop where a checkpoint is, is no going on."""
     path = out / "config.json"
-    if not path.exists() or not any((out / "checkpoints").glob("step_*")):
+    if not path.exists() or not checkpoints_in(out / "checkpoints"):
         return
     # what an earlier version did not write down was what the defaults are
     before = _comparable({**asdict(type(run)()), **json.loads(path.read_text())})
     now = _comparable(asdict(run))
     changed = [k for k in now if before.get(k) != now[k]]
+    if changed == ["num_steps"]:
+        auto = resume is True or resume == "auto"
+        found = find_checkpoint(out / "checkpoints") if auto else Checkpoint.open(Path(str(resume)))
+        if found is not None and found.step == run.num_steps:
+            return
     if changed:
         raise UserError(f"--resume needs the configuration of {path}, but {', '.join(changed)} changed")
 
@@ -75,7 +81,7 @@ def run_pretrain(
     ``scenes`` spares drawing or reading them anew; ``settings`` stand in for ``config.loop``.
     """
     if resume:
-        _check_resume(out, config)
+        _check_resume(out, config, resume)
     scenes = scenes or training_scenes(pipe, config)
     stage = Pretrain(pipe, config, scenes)
     loop.run(
@@ -89,7 +95,10 @@ def run_pretrain(
         tracker=tracker,
     )
     references = max(b.references.shape[1] for b in stage.buckets.buckets)
-    stage.trainee.save(out, stage=1, num_references=references, steps=config.num_steps, sampling=sampling_notes(config))
+    stage.trainee.save(
+        out, stage=1, num_references=references, steps=config.num_steps, sampling=sampling_notes(config),
+        **sides_of(stage.buckets.buckets[0], stage.backbone.token_side(pipe)),
+    )  # fmt: skip
     return stage.adapters
 
 
@@ -110,12 +119,13 @@ def run_align(
 ) -> list[dict[str, float]]:
     """Stage 2 into ``out``, as `run_pretrain`; returns the metrics of every iteration.
 
-    Without ``scenes`` prompts and references are drawn from the tiny world's ``family``; without ``reward`` it is the tiny world's, of people.
+    Without ``scenes`` prompts and references are drawn from the tiny world's ``family``, at the sizes that the adapter was trained at;
+    without ``reward`` it is the tiny world's, of people.
     ``sampling`` is what the stage-1 adapter says of how its pictures are drawn; the new one says the same.
     """
     if resume:
-        _check_resume(out, config)
-    world = WorldConfig(family=family, numbers=(num_references,), shared_attributes=4)
+        _check_resume(out, config, resume)
+    world = WorldConfig(family=family, numbers=(num_references,), shared_attributes=4, **trained_sizes(adapters.notes))
     scenes = scenes or encode_scenes(pipe, world, 512, seed=config.seed + 10_000, cache=config.execution.cache)
     stage = Align(pipe, adapters, config, scenes, reward or tiny_reward(config.reward))
     history = loop.run(
@@ -129,9 +139,24 @@ def run_align(
         tracker=tracker,
     )
     stage.trainee.save(
-        out, stage=2, num_references=num_references, steps=config.num_steps, sampling=dict(sampling or {})
-    )
+        out, stage=2, num_references=num_references, steps=config.num_steps, sampling=dict(sampling or {}),
+        **sides_of(scenes, stage.backbone.token_side(pipe)),
+    )  # fmt: skip
     return history
+
+
+def sides_of(scenes: EncodedScenes, token_side: int) -> dict[str, int]:
+    """Sides of pictures and references in pixels, from what was trained on."""
+    return {"size": scenes.grid[0] * token_side, "reference_size": scenes.reference_grid[0] * token_side}
+
+
+def trained_sizes(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Sides of pictures and references that an adapter was trained at, as its notes say.
+
+    >>> trained_sizes({"size": 96, "stage": 1})
+    {'size': 96}
+    """
+    return {name: int(notes[name]) for name in ("size", "reference_size") if notes.get(name)}
 
 
 def with_execution(config: Any, **changes: Any) -> Any:

@@ -13,7 +13,7 @@ from moe_lora import MoELoRA, router_z_loss
 from torch import Tensor
 
 from multicrafter import UserError
-from multicrafter.models.adapters import Adapters
+from multicrafter.models.adapters import Adapters, check_tensors
 from multicrafter.models.flux.model import Text
 from multicrafter.training import distributed
 from multicrafter.training.checkpoint import Section
@@ -85,6 +85,7 @@ class Trainee:
         configure_transformer(adapters.transformer, execution)
         for parameter in adapters.parameters():
             parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)  # somebody may have frozen the whole transformer meanwhile
         self.model = distributed.distribute(adapters.transformer, execution.parallel, sync_in_backward=sync_in_backward)
         self.optimizer = make_optimizer(adapters.parameters(), execution, lr=lr, adamw=adamw)
         self.generator = torch.Generator().manual_seed(seed)
@@ -181,6 +182,7 @@ class Trainee:
             if not state:
                 continue
             tensors = {n: distributed.whole(t.detach()).cpu() for n, t in state.items()}
+            check_tensors(f"{folder} after training", tensors)  # on every rank, so that none waits for the other
             if distributed.is_main():
                 self.adapters.save(out / folder, state=tensors, **notes)
         distributed.broadcast_object(None)

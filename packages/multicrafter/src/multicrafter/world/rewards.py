@@ -13,6 +13,7 @@ from id_reward.alignment import CONVENTIONS, Convention, cosine_similarity
 from jaxtyping import Float
 
 from multicrafter import UserError
+from multicrafter.models.checks import check_finite
 from multicrafter.world import judges
 from multicrafter.world.judges.aesthetics import aesthetics_scorer
 from multicrafter.world.judges.clip import ClipScorer
@@ -40,6 +41,7 @@ class RewardConfig:
     convention: Convention | Literal["mean"] = "multicrafter"
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("text", "aesthetics", "multi_id", "missing_penalty", "extra_penalty"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")

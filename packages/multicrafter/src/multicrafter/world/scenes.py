@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from multicrafter import UserError
+from multicrafter.models.checks import check_finite
 from multicrafter.world.attributes import FAMILIES, PEOPLE, Family, Split
 from multicrafter.world.render import POSE_SIZE, box, circle, draw
 
@@ -60,6 +61,7 @@ class WorldConfig:
     weights: tuple[float, ...] = field(default=())
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.family not in FAMILIES:
             raise UserError(f"family must be one of {tuple(FAMILIES)}, got {self.family!r}")
         if self.split not in ("train", "validation", "test"):

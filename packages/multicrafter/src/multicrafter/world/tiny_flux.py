@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from multicrafter import UserError
+from multicrafter.models.checks import check_finite
 from multicrafter.world import ARRANGEMENTS, FAMILIES, SETTINGS, TIMES, caption
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class TinyFluxConfig:
     guidance_embeds: bool = False
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.head_dim % 16:
             raise UserError(f"head_dim must be a multiple of 16, got {self.head_dim}")
         for name in ("num_heads", "num_double", "num_single", "latent_channels", "text_width"):

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from multicrafter import UserError
+from multicrafter.models.checks import check_finite
 from multicrafter.models.flux.model import add_noise, encode_images, encode_prompts, predict_velocity
 from multicrafter.models.flux.packing import pack_latents
 from multicrafter.world import FAMILIES, WorldConfig, make_scenes
@@ -74,6 +75,7 @@ class BaseConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.family not in FAMILIES:
             raise UserError(f"family must be one of {tuple(FAMILIES)}, got {self.family!r}")
         if self.minutes <= 0 or self.batch < 1 or self.lr <= 0 or self.pool < self.batch:

@@ -12,6 +12,7 @@ from idar import SubjectLayout
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from multicrafter import UserError
 from multicrafter.models.flux.model import Text, decode_latents, encode_images, sigma_schedule
 from multicrafter.models.flux.packing import Grid, pack_latents, unpack_latents
 
@@ -64,6 +65,25 @@ class Backbone(ABC):
     def text_encoders(self, pipe: Any) -> list[nn.Module]:
         """Modules of the pipeline that only prompts need."""
         return [m for n in self.parts if n.startswith("text_encoder") and (m := getattr(pipe, n, None)) is not None]
+
+    def count_tokens(self, pipe: Any, prompt: str) -> tuple[int, int]:
+        """Tokens of a prompt for the encoder that reads it word by word, and how many of them it reads at most."""
+        tokenizer = getattr(pipe, "tokenizer_2", None) or pipe.tokenizer
+        return len(tokenizer(prompt).input_ids), min(int(tokenizer.model_max_length), 512)
+
+    def check_prompts(self, pipe: Any, prompts: Sequence[str]) -> None:
+        """Refuses prompts whose end no encoder would read: two that begin alike would give the same picture.
+
+        Raises:
+            ValueError: Names the prompt, its tokens and the limit.
+        """
+        for prompt in dict.fromkeys(prompts):
+            count, limit = self.count_tokens(pipe, prompt)
+            if count > limit:
+                shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
+                raise UserError(
+                    f"prompt must have at most {limit} tokens for this text encoder, got {count} in {shown!r}"
+                )
 
     # Pictures
 
@@ -182,7 +202,7 @@ def check_references(references: Sequence[Tensor], grids: Sequence[Grid]) -> Non
     """Raises ValueError unless every reference has as many tokens as its grid."""
     sizes = [r.shape[1] for r in references]
     if sizes != [rows * columns for rows, columns in grids]:
-        raise ValueError(f"reference_grids must match the references' token counts {sizes}, got {list(grids)}")
+        raise UserError(f"reference_grids must match the references' token counts {sizes}, got {list(grids)}")
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from multicrafter import UserError
 from multicrafter.models.backbones.base import Backbone, ReferenceCache, check_references, count_parameters, on_meta
 from multicrafter.models.flux.model import Text
 from multicrafter.models.flux.packing import Grid, grid_ids, pack_latents, unpack_latents
@@ -65,6 +66,13 @@ class Flux2Klein(Backbone):
             text_encoder_out_layers=tuple(layers * k // 4 for k in (1, 2, 3)),
         )
         return Text(embeds, None)
+
+    def count_tokens(self, pipe: Any, prompt: str) -> tuple[int, int]:
+        """See `Backbone.count_tokens`; the chat template around a prompt counts."""
+        text = pipe.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        return len(pipe.tokenizer(text).input_ids), min(int(pipe.tokenizer.model_max_length), 512)
 
     def empty_text(self, transformer: nn.Module, batch: int, length: int) -> Text:
         """Zeros."""
@@ -132,7 +140,7 @@ class Flux2Klein(Backbone):
         """
         check_references(references, reference_grids)
         if cache is not None:
-            raise ValueError(f"cache must be None: the reference keys of {self.name} depend on sigma")
+            raise UserError(f"cache must be None: the reference keys of {self.name} depend on sigma")
         return transformer(  # type: ignore[no-any-return]
             hidden_states=torch.cat([tokens, *references], dim=1),
             img_ids=self.position_ids(image_grid, reference_grids).to(tokens.device),
