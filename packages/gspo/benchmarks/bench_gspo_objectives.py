@@ -1,0 +1,149 @@
+"""What `ObjectiveTrainer` and `RewardGradientTrainer` add to the forward and backward passes of the model alone (the named baseline).
+
+    python packages/gspo/benchmarks/bench_gspo_objectives.py --out benchmarks/results/gspo_objectives_overhead.json
+
+Processor time, not the clock's, so that a busy machine does not matter much; both take turns within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from gspo import (
+    AdvantageWeightedMatching,
+    DecaySchedule,
+    DiffusionNFT,
+    FlowDPPO,
+    FlowSDE,
+    ObjectiveConfig,
+    ObjectiveTrainer,
+    RewardGradientConfig,
+    RewardGradientTrainer,
+    draft_samples,
+    finished_samples,
+    rollout,
+)  # fmt: skip
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gspo_circumstances import circumstances
+
+ROWS, TOKENS, CHANNELS, WIDTH = 32, 64, 16, 128
+
+
+class Model(nn.Module):
+    """Four layers of attention over 64 tokens of 16 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.outside = nn.Linear(CHANNELS + 1, WIDTH), nn.Linear(WIDTH, CHANNELS)
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
+        self.body = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+
+    def forward(self, latents: Tensor, sigma: Tensor, index: Tensor) -> Tensor:
+        level = sigma[:, None, None].expand(-1, TOKENS, 1).to(latents)
+        return self.outside(self.body(self.inside(torch.cat([latents, level], 2))))
+
+
+def compare(bare: Callable[[], object], update: Callable[[], object], rounds: int) -> dict[str, object]:
+    """Median and quartiles of the ratio of processor times."""
+    pairs = []
+    for number in range(rounds + 1):
+        seconds = []
+        for work in (bare, update):
+            start = time.process_time()
+            work()
+            seconds.append(time.process_time() - start)
+        if number:  # the first round warms up
+            pairs.append((seconds[0], seconds[1]))
+    ratios = sorted(b / a for a, b in pairs)
+    return {
+        "bare_ms": 1e3 * statistics.median(a for a, _ in pairs),
+        "ratio": statistics.median(ratios),
+        "quartiles": [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]],
+        "rounds": rounds,
+    }
+
+
+def cases() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+    """Passes alone, and the same passes as an update."""
+    torch.manual_seed(0)
+    model = Model()
+    trained = list(model.parameters())
+    weight, sigma = torch.randn(ROWS, TOKENS, CHANNELS), torch.rand(ROWS)
+    index, advantages = torch.zeros(ROWS, dtype=torch.long), torch.randn(ROWS)
+    done = finished_samples(weight, index)
+    drawn = rollout(model, weight, torch.linspace(1, 0, 5), kernel=FlowSDE(), window=(0, 1))
+
+    def passes(with_gradient: int, without: int = 0) -> Callable[[], object]:
+        def work() -> None:
+            with torch.no_grad():
+                for _ in range(without):
+                    model(weight, sigma, index)
+            for _ in range(with_gradient):
+                (model(weight, sigma, index) * weight).sum().backward()
+            for parameter in trained:
+                parameter.grad = None
+
+        return work
+
+    def still() -> torch.optim.Optimizer:
+        return torch.optim.SGD(trained, lr=0.0)
+
+    def update(objective: object, samples: object, *, moved: bool = False) -> Callable[[], object]:
+        trainer = ObjectiveTrainer(trained, still(), objective, ObjectiveConfig(walk_window=8))  # type: ignore[arg-type]
+
+        def work() -> None:
+            if moved:  # an old policy that is not the policy
+                trainer.iteration = 1
+                if trainer.average is not None:
+                    trainer.average.values[0].add_(1e-3)
+            trainer.update(model, samples, advantages)  # type: ignore[arg-type]
+
+        return work
+
+    follows = DiffusionNFT(schedule=DecaySchedule(rate=1.0, cap=1.0))
+    gradients = RewardGradientTrainer(trained, still(), RewardGradientConfig(last_steps=1))
+    sigmas = torch.linspace(1, 0, 3)
+
+    def ascend() -> None:
+        x = draft_samples(model, weight, sigmas, index, last_steps=1)
+        (-x.square().mean((1, 2))).mean().backward()
+        for parameter in trained:
+            parameter.grad = None
+
+    reward = lambda x, i: -x.square().mean((1, 2))  # noqa: E731
+    return {
+        "AWM, two noise levels": (passes(2), update(AdvantageWeightedMatching(), done)),
+        "DiffusionNFT on policy, two noise levels": (passes(2), update(DiffusionNFT(), done)),
+        "DiffusionNFT with an old policy, two noise levels": (passes(2, 2), update(follows, done, moved=True)),
+        "divergence mask, window of two": (passes(2), update(FlowDPPO(kernel=FlowSDE()), drawn)),
+        "DRaFT-1, two steps": (ascend, lambda: gradients.step(model, weight, sigmas, reward, index=index)),
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for what, (bare, update) in cases().items():
+        rows.append({"what": what, **compare(bare, update, options.rounds)})
+        print(rows[-1], flush=True)
+    parameters = sum(p.numel() for p in Model().parameters())
+    out = {"circumstances": circumstances(), "parameters": parameters, "rows": rows}
+    options.out.write_text(json.dumps(out, indent=1))
+
+
+if __name__ == "__main__":
+    main()
