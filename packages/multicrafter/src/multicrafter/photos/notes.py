@@ -42,7 +42,8 @@ class PhotoNote:
     @property
     def refuses(self) -> bool:
         """Whether somebody on the photo says no, or is marked as a minor."""
-        return any(n.consent == "no" or n.minor == "yes" for n in (self, *self.people))
+        said = [(self.consent, self.minor), *((p.consent, p.minor) for p in self.people)]
+        return any(consent == "no" or minor == "yes" for consent, minor in said)
 
 
 def read_notes(root: Path, *, licence: str = "unknown", consent: str = "unknown") -> dict[str, PhotoNote]:
