@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from multicrafter.photos import FilterConfig, build, counting
-from multicrafter.photos.counting import resolve, strangers
+from multicrafter.photos.config import resolve
+from multicrafter.photos.counting import strangers
 from multicrafter.photos.people import face_backend
 
 A, B, C = (0, 0, 10, 10), (20, 0, 30, 10), (40, 0, 50, 10)

@@ -57,7 +57,7 @@ def _align(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _sizes(run: Any, notes: dict[str, Any], arguments: argparse.Namespace) -> dict[str, int]:
+def _sizes(run: Any, notes: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """The sizes that the adapter was trained at; others only where --set says so."""
     from multicrafter.training.runs import trained_sizes
 

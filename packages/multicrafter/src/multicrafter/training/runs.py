@@ -44,8 +44,8 @@ def _check_resume(out: Path, config: dict[str, Any], resume: loop.Resume) -> Non
     before, now = _comparable(json.loads(path.read_text())), _comparable(config)
     changed = [k for k in now if before.get(k) != now[k]]
     if changed == ["num_steps"]:
-        auto = resume is True or resume == "auto"
-        found = find_checkpoint(out / "checkpoints") if auto else Checkpoint.open(Path(resume))
+        auto = isinstance(resume, bool) or resume == "auto"
+        found = find_checkpoint(out / "checkpoints") if auto else Checkpoint.open(Path(str(resume)))
         if found is not None and found.step == config["num_steps"]:
             return
     if changed:
@@ -119,7 +119,8 @@ def run_align(
     """
     if resume:
         _check_resume(out, asdict(config), resume)
-    world = WorldConfig(family=family, numbers=(num_references,), shared_attributes=4, **trained_sizes(adapters.notes))
+    sizes: dict[str, Any] = {**trained_sizes(adapters.notes)}
+    world = WorldConfig(family=family, numbers=(num_references,), shared_attributes=4, **sizes)
     scenes = scenes or encode_scenes(pipe, world, 512, seed=config.seed + 10_000, cache=config.execution.cache)
     stage = Align(pipe, adapters, config, scenes, reward or tiny_reward(config.reward))
     history = loop.run(
