@@ -51,7 +51,7 @@ class OneOfTwo:
         found = []
         for faces in self.inner.detect_and_embed(pictures):
             order = np.argsort(faces.boxes[:, 0])[:1]
-            found.append(Faces(faces.boxes[order], faces.embeddings[order], faces.scores[order]))
+            found.append(Faces(faces.boxes[order], faces.scores[order], faces.embeddings[order]))
         return found
 
 
