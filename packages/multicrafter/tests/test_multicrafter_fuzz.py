@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from multicrafter.config import settings as configuration
 from multicrafter.config.recipes import Stage1, Stage2, resolve
@@ -31,7 +31,9 @@ from PIL import Image
 pytestmark = pytest.mark.slow
 COUNT = int(os.environ.get("FUZZ", "50"))
 SECONDS, BYTES = 10, 2 * 10**9
+PHASES = [Phase.explicit, Phase.generate, *([Phase.shrink] if os.environ.get("FUZZ_SHRINK", "1") == "1" else [])]
 fuzz = settings(
+    phases=PHASES,
     max_examples=COUNT,
     deadline=None,
     database=None,
@@ -204,7 +206,7 @@ class Blind:
     def detect_and_embed(self, images):
         from id_reward import Faces
 
-        return [Faces(np.array([[0.0, 0, 2, 2]]), np.eye(4)[:1], np.ones(1)) for _ in images]
+        return [Faces(np.array([[0.0, 0, 2, 2]]), np.ones(1), np.eye(4)[:1]) for _ in images]
 
 
 @fuzz

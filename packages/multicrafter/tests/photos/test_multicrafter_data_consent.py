@@ -83,6 +83,12 @@ def test_a_misspelt_field_stops_the_build(tmp_path, row, words):
         read_notes(tmp_path)
 
 
+def test_two_answers_in_one_line_are_none(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.jpg", "consent": "no", "consent": "yes"}')
+    with pytest.raises(ValueError, match="there twice"):
+        read_notes(tmp_path)
+
+
 def test_fields_and_answers_in_any_case(tmp_path):
     write(tmp_path, "metadata.jsonl", {"File_Name": "a.jpg", " Consent ": "ＮＯ", "camera": "X"})
     assert read_notes(tmp_path)["a.jpg"].consent == "no"

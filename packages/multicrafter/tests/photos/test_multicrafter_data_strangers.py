@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from multicrafter.photos import FilterConfig, build, counting
-from multicrafter.photos.counting import resolve, strangers
+from multicrafter.photos.config import resolve
+from multicrafter.photos.counting import strangers
 from multicrafter.photos.people import face_backend
 
 A, B, C = (0, 0, 10, 10), (20, 0, 30, 10), (40, 0, 50, 10)
@@ -50,7 +51,7 @@ class OneOfTwo:
         found = []
         for faces in self.inner.detect_and_embed(pictures):
             order = np.argsort(faces.boxes[:, 0])[:1]
-            found.append(Faces(faces.boxes[order], faces.embeddings[order], faces.scores[order]))
+            found.append(Faces(faces.boxes[order], faces.scores[order], faces.embeddings[order]))
         return found
 
 

@@ -99,8 +99,8 @@ def generate(arguments: argparse.Namespace) -> int:
     if masks is not None and kept_apart.mode != "masks":
         raise UserError(f"--mask is for --separation masks, got --separation {kept_apart.mode}")
     steps = arguments.steps or pipeline.num_steps
-    for path, weight in loras:
-        pipeline.load_lora(path, weight=weight)
+    for source, weight in loras:
+        pipeline.load_lora(source, weight=weight)
     if len(references) > pipeline.max_references:
         what = "the adapter was" if adapter else "a base without adapter is"
         logger.warning(

@@ -141,6 +141,9 @@ class IdentityFinder:
     min_similarity: float = -1.0
     needs_maps: bool = False
 
+    def __post_init__(self) -> None:
+        check_finite(self)
+
     def __call__(
         self,
         pictures: Float[Tensor, "b 3 H W"],

@@ -196,8 +196,6 @@ class BuildConfig:
     @property
     def means(self) -> str:
         """``count``, resolved."""
-        from multicrafter.photos.counting import resolve
-
         return resolve(self.count, self.faces)
 
     def as_dict(self) -> dict[str, Any]:
@@ -212,3 +210,14 @@ BACKENDS: Mapping[str, Mapping[str, bool]] = {  # kind -> whether it needs a pat
     "captions": {"template": False, "vlm": True},
     "aesthetics": {"closed_form": False, "hps": True, "none": False},
 }
+
+
+def resolve(name: str, faces: str) -> str:
+    """The second means where nobody chose one: another detector than the first.
+
+    >>> resolve("auto", "dlib"), resolve("auto", "dlib_cnn"), resolve("auto", "tiny"), resolve("none", "dlib")
+    ('dlib_cnn', 'dlib', 'none', 'none')
+    """
+    if name != "auto":
+        return name
+    return {"tiny": "none", "dlib_cnn": "dlib"}.get(faces, "dlib_cnn")

@@ -44,8 +44,8 @@ class PhotoNote:
     @property
     def refuses(self) -> bool:
         """Whether somebody on the photo says no, or is marked as a minor."""
-        everybody: tuple[PhotoNote | PersonNote, ...] = (self, *self.people)
-        return any(n.consent == "no" or n.minor == "yes" for n in everybody)
+        said = [(self.consent, self.minor), *((p.consent, p.minor) for p in self.people)]
+        return any(consent == "no" or minor == "yes" for consent, minor in said)
 
 
 def read_notes(root: Path, *, licence: str = "unknown", consent: str = "unknown") -> dict[str, PhotoNote]:
@@ -160,7 +160,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    row = json.loads(line)
+                    row = json.loads(line, object_pairs_hook=_once)
                     if not isinstance(row, dict):
                         raise UserError(f"{path}, line {number}: must be a JSON object, got {type(row).__name__}")
                     yield number, row
@@ -170,6 +170,13 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise UserError(f"{path} must be UTF-8, got {error}") from None
     except csv.Error as error:
         raise UserError(f"{path} must be CSV, got {error}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names are all different: of two answers JSON would keep the last, and the first may be a no."""
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise json.JSONDecodeError("a name that is there twice", "", 0)
+    return dict(pairs)
 
 
 def _known(row: Mapping[str, Any], fields: tuple[str, ...], where: str) -> dict[str, Any]:
@@ -199,7 +206,7 @@ def _answer(row: Mapping[str, Any], name: str, where: str, default: str = "unkno
 def _note(row: Mapping[str, Any], where: str, licence: str, consent: str) -> PhotoNote:
     people = row.get("people") or []
     try:
-        people = json.loads(people) if isinstance(people, str) else people
+        people = json.loads(people, object_pairs_hook=_once) if isinstance(people, str) else people
         people = [_known(person, OF_PEOPLE, where) if isinstance(person, Mapping) else person for person in people]
         boxes = [tuple(float(x) for x in person["box"]) for person in people]
         good = all(len(b) == 4 and all(map(math.isfinite, b)) and b[2] > b[0] and b[3] > b[1] for b in boxes)

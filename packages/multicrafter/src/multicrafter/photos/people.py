@@ -22,7 +22,7 @@ Box = tuple[float, float, float, float]
 
 @lru_cache(maxsize=4)
 def face_backend(name: str) -> FaceBackend:
-    """``tiny`` (the people of the drawn world), ``dlib_cnn`` (`counting.CnnFaces`) or a name of `id_reward.get_face_backend`.
+    """``tiny`` (the people of the drawn world), ``dlib_cnn`` (`cnn_faces.CnnFaces`) or a name of `id_reward.get_face_backend`.
 
     Raises:
         ValueError: No backend has this name.
@@ -34,7 +34,7 @@ def face_backend(name: str) -> FaceBackend:
 
         return PeopleBackend.from_pretrained(judges.shipped())
     if name == "dlib_cnn":
-        from multicrafter.photos.counting import CnnFaces
+        from multicrafter.photos.cnn_faces import CnnFaces
 
         return CnnFaces()
     from id_reward import get_face_backend

@@ -94,7 +94,6 @@ def leaderboard(runs: Sequence[Scores], *, sort_by: str | None = None, metrics: 
     names = [r.name for r in runs]
     if not runs or len(set(names)) < len(names):
         raise UserError(f"runs must be at least one, with different names, got {names}")
-    notes: list[str] = []
     for run in runs[1:]:
         if run.about["judges"] != runs[0].about["judges"]:
             raise UserError(f"{differences_in_kind(runs[0], run)[0]}; a leaderboard needs the same judges")
@@ -143,7 +142,7 @@ def leaderboard(runs: Sequence[Scores], *, sort_by: str | None = None, metrics: 
     def rank(row: dict[str, Any]) -> tuple[bool, float]:
         return (first not in row["summary"], sign * row["summary"][first].mean if first in row["summary"] else 0.0)
 
-    return Board(sorted(rows.values(), key=rank), columns, list(dict.fromkeys(notes)))
+    return Board(sorted(rows.values(), key=rank), columns, [])
 
 
 def as_markdown(board: Board) -> str:

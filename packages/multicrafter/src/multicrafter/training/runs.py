@@ -47,7 +47,7 @@ def _check_resume(out: Path, run: PretrainConfig | AlignConfig, resume: loop.Res
     now = _comparable(asdict(run))
     changed = [k for k in now if before.get(k) != now[k]]
     if changed == ["num_steps"]:
-        auto = resume is True or resume == "auto"
+        auto = isinstance(resume, bool) or resume == "auto"
         found = find_checkpoint(out / "checkpoints") if auto else Checkpoint.open(Path(str(resume)))
         if found is not None and found.step == run.num_steps:
             return
@@ -125,7 +125,8 @@ def run_align(
     """
     if resume:
         _check_resume(out, config, resume)
-    world = WorldConfig(family=family, numbers=(num_references,), shared_attributes=4, **trained_sizes(adapters.notes))
+    sizes: dict[str, Any] = {**trained_sizes(adapters.notes)}
+    world = WorldConfig(family=family, numbers=(num_references,), shared_attributes=4, **sizes)
     scenes = scenes or encode_scenes(pipe, world, 512, seed=config.seed + 10_000, cache=config.execution.cache)
     stage = Align(pipe, adapters, config, scenes, reward or tiny_reward(config.reward))
     history = loop.run(
