@@ -14,6 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,

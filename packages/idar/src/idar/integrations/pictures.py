@@ -191,7 +191,8 @@ def _spread(channels: Tensor) -> float:
 
 
 def _levels(values: Tensor) -> list[float]:
-    return torch.unique(values)[:8].tolist()
+    found: list[float] = torch.unique(values)[:8].tolist()
+    return found
 
 
 def _unit(values: Tensor, name: str) -> Float[Tensor, "H W"]:
