@@ -93,7 +93,7 @@ def measure(size: dict[str, int], rounds: int, seed: int = 0) -> dict[str, Any]:
     model, evaluate, layout = evaluation(size)
     contexts, order = cases(size, model, layout), random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in contexts}
-    for name, context in contexts.items():  # once, unmeasured
+    for context in contexts.values():  # once, unmeasured
         with context():
             evaluate()
     for _ in range(rounds):
