@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+
+pytest.importorskip("diffusers")
 
 SCRIPT = """
 import sys

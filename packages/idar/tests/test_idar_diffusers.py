@@ -4,6 +4,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+
+pytest.importorskip("diffusers")
+
 from diffusers import FluxTransformer2DModel
 from idar import SubjectLayout, idar_loss
 from idar.capture import stack_blocks

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("diffusers")
+
 from diffusers import Flux2Transformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
 from idar import SubjectLayout, reference
 from idar.integrations.diffusers import attention_blocks, capture_subject_attention, flux_layout, qwen_layout

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+pytest.importorskip("diffusers")
+
 from diffusers import FluxTransformer2DModel
 from idar import SubjectLayout, idar_loss, leakage, peak_in_mask
 from idar.integrations.diffusers import capture_subject_attention

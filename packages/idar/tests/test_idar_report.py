@@ -14,6 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
@@ -136,6 +141,27 @@ def test_without_masks_there_is_the_overlap(folder: Path, tmp_path: Path) -> Non
     found = json.loads((tmp_path / "report.json").read_text())
     assert set(found["directions"]["image_to_reference"]["overall"]) == {"overlap"}
     assert found["grid"] == [6, 8]
+
+
+def test_watch_prints_leakage_and_writes_one_figure(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Masks of 0 and 1 in a palette, and of transparency, give the leakage of masks of 0 and 255."""
+    inside = Image.open(folder / "mask_a.png")
+    inside.point(lambda v: v // 255).save(tmp_path / "a.png")
+    cut = picture(24, 24, (9, 60, 200))
+    cut.putalpha(Image.open(folder / "mask_b.png"))
+    cut.save(tmp_path / "b.png")
+    found = []
+    for place in (folder / "mask_{}.png", tmp_path / "{}.png"):
+        masks = [option for name in "ab" for option in ("--mask", str(place).format(name))]
+        command = ["watch", *arguments(folder, tmp_path / f"{len(found)}.png")[1:], *masks]
+        assert main(command) == 0
+        found.append(capsys.readouterr().out.splitlines()[:2])
+        assert (tmp_path / f"{len(found) - 1}.png").is_file()
+        assert main(command) == 2  # it is there
+        assert "--out must be a new file" in capsys.readouterr().err
+    assert found[0] == found[1] and "subject A: leakage 0." in found[0][0]
 
 
 def test_recording_leaves_the_pipeline_as_it_was_and_is_the_references_doing() -> None:
@@ -342,6 +368,7 @@ def test_pictures_become_tensors() -> None:
 def broken(folder: Path, tmp_path: Path, what: str) -> list[str]:
     """Arguments with one thing wrong."""
     good = arguments(folder, tmp_path / "out")
+    Image.new("L", (48, 24), 255).save(tmp_path / "wide.png")
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
@@ -358,6 +385,8 @@ def broken(folder: Path, tmp_path: Path, what: str) -> list[str]:
         "size": lambda: [*good, "--size", "25"],
         "prompt": lambda: [*good, "--prompt", " "],
         "block": lambda: [*good, "--block", "nowhere.attn"],
+        "wide mask": lambda: [*good, "--mask", str(folder / "mask_a.png"), "--mask", str(tmp_path / "wide.png")],
+        "device": lambda: [*good, "--device", "abacus"],
         "file": lambda: [*good, "--out", str(folder / "a.png")],
         **{
             name: lambda name=name: ["report", str(tmp_path / name), *good[2:]]
@@ -378,6 +407,8 @@ def broken(folder: Path, tmp_path: Path, what: str) -> list[str]:
         ("prompt", "--prompt"),
         ("block", "blocks"),
         ("file", "--out"),
+        ("wide mask", "proportions"),
+        ("device", "--device"),
         ("other", "StableDiffusionPipeline"),
         ("torn", "model_index.json"),
         ("empty", "model_index.json"),

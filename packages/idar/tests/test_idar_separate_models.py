@@ -370,6 +370,10 @@ def test_autocast() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 9),
+    reason="torch.compile of watched blocks needs torch 2.9: older ones break the graph at the attention call",
+)
 def test_compiled_blocks() -> None:
     """No graph break, and the values of eager mode, for masks that come later too."""
     torch._dynamo.reset()

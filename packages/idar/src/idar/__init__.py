@@ -2,6 +2,7 @@
 
 from idar.attention import Direction, Span, stratified_subset, subject_attention
 from idar.capture import CapturedMaps, capture_attention, stack_blocks
+from idar.integrations.watching import Watched, watch
 from idar.layout import SubjectLayout
 from idar.loss import IDARLoss, LossKind, idar_loss, sigma_weight
 from idar.masks import Fit, Normalization, box_masks, map_boxes, normalize_maps, owner_masks, token_masks
@@ -26,6 +27,7 @@ __all__ = [
     "Separation",
     "Span",
     "SubjectLayout",
+    "Watched",
     "attention_owners",
     "attention_profile",
     "box_masks",
@@ -45,4 +47,5 @@ __all__ = [
     "stratified_subset",
     "subject_attention",
     "token_masks",
+    "watch",
 ]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from idar.attention import Direction, check_direction, draw_queries, streaming_maps
 from idar.intercept import Call, Visitor, additive, by_name, meet
-from idar.layout import SubjectLayout
+from idar.layout import SubjectLayout, Text, check_sequence
 
 
 class _Block:
@@ -48,6 +48,7 @@ class CapturedMaps:
     _total: Tensor = field(default_factory=lambda: torch.zeros(()), repr=False)
     _nowhere: Tensor = field(default_factory=lambda: torch.zeros(()), repr=False)
     _aside: Tensor | None = field(default=None, repr=False)
+    _text: Text | None = field(default=None, repr=False)
 
     def start(self, layout: SubjectLayout | None = None) -> None:
         """Forgets the pass before (called by the model's forward; call it yourself where you run blocks one by one)."""
@@ -154,7 +155,7 @@ def capture_attention(
     num_samples: int | None = None,
     generator: torch.Generator | None = None,
     chunk_size: int | None = None,
-    check: Callable[[SubjectLayout, dict[str, Any]], None] = lambda _, __: None,
+    check: Callable[[SubjectLayout, dict[str, Any]], Text | None] = lambda _, __: None,
 ) -> Iterator[CapturedMaps]:
     """Collects subject maps of ``modules`` during the forward passes of ``model``; any torch model will do.
 
@@ -171,7 +172,8 @@ def capture_attention(
         num_samples: See `idar.subject_attention`; one subset is drawn per pass.
         generator: Source of the subset.
         chunk_size: See `idar.subject_attention`.
-        check: Raises ValueError where a layout does not fit the arguments (by name) of the model's forward.
+        check: Raises ValueError where a layout does not fit the arguments (by name) of the model's forward, and says whether the text
+            comes first or last and how long it is, where it knows.
 
     Yields:
         `CapturedMaps`; ``captured.maps`` is the mean over the modules in the last forward pass.
@@ -189,14 +191,14 @@ def capture_attention(
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = by_name(model, args, kwargs)
         found = layout if isinstance(layout, SubjectLayout) else layout(given)
-        check(found, given)
+        captured._text = check(found, given)
         captured.start(found)
 
     def visitor_of(name: str) -> Visitor:
         block = blocks[name]  # a cell of its own: torch.compile must not see the name, or it compiles every block anew
         return Visitor(
             num_keys=lambda: captured.layout.stop,
-            length=lambda: captured.layout.length,
+            check=lambda keys: check_sequence((captured.layout,), keys, captured._text),
             watch=lambda call: captured._add(block, call),
         )
 

@@ -30,13 +30,13 @@ class Visitor:
 
     Attributes:
         num_keys: Calls with fewer keys are not watched (as a function: it may change between passes).
-        length: Keys that a watched call must hold, where that is known.
+        check: Raises ValueError where a call of so many keys is not one of the layout; not asked about calls with fewer.
         change: Returns the call that takes place in place of this one; it is asked about calls with fewer keys too.
         watch: Is shown the first call that takes place, after the module has run; its result counts as seen.
     """
 
     num_keys: Callable[[], int]
-    length: Callable[[], int | None] = lambda: None
+    check: Callable[[int], None] = lambda _: None
     change: Callable[[Call], Call] | None = None
     watch: Callable[[Call], None] | None = None
 
@@ -58,6 +58,7 @@ class _Meeting(TorchFunctionMode):
         super().__init__()
         self.visitors = visitors
         self.seen: list[Call | None] = [None for _ in visitors]
+        self.most = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -65,25 +66,20 @@ class _Meeting(TorchFunctionMode):
             return func(*args, **kwargs)
         call: Call = {**dict(zip(NAMES, args, strict=False)), **kwargs}
         keys, changed = call["key"].shape[2], False
+        self.most = max(self.most, keys)
         for visitor in self.visitors:
+            if keys >= visitor.num_keys():
+                visitor.check(keys)
             if visitor.change is not None:
-                _check_length(visitor, keys)
                 new = visitor.change(call)
                 changed, call = changed or new is not call, new
         for index, visitor in enumerate(self.visitors):
             if keys >= visitor.num_keys() and self.seen[index] is None:
-                _check_length(visitor, keys)
                 self.seen[index] = call
         if not changed:
             return func(*args, **kwargs)
         attend = call.get("attend", func)
         return attend(**{k: v for k, v in call.items() if k != "attend"})
-
-
-def _check_length(visitor: Visitor, keys: int) -> None:
-    length = visitor.length()
-    if length is not None and keys >= visitor.num_keys() and keys != length:
-        raise ValueError(f"layout must be that of the {keys} tokens of the attention, got one of {length}")
 
 
 def _met(entry: _Entry) -> Callable[..., Any]:
@@ -92,6 +88,11 @@ def _met(entry: _Entry) -> Callable[..., Any]:
         with meeting:
             output = entry.forward(*args, **kwargs)
         for visitor, call in zip(meeting.visitors, meeting.seen, strict=True):
+            if call is None and meeting.most:
+                raise ValueError(
+                    f"layout must be that of the attention of {entry.name}, on a sequence that holds the layout's "
+                    f"{visitor.num_keys()} tokens, got {meeting.most}"
+                )
             if call is None:
                 raise ValueError(
                     f"{entry.name} must call torch's scaled_dot_product_attention (diffusers' 'native' attention backend) on a "

@@ -8,6 +8,9 @@ from typing import Literal
 
 from idar.attention import Span, check_spans
 
+Text = tuple[Literal["first", "last"], int]
+"""Where the text is in the joint sequence of a pass, and how many tokens it has."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SubjectLayout:
@@ -61,3 +64,19 @@ class SubjectLayout:
             start += count
         length = num_text + num_image + sum(num_references)
         return cls(num_text=num_text, image_span=(begin, begin + num_image), subject_spans=tuple(spans), length=length)
+
+
+def check_sequence(layouts: Sequence[SubjectLayout], num_keys: int, text: Text | None) -> None:
+    """Raises ValueError unless layouts are those of a sequence of so many keys, with its text where it is known to be."""
+    for one in layouts:
+        begin, stop = 0, num_keys
+        if text is not None:
+            begin, stop = (text[1], num_keys) if text[0] == "first" else (0, num_keys - text[1])
+        low = min(start for start, _ in (one.image_span, *one.subject_spans))
+        misplaced = text is not None and (one.num_text != text[1] or low < begin or one.stop > stop)
+        if misplaced or one.length not in (None, num_keys):
+            place = "" if text is None else f", {text[1]} of text ({text[0]}) and the rest at {begin} to {stop}"
+            raise ValueError(
+                f"layout must be that of the {num_keys} tokens of the attention{place}, got one of {one.length or one.stop} tokens, "
+                f"{one.num_text} of text and the rest at {low} to {one.stop}"
+            )

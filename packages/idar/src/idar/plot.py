@@ -22,12 +22,21 @@ TITLES = {
 }
 
 
-def _figure(width: float, height: float) -> Any:
+def require_matplotlib() -> Any:
+    """Matplotlib's figure class.
+
+    Raises:
+        ImportError: matplotlib is missing; the message names the pip line.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "idar[plot]"') from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure
+
+
+def _figure(width: float, height: float) -> Any:
+    return require_matplotlib()(figsize=(width, height), layout="constrained")
 
 
 def _bare(axes: Any) -> None:

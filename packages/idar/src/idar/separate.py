@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from idar.intercept import ATTENTION, Call, Visitor, additive, by_name, meet
-from idar.layout import SubjectLayout
+from idar.layout import SubjectLayout, Text, check_sequence
 from idar.separation import (
     SUBJECT_ARROWS,
     Arrow,
@@ -58,6 +58,7 @@ class Separation:
     _active: bool = field(default=False, repr=False)
     _hard: bool = field(default=False, repr=False)
     _of: tuple[Any, ...] = field(default=(), repr=False)
+    _text: Text | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.backend not in ("auto", "mask", "flex"):
@@ -69,11 +70,6 @@ class Separation:
     def num_keys(self) -> int:
         """Keys that a call must hold at least."""
         return max(one.stop for one in self._layouts)
-
-    @property
-    def length(self) -> int | None:
-        """Keys that it must hold, where the layout says so."""
-        return max((one.length for one in self._layouts if one.length is not None), default=None)
 
     @property
     def _layouts(self) -> list[SubjectLayout]:
@@ -282,7 +278,7 @@ def separate_attention(
     heads: Sequence[int] | None = None,
     backend: Backend = "auto",
     sigma_of: Callable[[dict[str, Any]], Tensor | None] = lambda _: None,
-    check: Callable[[SubjectLayout | Sequence[SubjectLayout], dict[str, Any]], None] = lambda _, __: None,
+    check: Callable[[SubjectLayout | Sequence[SubjectLayout], dict[str, Any]], Text | None] = lambda _, __: None,
 ) -> Iterator[Separation]:
     """Weighs arrows between subjects in the attention of ``modules`` during the forward passes of ``model``.
 
@@ -300,7 +296,7 @@ def separate_attention(
         heads: Only these heads.
         backend: See `Separation`.
         sigma_of: Noise levels of the rows, from the arguments (by name) of the model's forward.
-        check: Raises ValueError where a layout does not fit those arguments.
+        check: See `idar.capture_attention`.
 
     Yields:
         The `Separation`; change its masks or strength between passes.
@@ -320,11 +316,15 @@ def separate_attention(
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = by_name(model, args, kwargs)
         found = layout(given) if callable(layout) else layout
-        check(found, given)
+        state._text = check(found, given)
         state.start(found, sigma_of(given))
 
     def visitor_of(_: str) -> Visitor:
-        return Visitor(num_keys=lambda: state.num_keys, length=lambda: state.length, change=state.change)
+        return Visitor(
+            num_keys=lambda: state.num_keys,
+            check=lambda keys: check_sequence(state._layouts, keys, state._text),
+            change=state.change,
+        )
 
     hook = model.register_forward_pre_hook(begin, with_kwargs=True)
     try:

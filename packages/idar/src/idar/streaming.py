@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SCHEMA = "Tensor? key_mask, Tensor? bias, float scale, int chunk"
+"""Said, because torch before 2.8 does not read it off ``list[Tensor]``."""
+
 
 def _split(heads: int, queries: int, keys: int, chunk: int) -> tuple[list[slice], int]:
     """Slices of heads, and how many queries to take at a time, so that about ``chunk`` scores are held (at least a query of two heads).
@@ -35,8 +38,9 @@ class _Scratch:
     def __init__(self, like: Tensor) -> None:
         self.device = like.device
         self.wide = torch.promote_types(like.dtype, torch.float32)
-        # CUDA multiplies bf16 and fp16 into fp32 exactly; a CPU is given fp32
-        self.narrow = like.dtype if like.is_cuda else self.wide
+        # CUDA multiplies bf16 and fp16 into fp32 exactly (from torch 2.8 on); else it is given fp32
+        exact = like.is_cuda and "dtype_out" in torch.ops.aten.bmm.overloads()
+        self.narrow = like.dtype if exact else self.wide
         self.buffers: dict[str, Tensor] = {}
 
     def get(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -102,7 +106,11 @@ def _bias(bias: Tensor | None, sample: int, heads: slice, rows: Tensor | slice, 
     return chosen[heads if chosen.shape[0] > 1 else slice(None)][:, rows, keys]
 
 
-@torch.library.custom_op("idar::reference_to_image", mutates_args=())
+@torch.library.custom_op(
+    "idar::reference_to_image",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor key, Tensor[] rows, int[] image, {SCHEMA}) -> Tensor",
+)
 def reference_to_image(
     query: Tensor,
     key: Tensor,
@@ -131,7 +139,11 @@ def reference_to_image(
     return maps
 
 
-@torch.library.custom_op("idar::reference_to_image_backward", mutates_args=())
+@torch.library.custom_op(
+    "idar::reference_to_image_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor query, Tensor key, Tensor[] rows, int[] image, {SCHEMA}) -> (Tensor, Tensor)",
+)
 def _reference_to_image_backward(
     grad: Tensor,
     query: Tensor,
@@ -166,7 +178,11 @@ def _reference_to_image_backward(
     return grad_query, grad_key
 
 
-@torch.library.custom_op("idar::image_to_reference", mutates_args=())
+@torch.library.custom_op(
+    "idar::image_to_reference",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor key, int[] image, int[] spans, {SCHEMA}) -> Tensor",
+)
 def image_to_reference(
     query: Tensor,
     key: Tensor,
@@ -197,7 +213,11 @@ def image_to_reference(
     return maps.div_(h)
 
 
-@torch.library.custom_op("idar::image_to_reference_backward", mutates_args=())
+@torch.library.custom_op(
+    "idar::image_to_reference_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor query, Tensor key, int[] image, int[] spans, {SCHEMA}) -> (Tensor, Tensor)",
+)
 def _image_to_reference_backward(
     grad: Tensor,
     query: Tensor,

@@ -62,7 +62,7 @@ def draw_bound(
 
     Args:
         pipe: One of `idar.integrations.recording.SUPPORTED` that takes several references.
-        references: One picture (PIL) per subject.
+        references: One picture per subject, see `idar.integrations.pictures.read_picture`.
         prompt: See `idar.integrations.recording.record`.
         find: Where each reference's subject is in the draft, such as a face detector with a match by identity; by default the
             attention maps of the draft say it (`idar.map_boxes`).
@@ -78,6 +78,10 @@ def draw_bound(
     Raises:
         ValueError: The pipeline is not supported, something does not fit it, or ``find`` gave something else than boxes.
     """
+    if not 0 <= margin < float("inf"):
+        raise ValueError(f"margin must be at least 0, got {margin}")
+    if background not in ("none", "all"):
+        raise ValueError(f"background must be 'none' or 'all', got {background!r}")
     maps: list[Tensor] = []
     with torch.no_grad(), ready(pipe, references, prompt, size=size, reference_size=reference_size) as prepared:
         drafted = prepared.given(num_steps=draft_steps, seed=seed, options=options)

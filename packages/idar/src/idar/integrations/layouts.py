@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from idar.intercept import inner
-from idar.layout import SubjectLayout
+from idar.layout import SubjectLayout, Text
 
 Layout = SubjectLayout | Callable[[dict[str, Any]], SubjectLayout]
 TEXT: dict[str, Literal["first", "last"]] = {
@@ -94,53 +94,29 @@ def sd3_layout(transformer: nn.Module, reference_rows: Sequence[int]) -> Callabl
     return layout
 
 
-def checker(transformer: nn.Module) -> Callable[[SubjectLayout | Sequence[SubjectLayout], dict[str, Any]], None]:
-    """Raises ValueError where a layout is not that of a pass of the transformer: place and number of text, picture and references.
+def checker(
+    transformer: nn.Module,
+) -> Callable[[SubjectLayout | Sequence[SubjectLayout], dict[str, Any]], Text | None]:
+    """Raises ValueError where a layout's pictures are not those of a pass, and says where the text of the pass is, for classes in `TEXT`.
 
-    Classes that are not in `TEXT` are not asked; there the attention call itself says how long the sequence is.
+    How long the sequence is says the attention call itself: other hooks may still add references to what the forward is given.
     """
     core = inner(transformer)
     place = next((TEXT[cls.__name__] for cls in type(core).__mro__ if cls.__name__ in TEXT), None)
     known: set[tuple[SubjectLayout, ...]] = set()
 
-    def check(layout: SubjectLayout | Sequence[SubjectLayout], kwargs: dict[str, Any]) -> None:
-        text, image = kwargs.get("encoder_hidden_states"), kwargs.get("hidden_states")
-        if place is None or not isinstance(text, Tensor) or not isinstance(image, Tensor):
-            return
+    def check(layout: SubjectLayout | Sequence[SubjectLayout], kwargs: dict[str, Any]) -> Text | None:
+        text = kwargs.get("encoder_hidden_states")
+        if place is None or not isinstance(text, Tensor):
+            return None
         layouts = (layout,) if isinstance(layout, SubjectLayout) else tuple(layout)
-        for one in layouts:
-            _check_lengths(core, one, place, text.shape[1], _stream(core, image), kwargs)
-        if torch.compiler.is_compiling() or layouts in known:
-            return
-        for one in layouts:
-            _check_edges(core, one, text.shape[1], kwargs)
-        known.add(layouts)
+        if not torch.compiler.is_compiling() and layouts not in known:
+            for one in layouts:
+                _check_edges(core, one, text.shape[1], kwargs)
+            known.add(layouts)
+        return place, text.shape[1]
 
     return check
-
-
-def _stream(core: nn.Module, image: Tensor) -> int:
-    """Tokens of picture and references that a pass is given."""
-    if image.dim() == 4:
-        patch = int(core.config.patch_size)  # type: ignore[union-attr, arg-type]
-        return (image.shape[2] // patch) * (image.shape[3] // patch)
-    return image.shape[1]
-
-
-def _check_lengths(
-    core: nn.Module, layout: SubjectLayout, place: str, num_text: int, stream: int, kwargs: dict[str, Any]
-) -> None:
-    if kwargs.get("kv_cache_mode") == "cached":  # the references' keys come out of the cache
-        stream += sum(stop - start for start, stop in layout.subject_spans)
-    begin = num_text if place == "first" else 0
-    low = min(start for start, _ in (layout.image_span, *layout.subject_spans))
-    fits = layout.num_text == num_text and low >= begin and layout.stop <= begin + stream
-    if not fits or layout.length not in (None, num_text + stream):
-        raise ValueError(
-            f"layout must fit what {type(core).__name__} is given, {num_text} tokens of text ({place}) and {stream} of picture and "
-            f"references at {begin} to {begin + stream}, got a sequence that holds the layout's {layout.length or layout.stop} tokens, "
-            f"{layout.num_text} of text and picture and references at {low} to {layout.stop}"
-        )
 
 
 def _check_edges(core: nn.Module, layout: SubjectLayout, num_text: int, kwargs: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from idar.integrations.diffusers import (
     flux_layout,
     qwen_layout,
 )
+from idar.integrations.pictures import read_picture, to_tensor
 from idar.layout import SubjectLayout
 
 # how references reach the model, and how many at most
@@ -75,7 +76,7 @@ def record(
 
     Args:
         pipe: One of `SUPPORTED`, adapters already loaded.
-        references: One picture (PIL) per subject.
+        references: One picture per subject, see `idar.integrations.pictures.read_picture`.
         prompt: What the picture shows; an empty one with ``options={"prompt_embeds": ...}``.
         directions: One or both directions; Flux2KleinKVPipeline has "image_to_reference" only.
         blocks: Names of attention modules; the double-stream blocks by default.
@@ -106,10 +107,14 @@ def record(
             }
             stack.enter_context(_after_each_pass(pipe.transformer, steps, captured))
             picture = pipe(**given).images[0].float().cpu()
+    if not bool(torch.isfinite(picture).all()):
+        raise ValueError(
+            "the picture must be finite, got NaN or infinity (a broken adapter, or too narrow a type of numbers?)"
+        )
     maps = {d: torch.stack([row[d] for row in steps.maps], 1) for d in directions}
     return Recording(
         picture=picture.clamp(0, 1),
-        references=tuple(to_tensor(r) for r in references),
+        references=tuple(to_tensor(read_picture(r)) for r in references),
         maps=maps,
         blocks=tuple(captured[directions[0]].blocks),
         sigmas=tuple(steps.sigmas),
@@ -127,6 +132,20 @@ def grid_of(picture: Float[Tensor, "3 H W"], side: int, tokens: int) -> tuple[in
     if grid[0] * grid[1] != tokens:
         raise ValueError(f"the picture must have a token per {side} x {side} pixels, got {tokens} tokens for {grid}")
     return grid
+
+
+def size_of(pipe: Any, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Height and width that a picture of the pipeline has: as asked, or what its autoencoder was made for.
+
+    Raises:
+        ValueError: It is no multiple of a token's side.
+    """
+    side = 2 * int(pipe.vae_scale_factor)
+    default = int(getattr(pipe.vae.config, "sample_size", None) or 1024)
+    height, width = size or (default, default)
+    if min(height, width) < side or height % side or width % side:
+        raise ValueError(f"size must be multiples of {side} pixels, got {height} x {width}")
+    return height, width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,15 +194,12 @@ def ready(
     if name not in SUPPORTED:
         raise ValueError(f"pipeline must be one of {', '.join(SUPPORTED)}, got {name}")
     way, most = SUPPORTED[name]
-    if not references:
+    if not len(references):
         raise ValueError("references must hold at least one picture, got none")
+    references = [read_picture(given, f"references[{i}]") for i, given in enumerate(references)]
     if most is not None and len(references) > most:
         raise ValueError(f"references must be at most {most} for {name}, got {len(references)}")
-    side = 2 * int(pipe.vae_scale_factor)  # pixels per token
-    default = int(getattr(pipe.vae.config, "sample_size", None) or 1024)
-    height, width = size or (default, default)
-    if min(height, width) < side or height % side or width % side:
-        raise ValueError(f"size must be multiples of {side} pixels, got {height} x {width}")
+    side, (height, width) = 2 * int(pipe.vae_scale_factor), size_of(pipe, size)  # side: pixels per token
     given: dict[str, Any] = {"prompt": prompt or None, "height": height, "width": width, "output_type": "pt"}
     layout: Layout = {"qwen": qwen_layout, "flux-kv": flux_kv_layout()}.get(way, flux_layout)
     with ExitStack() as stack:
@@ -280,10 +296,3 @@ def references_in_context(
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def to_tensor(picture: Any, mode: str = "RGB") -> Float[Tensor, "c h w"]:
-    """A PIL picture in [0, 1]."""
-    raw = picture.convert(mode)
-    flat = torch.frombuffer(bytearray(raw.tobytes()), dtype=torch.uint8)
-    return flat.view(raw.height, raw.width, -1).permute(2, 0, 1).float() / 255

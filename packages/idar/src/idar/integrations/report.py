@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from idar.attention import Direction
-from idar.integrations.recording import SUPPORTED, Recording, to_tensor
-from idar.masks import token_masks
+from idar.integrations.pictures import read_masks, read_picture
+from idar.integrations.recording import SUPPORTED, Recording
 from idar.metrics import AttentionProfile, attention_profile, leakage, map_iou, map_overlap, peak_in_mask
 from idar.plot import plot_blocks, plot_maps, plot_profile, short_names
 
@@ -73,24 +74,30 @@ def load_pipeline(
 
 
 def load_picture(path: str) -> Any:
-    """A PIL picture from a file.
+    """A PIL picture in RGB from a file, see `idar.integrations.pictures.read_picture`.
 
     Raises:
         ValueError: There is none, or it cannot be read.
     """
-    from diffusers.utils import load_image
-
-    if not Path(path).is_file():
-        raise ValueError(f"picture {path} must be a file, but there is none")
-    try:
-        return load_image(path)
-    except Exception as error:
-        raise ValueError(f"picture {path} must be a readable image, got {type(error).__name__}") from None
+    return read_picture(path, f"picture {path}")
 
 
 def pictures_as_masks(masks: Sequence[Any], grid: tuple[int, int]) -> Tensor:
-    """(s, n) coverage from one picture per subject: white is the subject."""
-    return torch.stack([token_masks(to_tensor(m, "L")[None], grid)[0, 0] for m in masks])
+    """(s, n) coverage from one mask per subject, see `idar.integrations.pictures.read_masks`."""
+    return read_masks(masks, grid)
+
+
+def masks_of(recording: Recording, masks: Sequence[Any]) -> Tensor:
+    """(s, n) coverage of a recording's tokens; warns where a mask is black, which leaves its subject without numbers.
+
+    Raises:
+        ValueError: A mask cannot be read, or has other proportions than the picture.
+    """
+    truth = read_masks(masks, recording.grid, (recording.picture.shape[1], recording.picture.shape[2]))
+    for i, row in enumerate(truth):
+        if not bool(row.any()):
+            warnings.warn(f"masks[{i}] is black: its subject counts as absent and gets no leakage", stacklevel=3)
+    return truth
 
 
 def write_report(
@@ -107,8 +114,8 @@ def write_report(
     Args:
         recording: From `idar.integrations.recording.record`.
         out: Folder; it is made where it is missing.
-        masks: One black and white picture (PIL) per subject: where it is in the generated picture. Without them, only the overlap
-            of the subjects' maps is known.
+        masks: Where each subject is in the generated picture, one per subject; files, pictures or arrays, see
+            `idar.integrations.pictures.read_mask`. Without them, only the overlap of the subjects' maps is known.
         names: One per subject.
         notes: What else the report should say (model, prompt, seed).
         max_steps: Steps shown, evenly chosen.
@@ -117,7 +124,7 @@ def write_report(
         What is in ``report.json``.
 
     Raises:
-        ValueError: Not one mask or name per subject.
+        ValueError: Not one mask or name per subject, or a mask that cannot be read in one way.
         ImportError: matplotlib is missing; the message names the pip line.
     """
     count, folder = len(recording.references), Path(out)
@@ -125,7 +132,7 @@ def write_report(
     for what, given in (("masks", masks), ("names", names)):
         if given is not None and len(given) != count:
             raise ValueError(f"{what} must be one per reference, got {len(given)} for {count}")
-    truth = None if masks is None else pictures_as_masks(masks, recording.grid)
+    truth = None if masks is None else masks_of(recording, masks)
     folder.mkdir(parents=True, exist_ok=True)
     steps = len(recording.sigmas)
     shown = sorted({round(i * (steps - 1) / max(1, min(steps, max_steps) - 1)) for i in range(min(steps, max_steps))})
