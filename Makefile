@@ -1,4 +1,4 @@
-# make demo | test | test-all | fuzz | check | bench | docs | clean
+# make demo | test | test-all | fuzz | check | wheels | lowest | bench | docs | clean
 # Needs python3 >= 3.11 and a package index. Everything is installed inside this folder: hatch into .hatch/, the
 # environment into .venv/ (some 7 GB); the system Python is never touched. `make clean` removes both.
 SHELL := /bin/bash
@@ -9,11 +9,13 @@ RUN := .venv/bin/python
 READY := .venv/.ready
 INPUTS := pyproject.toml constraints.txt $(wildcard packages/*/pyproject.toml)
 LEAVES := gspo idar moe_lora id_reward
+PACKAGES ?= $(LEAVES) multicrafter
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 HATCH := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	HATCH_CONFIG=.hatch/config.toml HATCH_DATA_DIR=.hatch/data HATCH_CACHE_DIR=.hatch/cache .hatch/bin/python -m hatch
 
-.PHONY: demo test test-all fuzz check bench bench-science bench-science-smoke docs clean environment help
+.PHONY: demo test test-all fuzz check wheels lowest bench bench-science bench-science-smoke docs clean environment help
+.PHONY: check-style check-types check-imports check-fragments check-doctests
 
 help:
 	@echo "make demo      train both stages on the shipped tiny model, evaluate, write a report into runs/demo"
@@ -21,6 +23,8 @@ help:
 	@echo "make test-all  the slow ones as well"
 	@echo "make fuzz      wrong input of every kind, FUZZ=1000 examples of each"
 	@echo "make check     ruff, mypy, import rules, changelog fragments, doctests, docs"
+	@echo "make wheels    wheels and source archives into dist/ (PACKAGES=gspo for one), and their tests"
+	@echo "make lowest    the tests of the leaves with the oldest versions they allow (PACKAGES=gspo for one)"
 	@echo "make bench     all micro-benchmarks in smoke size (BENCH_SIZE=full for real figures)"
 	@echo "make bench-science        what is missing of the studies (hours; python -m studies.all --minutes 100 for a piece)"
 	@echo "make bench-science-smoke  every study in miniature (minutes)"
@@ -39,15 +43,41 @@ test-all: environment
 fuzz: environment
 	FUZZ=$${FUZZ:-1000} $(ONE_THREAD) $(RUN) -m pytest packages/multicrafter/tests/test_multicrafter_fuzz.py
 
+# Side by side on $(WORKERS) cores; what each says stays together.
 check: environment
+	@$(MAKE) --no-print-directory --jobs $(WORKERS) $(if $(filter output-sync,$(.FEATURES)),--output-sync) \
+	  check-types check-doctests docs check-imports check-style check-fragments
+
+check-style: environment
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	for leaf in $(LEAVES); do $(RUN) -m mypy --strict packages/$$leaf/src || exit 1; done
-	$(RUN) -m mypy packages/multicrafter/src
+
+check-types: environment
+	$(RUN) -m mypy packages/*/src
+
+check-imports: environment
 	.venv/bin/lint-imports
+
+check-fragments: environment
 	$(RUN) tests/check_fragments.py
-	$(ONE_THREAD) $(RUN) -m pytest -n $(WORKERS) --doctest-modules packages/*/src
-	$(MAKE) docs
+
+check-doctests: environment
+	$(ONE_THREAD) $(RUN) -m pytest --doctest-modules packages/*/src
+
+wheels: environment
+	rm -rf dist
+	for package in $(PACKAGES); do (cd packages/$$package && ../../$(RUN) -m hatchling build -d ../../dist) || exit 1; done
+	$(RUN) -m pytest tests/test_repo_wheels.py
+
+# Direct dependencies and extras at their lower bounds, the tools for testing new. Not multicrafter: its tests need what the environment has.
+lowest: .hatch/.ready
+	for package in $(filter $(LEAVES),$(PACKAGES)); do \
+	  .hatch/bin/uv venv --quiet --clear --python .hatch/bin/python .lowest/$$package && \
+	  .hatch/bin/uv pip install --quiet --python .lowest/$$package --resolution lowest-direct --all-extras -r packages/$$package/pyproject.toml && \
+	  .hatch/bin/uv pip install --quiet --python .lowest/$$package beartype hypothesis pytest pytest-benchmark && \
+	  .hatch/bin/uv pip install --quiet --python .lowest/$$package --no-deps -e packages/$$package && \
+	  .lowest/$$package/bin/python -m pytest -m "not slow and not gpu" packages/$$package/tests || exit 1; \
+	done
 
 bench: environment
 	$(RUN) benchmarks/run.py
@@ -87,4 +117,4 @@ $(READY): $(INPUTS) | .hatch/.ready
 	@touch $@
 
 clean:
-	rm -rf .venv .hatch runs site .benchmarks .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .hatch .lowest dist runs site .benchmarks .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -46,6 +46,7 @@ def test_every_bit_of_a_number_and_what_is_absent(records):
     assert [(type(v), v) for v in found] == [(type(v), v) for v in numbers] and math.copysign(1, found[3]) == -1
     assert records.get("a").keys() == {"x", "none"}, "null is something else than absent"
     assert records.get("b") == {"y": "ä"} and records.get("c") is None
+    assert records.keys() == {"a", "b"}
 
 
 def test_the_same_rows_make_the_same_bytes(records, tmp_path):

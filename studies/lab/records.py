@@ -6,7 +6,7 @@
     python -m studies.lab.records --drop KEY ...           forgets these records
 
 A table is a Parquet file. Its column ``key`` names the record; every other column is one field of the records as JSON text, and null where a record has no such
-field. JSON gives back every number bit by bit. The same rows make the same bytes, in whatever order they came. Why a table: docs/adr/0091-records-in-tables.md.
+field. JSON gives back every number bit by bit. The same rows make the same bytes, in whatever order they came. Why a table: docs/adr/0092-records-in-tables.md.
 """
 
 from __future__ import annotations
@@ -114,6 +114,10 @@ class Records:
                 self._read[path] = (state, read_table(path))
             found[path.stem] = self._read[path][1]
         return found
+
+    def keys(self) -> set[str]:
+        """Names of all records."""
+        return {key for rows in self.tables().values() for key in rows}
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The record of this name, if there is one."""
