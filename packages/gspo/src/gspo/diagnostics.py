@@ -15,6 +15,7 @@ from gspo.loop import OnlineConfig, RewardFunction, Rewards, as_rewards, policy_
 from gspo.objective_loop import objective_step
 from gspo.objective_trainer import ObjectiveConfig, ObjectiveTrainer
 from gspo.points import Objective
+from gspo.reward import TotalsAndParts
 from gspo.rollout import VelocityFunction, rollout
 from gspo.signal_estimators import (
     ClipActivity,
@@ -259,7 +260,7 @@ def _total(values: Rewards, weights: Mapping[str, float], ids: Tensor) -> Tensor
     """One reward per sample, several weighted."""
     count, device = len(ids), ids.device
     if not isinstance(values, Mapping):
-        return as_rewards(values, count, device)
+        return as_rewards(values.totals if isinstance(values, TotalsAndParts) else values, count, device)
     parts = {name: as_rewards(part, count, device, name) for name, part in values.items()}
     used = dict(weights) or dict.fromkeys(parts, 1.0)
     return torch.stack([used[name] * part for name, part in parts.items()]).sum(0)

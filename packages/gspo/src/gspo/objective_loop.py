@@ -14,6 +14,7 @@ from gspo.draw import Solver, draw
 from gspo.gdpo import whiten
 from gspo.loop import RewardFunction, as_rewards
 from gspo.objective_trainer import ObjectiveStatistics, ObjectiveTrainer, Reference
+from gspo.reward import TotalsAndParts
 from gspo.rollout import Rollout, VelocityFunction
 
 
@@ -124,7 +125,7 @@ def objective_step(
     if isinstance(values, Mapping):
         found = {name: as_rewards(part, count, device, name) for name, part in values.items()}
     else:
-        found = as_rewards(values, count, device)
+        found = as_rewards(values.totals if isinstance(values, TotalsAndParts) else values, count, device)
     ids = drawn.index if group_ids is None else group_ids.to(device)[drawn.index]
     rewards, parts, advantages = reward_advantages(found, ids, reward_weights or {}, advantage_scale)
     if whiten_batch:
