@@ -386,6 +386,36 @@ def test_any_solver_draws_and_parts_do_not_matter() -> None:
         assert whole.trajectory == () and whole.log_prob_mean.shape == (6, 0)
 
 
+def test_inner_epochs_are_no_independent_batches() -> None:
+    """A reward that is noise: were the second epoch compared with the first, its gradient would look like a signal."""
+    weight = torch.nn.Parameter(torch.zeros(30))
+    policy = lambda x, s, i: gaussian_velocity(x, s, 0.0, 0.5) + 1e-3 * weight  # noqa: E731
+    config = ObjectiveConfig(num_inner_epochs=2)
+    trainer = ObjectiveTrainer([weight], torch.optim.SGD([weight], lr=1e-6), AdvantageWeightedMatching(), config)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        noise = torch.randn(16, 30, generator=g)
+        report = objective_step(
+            trainer, policy, noise, torch.linspace(1, 0, 4), lambda x, i: torch.randn(len(x), generator=g), group_size=8
+        )
+    assert abs(report.update.signal["gradient_cosine"]) < 0.3
+
+
+def test_half_precision_policies_get_their_own_dtype() -> None:
+    layer = torch.nn.Linear(3, 3, dtype=torch.bfloat16)
+    seen = []
+
+    def policy(x: torch.Tensor, sigma: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        seen.append((x.dtype, sigma.dtype))
+        return layer(x)
+
+    trainer = ObjectiveTrainer(list(layer.parameters()), torch.optim.SGD(layer.parameters(), lr=0.1), DiffusionNFT())
+    noise = torch.randn(8, 3, dtype=torch.bfloat16)
+    report = objective_step(trainer, policy, noise, torch.linspace(1, 0, 5), lambda x, i: x[:, 0].float(), group_size=4)
+    assert set(seen) == {(torch.bfloat16, torch.float32)}
+    assert report.update.grad_norm > 0 and not report.update.skipped
+
+
 def test_the_loss_that_is_logged_is_the_loss() -> None:
     case = Case()
     objective = DiffusionNFT(levels=LEVELS, weighting="none", beta=0.5)

@@ -117,13 +117,14 @@ class NoiseLevels:
 
 
 def forward_points(rollout: Rollout, levels: NoiseLevels, generator: torch.Generator | None) -> list[ForwardPoint]:
-    """The rollout's final samples at ``levels.count`` noise levels each, with fresh noise."""
+    """The rollout's final samples at ``levels.count`` noise levels each, with fresh noise; latents in the rollout's dtype, targets in fp32."""
     data = rollout.latents.float()
     where = data.device if generator is None else generator.device
     points = []
     for sigma in levels.draw(len(data), generator).to(data.device):
         noise = torch.randn(data.shape, generator=generator, device=where).to(data.device)
-        points.append(ForwardPoint(noised(data, noise, sigma), sigma, noise - data))
+        latents = noised(data, noise, sigma).to(rollout.latents.dtype)
+        points.append(ForwardPoint(latents, sigma, noise - data))
     return points
 
 

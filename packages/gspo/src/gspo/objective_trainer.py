@@ -205,8 +205,8 @@ class ObjectiveTrainer:
                     for position, start, rows in problem.parts():
                         point = problem.point(position, rows)
                         problem.old[position, start] = problem.velocity(point, position, rows).detach()
-            for _ in range(self.config.num_inner_epochs):
-                statistics = self._epoch(problem)
+            for epoch in range(self.config.num_inner_epochs):
+                statistics = self._epoch(problem, log=epoch == 0)
         if self.average is not None:
             self.average.follow(decay)
         self.iteration += 1
@@ -248,7 +248,8 @@ class ObjectiveTrainer:
         size = config.micro_batch_size or max(len(rows), 1)
         return _Problem(velocity_fn, points, rollout.index, used, rows, count, scale, reference, replay, size, {})
 
-    def _epoch(self, problem: _Problem) -> ObjectiveStatistics:
+    def _epoch(self, problem: _Problem, *, log: bool) -> ObjectiveStatistics:
+        """One step. Only the first of a rollout is logged: later ones are no independent batches."""
         config = self.config
         self.optimizer.zero_grad()
         totals: dict[str, Tensor] = {}
@@ -259,13 +260,14 @@ class ObjectiveTrainer:
         norm = float(self.clip_grad_norm(self.parameters, config.max_grad_norm))
         finite = math.isfinite(norm)
         signal = self.signal.summary()
-        if finite:
+        if finite and log:
             signal = self.signal.observe(
                 self.parameters,
                 num_samples=int(problem.count),
                 grad_norm=norm,
                 max_grad_norm=config.max_grad_norm,
             )
+        if finite:
             self.optimizer.step()
         loss = float(totals.pop("loss", 0.0))
         seen = max(len(problem.rows) * len(problem.points), 1)
