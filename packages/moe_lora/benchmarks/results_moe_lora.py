@@ -17,6 +17,9 @@ ROWS = [
     ("float32, keep", "grouped, 4 experts / lora", 1.15, False),
     ("float32, keep", "grouped, 4 experts / lora scaled as in peft", 1.15, False),
     ("float32, keep", "grouped, 32 experts / 4 experts", 1.35, False),
+    ("float32, keep, processor time, 1 thread", "grouped, 4 experts / lora", 1.15, False),
+    ("float32, keep, processor time, 1 thread", "grouped, 4 experts / lora scaled as in peft", 1.15, False),
+    ("float32, keep, processor time, 1 thread", "grouped, 32 experts / 4 experts", 1.35, False),
     ("float32, default", "grouped, 4 experts / lora", 1.15, False),
     ("float32, default", "grouped, 32 experts / 4 experts", 1.35, False),
     ("float32, keep, twins", "dense / grouped, 4 experts", 3.0, True),
@@ -59,12 +62,15 @@ def picture(figures: dict, path: Path) -> None:
 def main() -> None:
     figures = json.loads(SOURCE.read_text())
     picture(figures, ROOT / "docs" / "results" / "moe_lora_speed.png")
-    first = next(iter(v["circumstances"] for k, v in figures.items() if k != "memory"))
+    timed = [v["circumstances"] for k, v in figures.items() if k != "memory"]
+    first, shared = timed[0], figures["float32, keep, processor time, 1 thread"]["circumstances"]
     sizes = first["sizes"]
     machine = f"{first['threads']} threads on {first['device']}, torch {first['torch']}"
     text = (Path(__file__).with_name("moe_lora_results.md")).read_text()
     shape = f"{sizes['tokens']} tokens, width {sizes['width']}, rank {sizes['rank']}"
-    head, limits = text.replace("SIZES", shape).replace("MACHINE", machine).split("TABLES")
+    text = text.replace("SIZES", shape).replace("MACHINE", machine)
+    text = text.replace("SHARED", f"{shared['device']}, load {shared['load'][0]:.0f}")
+    head, limits = text.split("TABLES")
     lines = [
         head.strip(),
         "",

@@ -325,3 +325,41 @@ def test_a_file_of_another_rank_names_the_key_and_leaves_no_adapter(tmp_path: Pa
     (tmp_path / "adapter_model.safetensors").write_bytes(b"junk")
     with pytest.raises(ValueError, match="readable safetensors"):
         load_adapter(flux(), tmp_path, "wrong")
+
+
+@pytest.mark.parametrize("how", ["inject", "peft"])
+def test_t5_reads_a_weight_of_what_is_wrapped_and_its_attention_returns_a_tuple(how: str) -> None:
+    from moe_lora import MoELoRAConfig, inject
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
+    config = transformers.T5Config(**sizes, feed_forward_proj="gated-gelu", decoder_start_token_id=0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    inputs = {"input_ids": IDS[:, :5] % 32, "labels": IDS[:, :4] % 32}
+
+    def adapt(base: nn.Module, targets: str) -> nn.Module:
+        if how == "inject":
+            inject(base, MoELoRAConfig(rank=2, alpha=4.0), rf".*\.{targets}")
+            return base
+        options = {"r": 2, "lora_alpha": 4, "target_modules": rf".*\.{targets}"}
+        adapted: nn.Module = peft.get_peft_model(base, PeftMoELoRAConfig(**options)).eval()
+        return adapted
+
+    plain = model(**inputs).logits
+    for targets in ("wo", "DenseReluDense"):
+        net = adapt(copy.deepcopy(model), targets)
+        torch.testing.assert_close(net(**inputs).logits, plain)
+        with torch.no_grad():
+            for name, p in net.named_parameters():
+                if "lora" in name or "router" in name:
+                    p.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+        assert not torch.allclose(net(**inputs).logits, plain)
+    with pytest.raises(ValueError, match=r"SelfAttention' \(T5Attention\) must return one tensor, got a tuple"):
+        adapt(copy.deepcopy(model), "SelfAttention")(**inputs)
+    # what annotations tell is refused before anything is adapted
+    llm = llama()
+    with pytest.raises(
+        ValueError, match=r"self_attn' must return one tensor, got LlamaAttention, which returns a tuple"
+    ):
+        adapt(llm, "self_attn")
+    assert not any("lora" in name for name, _ in llm.named_parameters())
