@@ -65,6 +65,16 @@ def test_test_files_have_unique_names():
 
 
 @pytest.mark.parametrize("path", PYPROJECTS, ids=lambda p: p.parent.name)
+def test_what_is_required_is_imported(path):
+    """A requirement that nothing imports is a download for nothing."""
+    modules = {"pillow": "PIL", "pyyaml": "yaml"}
+    stated = {re.match(r"[\w-]+", line).group() for line in tomllib.loads(path.read_text())["project"]["dependencies"]}
+    found = {name for source in path.parent.glob("src/**/*.py") for name in imported(source)}
+    idle = {name for name in stated if modules.get(name, name.replace("-", "_")) not in found}
+    assert idle - {"tensorboard"} == set(), "torch.utils.tensorboard imports that one"
+
+
+@pytest.mark.parametrize("path", PYPROJECTS, ids=lambda p: p.parent.name)
 def test_package_has_its_parts(path):
     """Version in one place, changelog ready for towncrier, typed, tested."""
     folder = path.parent
