@@ -133,7 +133,7 @@ def bent(draw, value):
             node = node[key]
         kind = draw(st.sampled_from(["replace", "replace", "drop", "rename"]))
         if kind == "replace" or isinstance(node, list):
-            node[path[-1]] = draw(ODD)
+            node[path[-1]] = json.loads(json.dumps(draw(ODD)))  # a value of its own, which may be bent next
         elif kind == "drop":
             del node[path[-1]]
         else:
