@@ -163,8 +163,9 @@ class Separation:
         power = torch.as_tensor(self._power, dtype=torch.float32, device=query.device).reshape(-1, 1, 1, 1)
         if query.shape[0] % len(power):
             raise ValueError(f"strength must have one row per sample ({query.shape[0]}), got {len(power)}")
-        bias = (1 - power * (1 - allowed)).log().to(query.dtype)
-        return bias.repeat(query.shape[0] // len(bias), 1, 1, 1)
+        if len(power) > 1:
+            power = power.repeat(query.shape[0] // len(power), 1, 1, 1)
+        return (1 - power * (1 - allowed)).log().to(query.dtype)
 
     def _chosen(self, query: Tensor) -> Tensor | None:
         """Which heads are separated, (h,); None is all of them."""
@@ -244,7 +245,7 @@ def _flex_attend(
 
 def _fitted(
     bias: Tensor, query: Tensor, key: Tensor, layout: SubjectLayout | list[SubjectLayout] | None
-) -> Float[Tensor, "b 1 q k"]:
+) -> Float[Tensor, "b_or_1 1 q k"]:
     """The bias for the rows, queries and keys of a call, in its type."""
     rows, extra = query.shape[0], key.shape[2] - bias.shape[-1]
     if rows % len(bias):
@@ -262,7 +263,8 @@ def _fitted(
                 f"attention must hold a query for every key or for all but the references', got {query.shape[2]} and {key.shape[2]}"
             )
         bias = bias[:, :, kept.to(bias.device)]
-    return bias.repeat(rows // len(bias), 1, 1, 1).to(device=query.device, dtype=query.dtype)
+    bias = bias.to(device=query.device, dtype=query.dtype)
+    return bias if len(bias) in (1, rows) else bias.repeat(rows // len(bias), 1, 1, 1)  # one row serves all
 
 
 @contextmanager
