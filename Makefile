@@ -38,8 +38,7 @@ test-all: environment
 check: environment
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	for leaf in $(LEAVES); do $(RUN) -m mypy --strict packages/$$leaf/src || exit 1; done
-	$(RUN) -m mypy packages/multicrafter/src
+	for package in $(LEAVES) multicrafter; do $(RUN) -m mypy --strict packages/$$package/src || exit 1; done
 	.venv/bin/lint-imports
 	$(RUN) tests/check_fragments.py
 	$(ONE_THREAD) $(RUN) -m pytest -n $(WORKERS) --doctest-modules packages/*/src
