@@ -50,9 +50,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def score(arguments: argparse.Namespace) -> int:
     """Pictures of any model, scored against a manifest."""
     from multicrafter.files import write_whole
+    from multicrafter.pages import number
     from multicrafter.scoring.judges import JudgeConfig, Judges
     from multicrafter.scoring.manifest import find_cases, read_prompts
-    from multicrafter.scoring.pages import number, run_page
+    from multicrafter.scoring.pages import run_page
     from multicrafter.scoring.score import score as run
 
     if arguments.manifest is None or arguments.out is None:

@@ -160,7 +160,7 @@ def leaves(content: Any, path: str = "") -> dict[str, Any]:
 
 def as_yaml(content: Mapping[str, Any], marks: Mapping[str, str] | None = None) -> str:
     """YAML, each value with its mark as a comment."""
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     marks, lines = marks or {}, []
 
@@ -187,7 +187,7 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: It is missing or no mapping.
     """
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     try:
         content = yaml.safe_load(Path(path).read_text())

@@ -45,7 +45,10 @@ def split_by_faces(
         within = (x >= body[0]) & (x <= body[2]) & (y >= body[1]) & (y <= body[3])
         distance[i][within] = (dx**2 + (np.where(dy > 0, 0.25, 1.5) * dy) ** 2)[within]
     nearest = distance.argmin(0)
-    return (nearest[None] == np.arange(len(faces))[:, None, None]) & np.isfinite(distance) & foreground[None]
+    found: np.ndarray = (
+        (nearest[None] == np.arange(len(faces))[:, None, None]) & np.isfinite(distance) & foreground[None]
+    )
+    return found
 
 
 class BoxMasker:
@@ -79,7 +82,7 @@ class SelfieForeground:
     def __init__(self, path: str) -> None:
         """Loads a tflite file."""
         try:
-            from ai_edge_litert.interpreter import Interpreter  # type: ignore[import-untyped]
+            from ai_edge_litert.interpreter import Interpreter
         except ImportError as error:
             raise ImportError('masks "selfie" need LiteRT: pip install "multicrafter[selfie]"') from error
         if not Path(path).is_file():
@@ -154,7 +157,7 @@ class Sam2Masker:
             output = self.model(**inputs, multimask_output=True)
             masks = self.processor.post_process_masks(output.pred_masks, inputs["original_sizes"])[0]
         best = output.iou_scores[0].argmax(-1)
-        chosen = masks[torch.arange(len(best)), best].bool().numpy()
+        chosen: np.ndarray = masks[torch.arange(len(best)), best].bool().numpy()
         everywhere = [(0.0, 0.0, float(picture.width), float(picture.height))] * len(faces)
         claimed = np.stack([split_by_faces(m, faces, everywhere) for m in chosen]) if len(faces) > 1 else None
         if claimed is None:

@@ -146,7 +146,7 @@ class BodyDetector:
                 self.model(**inputs), threshold=self.threshold, target_sizes=sizes
             )
         return [
-            [tuple(b) for b, label in zip(f["boxes"].tolist(), f["labels"].tolist()) if label in self.labels]  # type: ignore[misc]
+            [tuple(b) for b, label in zip(f["boxes"].tolist(), f["labels"].tolist()) if label in self.labels]
             for f in found
         ]
 

@@ -64,7 +64,7 @@ REFERENCE = {
 
 def arrow_schema() -> Any:
     """The Arrow schema of a manifest."""
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
 
     text, whole, real = pa.string(), pa.int32(), pa.float32()
     box = pa.list_(real, 4)

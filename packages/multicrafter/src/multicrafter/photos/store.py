@@ -92,7 +92,7 @@ def read_manifest(path: Path) -> list[Record]:
     try:
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+        import pyarrow.parquet as pq
 
         rows: list[Record] = pq.read_table(path).to_pylist()
         return rows

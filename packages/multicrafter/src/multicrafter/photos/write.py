@@ -23,8 +23,8 @@ def _chunks(records: Sequence[Record], size: int) -> list[Sequence[Record]]:
 
 def write_parquet(folder: Path, split: str, records: Sequence[Record], config: WriteConfig) -> list[str]:
     """Parquet files of one split."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     names = []
     parts = _chunks(records, config.shard_size)

@@ -24,12 +24,12 @@ def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: A
 
 def _experts_flops(h: Any, a: Any, b: Any, weights: Any, index: Any, *_: Any) -> int:
     """Every assignment passes one A and one B: 2 n k r (d + o)."""
-    return 2 * index.shape[0] * index.shape[1] * a.shape[1] * (a.shape[2] + b.shape[1])
+    return int(2 * index.shape[0] * index.shape[1] * a.shape[1] * (a.shape[2] + b.shape[1]))
 
 
 def _experts_backward_flops(grad: Any, h: Any, a: Any, b: Any, weights: Any, *_: Any) -> int:
     """Twice the forward, and the product with B that gives the gates their gradient is among it."""
-    return 2 * 2 * weights.shape[0] * weights.shape[1] * a.shape[1] * (a.shape[2] + b.shape[1])
+    return int(2 * 2 * weights.shape[0] * weights.shape[1] * a.shape[1] * (a.shape[2] + b.shape[1]))
 
 
 def _extra_formulas() -> dict[str, Any]:

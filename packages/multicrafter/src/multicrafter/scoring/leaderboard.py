@@ -147,7 +147,7 @@ def leaderboard(runs: Sequence[Scores], *, sort_by: str | None = None, metrics: 
 
 def as_markdown(board: Board) -> str:
     """The board as a Markdown table; the best means in bold."""
-    from multicrafter.scoring.pages import number
+    from multicrafter.pages import number
 
     lines = [
         "| run | " + " | ".join(board.names) + " | pictures | missing |",

@@ -183,7 +183,7 @@ FORMATS: Mapping[str, _Format] = {
 def _rows(path: Path) -> list[Mapping[str, Any]]:
     try:
         if path.suffix == ".parquet":
-            import pyarrow.parquet as pq  # type: ignore[import-untyped]
+            import pyarrow.parquet as pq
 
             return list(pq.read_table(path).to_pylist())
         text = path.read_text(encoding="utf-8")

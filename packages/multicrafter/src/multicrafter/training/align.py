@@ -205,7 +205,8 @@ class Align:
 
     def parts(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Rows of this rank in parts that go through a model at once."""
-        return rows.split(self.config.execution.micro_batch or len(rows))
+        parts: tuple[Tensor, ...] = rows.split(self.config.execution.micro_batch or len(rows))
+        return parts
 
     @contextmanager
     def _record(self, position: int, rows: Tensor) -> Iterator[None]:
@@ -236,7 +237,7 @@ class Align:
         moved, count = all_sum(
             torch.tensor([moved, sum(a[..., 0].numel() for a, _ in pairs)], dtype=torch.float64)
         ).tolist()
-        return moved / count
+        return float(moved / count)
 
     def step(self, index: int) -> dict[str, float]:
         """One iteration: rollout, reward, advantages, update."""

@@ -87,4 +87,5 @@ def watch_attention(
 
 def attention_shares(maps: Float[Tensor, "b s n"], grid: tuple[int, int]) -> Float[Tensor, "b s h w"]:
     """Attention on each reference as a share of that on all references, as pictures."""
-    return (maps / maps.sum(1, keepdim=True).clamp_min(1e-9)).unflatten(2, grid)
+    shares: Tensor = (maps / maps.sum(1, keepdim=True).clamp_min(1e-9)).unflatten(2, grid)
+    return shares

@@ -95,7 +95,8 @@ class Trainee:
     @property
     def device(self) -> torch.device:
         """Where the transformer is."""
-        return next(self.adapters.transformer.parameters()).device
+        found: torch.device = next(self.adapters.transformer.parameters()).device
+        return found
 
     def predict(self, tokens: Tensor, sigma: Tensor, text: Text, **context: Any) -> Tensor:
         """Velocity of the model with its adapters, in fp32 whatever it computes in."""

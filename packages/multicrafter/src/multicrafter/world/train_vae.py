@@ -79,7 +79,7 @@ def train(
             errors.append((vae.decode(mean).sample.clamp(-1, 1) - pictures).square().mean((1, 2, 3)) / 4)
         flat = torch.cat(latents)
     vae.register_to_config(scaling_factor=1 / flat.std().item(), shift_factor=flat.mean().item())
-    vae.to(memory_format=torch.contiguous_format).save_pretrained(out)  # type: ignore[call-overload]
+    vae.to(memory_format=torch.contiguous_format).save_pretrained(out)
     report = {
         "seed": seed,
         "steps": step,

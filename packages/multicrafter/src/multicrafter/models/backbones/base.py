@@ -97,7 +97,7 @@ class Backbone(ABC):
 
     def token_side(self, pipe: Any) -> int:
         """Pixels of a token's side: the VAE's factor times the 2x2 patch."""
-        return 2 ** len(pipe.vae.config.block_out_channels)
+        return int(2 ** len(pipe.vae.config.block_out_channels))
 
     # Places
 

@@ -97,7 +97,8 @@ class Flux2Klein(Backbone):
         mean, std = self._statistics(pipe.vae)
         tokens = tokens.to(pipe.vae.dtype)
         latents = unpack_latents(tokens * std.to(tokens.dtype) + mean.to(tokens.dtype), grid)
-        return (pipe.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+        found: Tensor = (pipe.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+        return found
 
     # Places
 

@@ -65,13 +65,15 @@ def encode_prompts(pipe: FluxPipeline, prompts: Sequence[str]) -> Text:
 def encode_images(vae: AutoencoderKL, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
     """Latents of pictures in [0, 1]: the posterior's mean, shifted and scaled as FLUX does."""
     mean = vae.encode(images.to(vae.dtype) * 2 - 1).latent_dist.mean
-    return (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    found: Tensor = (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    return found
 
 
 def decode_latents(vae: AutoencoderKL, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
     """Pictures in [0, 1] of latents, the inverse of `encode_images`."""
     raw = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    return (vae.decode(raw).sample.float() / 2 + 0.5).clamp(0, 1)
+    found: Tensor = (vae.decode(raw).sample.float() / 2 + 0.5).clamp(0, 1)
+    return found
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Float[Tensor, " b"]) -> Tensor:
@@ -127,7 +129,8 @@ def predict_velocity(
         txt_ids=torch.zeros(text.embeds.shape[1], 3, device=tokens.device),
         return_dict=False,
     )[0]
-    return output[:, : tokens.shape[1]]
+    found: Tensor = output[:, : tokens.shape[1]]
+    return found
 
 
 def sigma_schedule(num_steps: int, *, shift: float = 1.0) -> Float[Tensor, " t"]:

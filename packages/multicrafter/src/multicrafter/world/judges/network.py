@@ -28,7 +28,8 @@ class _Residual(nn.Module):
         self.norm = nn.GroupNorm(8, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(torch.nn.functional.silu(self.first(self.norm(x))))
+        found: Tensor = x + self.second(torch.nn.functional.silu(self.first(self.norm(x))))
+        return found
 
 
 class SubjectNetwork(nn.Module):

@@ -82,7 +82,7 @@ def _scenes(
 def train_reader(out: Path, *, minutes: float, seed: int, family: Family = PEOPLE, batch: int = 48) -> dict[str, Any]:
     """Reader of truth, trained on the train split of both look-alikes and strangers."""
     torch.manual_seed(seed)
-    generator, network = torch.Generator().manual_seed(seed), build_reader(family).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    generator, network = torch.Generator().manual_seed(seed), build_reader(family).to(memory_format=torch.channels_last)
 
     def loss_fn() -> Tensor:
         scenes = _scenes(family, generator, batch)
@@ -113,7 +113,7 @@ def train_reader(out: Path, *, minutes: float, seed: int, family: Family = PEOPL
 def train_people(out: Path, *, minutes: float, seed: int, family: Family = PEOPLE, batch: int = 40) -> dict[str, Any]:
     """Detector and embedder: a scene's person and its reference attract each other, everybody else repels (InfoNCE, arXiv 1807.03748)."""
     torch.manual_seed(seed)
-    generator, network = torch.Generator().manual_seed(seed), build_people().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    generator, network = torch.Generator().manual_seed(seed), build_people().to(memory_format=torch.channels_last)
 
     def loss_fn() -> Tensor:
         scenes = _scenes(family, generator, batch)
