@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from id_reward.backends.faces.dlib_faces import DlibBackend, model_folder
+from id_reward.backends.faces.dlib_faces import DlibBackend
+from id_reward.backends.faces.dlib_weights import model_folder
 
 
 class CnnDetector:
