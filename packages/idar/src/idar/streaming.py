@@ -39,7 +39,7 @@ class _Scratch:
         self.device = like.device
         self.wide = torch.promote_types(like.dtype, torch.float32)
         # CUDA multiplies bf16 and fp16 into fp32 exactly (from torch 2.8 on); else it is given fp32
-        exact = like.is_cuda and "dtype_out" in torch.ops.aten.bmm.overloads()
+        exact = like.is_cuda and hasattr(torch.ops.aten.bmm, "dtype_out")
         self.narrow = like.dtype if exact else self.wide
         self.buffers: dict[str, Tensor] = {}
 
