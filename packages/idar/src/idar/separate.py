@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from idar.flex import attend_by_blocks, can_take
 from idar.intercept import ATTENTION, Call, Visitor, additive, by_name, meet
 from idar.layout import SubjectLayout, Text, check_sequence
 from idar.separation import (
@@ -123,7 +124,7 @@ class Separation:
             bias = self._among_references(query, key)
             if bias is None:
                 return call
-        elif self._roles is not None and _flex_can(call):
+        elif self._roles is not None and can_take(call):
             return self._flex(call, self._roles)
         else:
             bias = _fitted(self._bias_for(query, key), query, key, self.layout)
@@ -195,52 +196,8 @@ class Separation:
             w = 1 - power[row] * (1 - roles.allowed(row, q.clamp(max=stop - 1), k.clamp(max=stop - 1)))
             return torch.where(inside if heads is None else inside & heads[h], w, torch.ones_like(w))
 
-        attend = functools.partial(_flex_attend, weight=weight, hard=self._hard, per_head=heads is not None)
+        attend = functools.partial(attend_by_blocks, weight=weight, hard=self._hard, per_head=heads is not None)
         return {**call, "attend": attend, "rows": rows, "length": length}
-
-
-def _flex_can(call: Call) -> bool:
-    """Whether FlexAttention can take the call: as many queries as keys, no mask of the model's own, no dropout."""
-    return (
-        call["query"].shape[2] == call["key"].shape[2]
-        and call.get("attn_mask") is None
-        and not call.get("is_causal")
-        and not call.get("dropout_p")
-    )
-
-
-@functools.cache
-def _compiled_flex() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
-
-
-def _flex_attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    weight: Callable[..., Tensor],
-    hard: bool,
-    per_head: bool,
-    rows: int,
-    length: int,
-    scale: float | None = None,
-    **_: Any,
-) -> Tensor:
-    """``softmax(log w + scale Q K^T) V`` with blocks of ``w = 0`` left out."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    block_mask = create_block_mask(
-        lambda b, h, q, k: weight(b, h, q, k) > 0,
-        B=rows, H=query.shape[1] if per_head else None, Q_LEN=length, KV_LEN=length, device=str(query.device),
-    )  # fmt: skip
-    score_mod = None if hard else (lambda score, b, h, q, k: score + weight(b, h, q, k).log().to(score.dtype))
-    plain: Any = flex_attention
-    attend = _compiled_flex() if query.is_cuda else plain
-    result: Tensor = attend(query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale)
-    return result
 
 
 def _fitted(
