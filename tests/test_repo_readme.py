@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import snippets
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("packages/*/README.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -26,13 +26,29 @@ def blocks(path: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
 
 
+@pytest.fixture(scope="module")
+def interpreter():
+    running = snippets.Interpreter()
+    yield running
+    running.close()
+
+
 @pytest.mark.parametrize("path", [d for d in DOCUMENTS if blocks(d)], ids=name)
-def test_snippets_run(path, tmp_path):
+def test_snippets_run(path, interpreter, tmp_path):
     """All blocks of a document, one after the other, in an empty folder."""
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(blocks(path))], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    code, errors = interpreter.run("\n".join(blocks(path)), tmp_path)
+    assert code == 0, errors
+
+
+def test_snippets_that_fail_are_noticed(interpreter, tmp_path):
+    """And one does not see the names of another."""
+    assert interpreter.run("x = 1; open('left', 'w').write('x')", tmp_path) == (0, "")
+    assert (tmp_path / "left").read_text() == "x"
+    code, errors = interpreter.run("print(x)", tmp_path)
+    assert code == 1 and "NameError" in errors and "<document>" in errors
+    assert interpreter.run("raise SystemExit(3)", tmp_path)[0] == 3
+    assert interpreter.run("import gspo.missing", tmp_path)[0] == 1
+    assert interpreter.run("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", tmp_path)[0] == -9
 
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "ARCHITECTURE.md"], ids=name)

@@ -18,6 +18,7 @@ LINES = {
     "gspo": "Policy optimization on toy problems: kernels, windows, ratios, clip ranges.",
     "gspo-moe-stability": "Which importance ratio survives that experts are chosen anew in the update, with and without routing replay.",
     "id_reward": "Pictures and matchings a second, against dlib by hand and insightface's own pipeline.",
+    "attention_choice": "Which attention loss was chosen and why: the choice on one split, the tests on others, and where it does not help.",
     "idar_losses": "In which direction each form of the attention loss moves attention, in short runs.",
     "idar_cost": "Time and memory of attention supervision beside a training step of full width.",
     "moe_lora": "Mixtures of LoRA experts against one LoRA, a dense mixture and a loop: time and memory.",
@@ -26,7 +27,7 @@ LINES = {
     "data": "Photos into a dataset: seconds a photo, 20,000 for real, a million on paper, a million tiny files; the loader beside a step.",
 }
 GROUPS = {
-    "The method": ("science", "ablation", "idar_losses", "gspo", "gspo-moe-stability"),
+    "The method": ("science", "ablation", "attention_choice", "idar_losses", "gspo", "gspo-moe-stability"),
     "What it costs": ("overhead", "plan", "moe_lora", "idar_cost", "id_reward"),
     "Data": ("data",),
 }
