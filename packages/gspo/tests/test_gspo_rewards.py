@@ -110,7 +110,9 @@ def test_the_sum_may_be_normalised_instead() -> None:
     x = report.rollout.latents
     total = 2 * x[:, 0] + torch.cat([torch.zeros(1), 10 * x[1:, 1]])
     torch.testing.assert_close(report.rewards.float(), total)
-    torch.testing.assert_close(report.advantages.float(), group_advantages(total, report.group_ids), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        report.advantages.float(), group_advantages(total, report.group_ids), atol=1e-5, rtol=1e-4
+    )
     assert not torch.allclose(report.advantages, step(reward).advantages)
 
 

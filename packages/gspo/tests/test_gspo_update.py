@@ -47,7 +47,9 @@ class Case:
 
     def trained_gradient(self, **options) -> torch.Tensor:  # type: ignore[no-untyped-def]
         extra = {k: options.pop(k) for k in ("reference", "replay") if k in options}
-        config = PolicyConfig(**{"clip_range": 0.01, "num_inner_epochs": 1, "max_grad_norm": 1e9, "off_policy": "allow", **options})
+        config = PolicyConfig(
+            **{"clip_range": 0.01, "num_inner_epochs": 1, "max_grad_norm": 1e9, "off_policy": "allow", **options}
+        )
         trainer = PolicyTrainer([self.weight], torch.optim.SGD([self.weight], lr=0.0), config)
         self.statistics = trainer.update(self.policy, self.rollout, self.advantages, self.kernel, **extra)
         assert self.weight.grad is not None
