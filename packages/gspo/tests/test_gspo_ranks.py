@@ -80,3 +80,33 @@ def test_ranks_number_their_own_groups(ranks: list) -> None:
     for result in ranks:
         groups, largest = result["step"].tolist()
         assert groups == 2 + 3 and 0.9 < largest <= 1.0
+
+
+def test_functions_are_local_unless_they_are_given_a_group(ranks: list) -> None:
+    for rank, result in enumerate(ranks):
+        assert result["local"][:4].tolist() == [-1, 1, -1, 1]
+        assert result["local"][4:7].tolist() == [1, 0, 0]
+        assert float(result["local"][7]) == pytest.approx(0.15 + rank, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["whole groups", "cut groups"])
+def test_a_batch_that_ranks_share_is_the_batch_of_one_process(ranks: list, worker, name: str) -> None:  # type: ignore[no-untyped-def]
+    """Rollouts, rewards by name with gaps, advantages, clip ranges, updates, and what is logged."""
+    alone = worker.split(*worker.SPLIT_BATCHES[name])
+    for result in ranks:
+        for key, value in alone.items():
+            torch.testing.assert_close(result[f"{name}/{key}"], value, atol=1e-5, rtol=1e-4, equal_nan=True)
+    assert torch.equal(ranks[0][f"{name}/generator"], alone["generator"]), "generators move on alike"
+
+
+def test_what_breaks_on_one_rank_is_skipped_or_left_out_on_all(ranks: list) -> None:
+    for name in ("one broken", "one judge"):
+        first, second = ({k: v for k, v in r.items() if k.startswith(name)} for r in ranks)
+        assert all(torch.equal(first[k].nan_to_num(), second[k].nan_to_num()) for k in first), name
+    skipped = [bool(ranks[0][f"one broken/{step}.skipped"]) for step in range(3)]
+    assert skipped == [False, True, False] and ranks[0]["one broken/1.broken_velocities"] > 0
+    assert ranks[0]["one judge/1.invalid_rewards"] == 8 and not ranks[0]["one judge/1.skipped"]
+
+
+def test_ranks_that_hold_different_batches_are_told(ranks: list) -> None:
+    assert all(bool(result["disagree"]) for result in ranks)

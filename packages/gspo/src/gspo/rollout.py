@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -83,10 +84,19 @@ def check_sigmas(sigmas: Sigmas, window: Sequence[int]) -> list[float]:
     """
     numbers = as_numbers("sigmas", sigmas)
     levels = numbers.tolist() if numbers.dim() == 1 else [float("nan")]
-    if len(levels) < 2 or not all(b < a for a, b in zip(levels[:-1], levels[1:], strict=True)):
+    if len(levels) < 2:
         raise ValueError(f"sigmas must be strictly decreasing with at least 2 entries, got {levels}")
+    for step, (level, level_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        if not level_next < level:
+            raise ValueError(
+                f"sigmas must be strictly decreasing with at least 2 entries, got {level_next:.6g} after {level:.6g} at step {step}"
+            )
     if levels[0] > 1 or levels[-1] < 0:
-        raise ValueError(f"sigmas must lie in [0, 1], got {levels}")
+        raise ValueError(
+            f"sigmas must lie in [0, 1], as those of flow-matching schedulers do, got {levels[0]:.6g} to {levels[-1]:.6g}"
+        )
+    if levels[-1] > 0.01:
+        warnings.warn(f"sigmas end at {levels[-1]:.4g}, not at 0: the final latents still hold noise", stacklevel=3)
     steps = list(window)
     if not steps or steps != list(range(steps[0], steps[0] + len(steps))):
         raise ValueError(f"window must hold consecutive steps, got {steps}")

@@ -73,6 +73,22 @@ class _Scheduler:
         raise _Stop(model_output)
 
 
+def _name(scheduler: Any) -> str:
+    return type(scheduler).__name__
+
+
+def _require_flow(scheduler: Any) -> None:
+    """Refuses a scheduler whose noise levels and predictions are not a flow's."""
+    config = scheduler.config
+    flow = _name(scheduler).startswith("FlowMatch")
+    flow = flow or (config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction")
+    if not flow:
+        raise ValueError(
+            "pipe.scheduler must be one of flow matching (FlowMatchEulerDiscreteScheduler, or UniPC or DPM-Solver with "
+            f"use_flow_sigmas=True and prediction_type='flow_prediction'), got {_name(scheduler)}"
+        )
+
+
 Encoded = list[Any]
 
 
@@ -112,10 +128,14 @@ class PipelinePolicy:
             call: Arguments of ``__call__`` that are the same for all prompts: height, width, guidance_scale, ...
 
         Raises:
-            ValueError: There is no prompt, an argument has another length, is unknown to the pipeline, or is set by this class.
+            ValueError: There is no prompt, an argument has another length, is unknown to the pipeline, or is set by this class; or the
+                pipeline's scheduler is none of flow matching.
         """
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts must be a list of prompts, got the string {prompts!r}; write [{prompts!r}]")
         if not prompts:
             raise ValueError("prompts must hold at least one prompt, got none")
+        _require_flow(pipe.scheduler)
         self.pipe, self.prompts, self.call = pipe, list(prompts), dict(call)
         self.per_prompt = dict(per_prompt or {})
         negative = self.call.pop("negative_prompt", None)
@@ -124,6 +144,8 @@ class PipelinePolicy:
         elif negative is not None:
             self.per_prompt["negative_prompt"] = list(negative)
         for name, values in self.per_prompt.items():
+            if isinstance(values, str):
+                raise ValueError(f"per_prompt[{name!r}] must be a list, got the string {values!r}; give it as {name}=")
             if len(values) != len(prompts):
                 raise ValueError(
                     f"per_prompt[{name!r}] must have one entry per prompt ({len(prompts)}), got {len(values)}"
@@ -227,12 +249,17 @@ class PipelinePolicy:
         """The pipeline's own noise levels for so many steps, shift included: ``num_steps + 1`` numbers from 1 to 0.
 
         Raises:
-            ValueError: num_steps < 1.
+            ValueError: num_steps < 1, or the scheduler's levels do not fall from 1 to 0 (it takes two evaluations a step, say).
         """
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
         with torch.no_grad():
             levels: Tensor = self._run(torch.arange(1), None, num_inference_steps=num_steps)
+        if not bool((levels[1:] < levels[:-1]).all()) or float(levels[0]) > 1 or float(levels[-1]) < 0:
+            raise ValueError(
+                "pipe.scheduler must have one noise level a step, falling from 1 to 0, got "
+                f"{[round(x, 4) for x in levels.tolist()]} from {_name(self.pipe.scheduler)}"
+            )
         return levels
 
     @torch.no_grad()

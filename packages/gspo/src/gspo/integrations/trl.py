@@ -43,8 +43,12 @@ def trl_reward(
     names = [getattr(f, "__name__", type(f).__name__) for f in functions]
     if not functions or len(set(names)) != len(names):
         raise ValueError(f"reward_funcs must be at least one function, each with its own name, got {names}")
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts must be a list of prompts, got the string {prompts!r}; write [{prompts!r}]")
     columns = dict(columns or {})
     for name, column in columns.items():
+        if isinstance(column, str):
+            raise ValueError(f"columns[{name!r}] must be a list, got the string {column!r}")
         if len(column) != len(prompts):
             raise ValueError(f"columns[{name!r}] must have one entry per prompt ({len(prompts)}), got {len(column)}")
 
