@@ -8,12 +8,20 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1]
-PHOTOS = PACKAGE.parents[1] / ".photos"
+IN_REPOSITORY = PACKAGE.parent.name == "packages"
+PHOTOS = (PACKAGE.parents[1] if IN_REPOSITORY else PACKAGE) / ".photos"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Outside the repository nobody else says what the marks mean."""
+    config.addinivalue_line("markers", "slow: takes minutes")
+    config.addinivalue_line("markers", "gpu: needs an accelerator")
 
 
 @pytest.fixture(scope="session")
 def photos() -> Path:
-    """The folder of photos; skips where a registry cannot be reached."""
+    """The folder of photos; skips where a registry cannot be reached. All who look at them use dlib."""
+    pytest.importorskip("dlib", reason="needs id-reward[dlib]")
     spec = importlib.util.spec_from_file_location("fetch_photos", PACKAGE / "scripts" / "fetch_photos.py")
     assert spec and spec.loader
     script = importlib.util.module_from_spec(spec)
@@ -31,7 +39,6 @@ def photos() -> Path:
 @pytest.fixture(scope="session")
 def dlib_faces(photos: Path):  # type: ignore[no-untyped-def]
     """name of a photo -> its faces by the dlib backend, computed once for all tests."""
-    pytest.importorskip("dlib")
     from id_reward.backends.faces import get_face_backend
 
     names = [

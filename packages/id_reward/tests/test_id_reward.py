@@ -21,7 +21,6 @@ from id_reward import (
     swap_matrix,
 )
 from id_reward.images import open_image
-from PIL import Image
 
 ORACLES = json.loads((Path(__file__).parent / "data" / "oracles.json").read_text())
 MATRICES = st.tuples(st.integers(1, 4), st.integers(1, 4)).flatmap(
@@ -164,6 +163,7 @@ def test_composite_weighs_normalises_and_handles_nan() -> None:
 
 
 def test_pictures_of_every_kind(tmp_path: Path) -> None:
+    Image = pytest.importorskip("PIL.Image", reason="needs id-reward[image]")
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(rng.integers(0, 255, (6, 4, 3), dtype=np.uint8))
     exif = Image.Exif()
@@ -188,6 +188,7 @@ def test_pictures_of_every_kind(tmp_path: Path) -> None:
 
 
 def test_fuzzed_files_never_crash(tmp_path: Path) -> None:
+    Image = pytest.importorskip("PIL.Image", reason="needs id-reward[image]")
     rng, path = np.random.default_rng(0), tmp_path / "x.png"
     Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(path)
     good = path.read_bytes()

@@ -38,7 +38,7 @@ def total(values, count: int = 2, **options):  # type: ignore[no-untyped-def]
 
 
 def test_every_kind_of_numbers_a_scorer_may_return() -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs PyTorch, as id-reward[torch] brings it")
     one = torch.tensor([0.5, 2.0])
     kinds = [
         one, one.bfloat16(), one.half(), one.double(), one.requires_grad_(), (one > 1).int(), [torch.tensor(0.5).bfloat16(), torch.tensor(2.0)],
@@ -52,7 +52,7 @@ def test_every_kind_of_numbers_a_scorer_may_return() -> None:
 
 
 def test_the_core_takes_tensors_of_every_precision() -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs PyTorch, as id-reward[torch] brings it")
     references, faces = np.eye(2, 4), np.eye(3, 4)[[1, 0, 2]]
     cosine = cosine_similarity(references, faces)
     calls = {
@@ -74,7 +74,7 @@ def test_the_core_takes_tensors_of_every_precision() -> None:
 
 
 def test_backends_and_embedders_may_return_tensors() -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs PyTorch, as id-reward[torch] brings it")
 
     class Backend:
         def detect_and_embed(self, images):  # type: ignore[no-untyped-def]

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-pytest.importorskip("dlib")
+pytest.importorskip("dlib", reason="needs id-reward[dlib]")
 from id_reward.alignment import score_similarity
 from id_reward.annotate import annotate
 from id_reward.cli import main

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
-pytest.importorskip("open_clip")
+pytest.importorskip("torch", reason="needs PyTorch, as id-reward[torch] brings it")
+pytest.importorskip("transformers", reason="needs id-reward[clip] or id-reward[objects]")
+pytest.importorskip("open_clip", reason="needs id-reward[clip]")
 import open_clip
 import torch
 from id_reward.backends.aesthetics import MEAN, STD, HPSv2Scorer, hps_preprocess

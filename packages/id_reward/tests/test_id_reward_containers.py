@@ -45,16 +45,20 @@ def pixels(file: str) -> np.ndarray:
     return as_array(file)
 
 
+def torch_module():  # type: ignore[no-untyped-def]
+    return pytest.importorskip("torch", reason="needs PyTorch, as id-reward[torch] brings it")
+
+
 def tensor(file: str):  # type: ignore[no-untyped-def]
-    return pytest.importorskip("torch").from_numpy(pixels(file).copy()).permute(2, 0, 1)
+    return torch_module().from_numpy(pixels(file).copy()).permute(2, 0, 1)
 
 
 def pandas():  # type: ignore[no-untyped-def]
-    return pytest.importorskip("pandas")
+    return pytest.importorskip("pandas", reason="needs pandas")
 
 
 def arrow():  # type: ignore[no-untyped-def]
-    return pytest.importorskip("pyarrow")
+    return pytest.importorskip("pyarrow", reason="needs pyarrow")
 
 
 def of_objects(items: list) -> np.ndarray:
@@ -70,8 +74,8 @@ ROWS = {
     "array of strings": np.array, "array of objects": lambda files: np.array(files, object),
     "array of pictures": lambda files: of_objects([Image.open(f) for f in files]),
     "pixels": lambda files: np.stack([pixels(f) for f in files]), "floats": lambda files: np.stack([pixels(f) for f in files]) / 255,
-    "tensor": lambda files: pytest.importorskip("torch").stack([tensor(f) for f in files]),
-    "bfloat16": lambda files: pytest.importorskip("torch").stack([tensor(f) for f in files]).bfloat16() / 255,
+    "tensor": lambda files: torch_module().stack([tensor(f) for f in files]),
+    "bfloat16": lambda files: torch_module().stack([tensor(f) for f in files]).bfloat16() / 255,
     "list of tensors": lambda files: [tensor(f) for f in files], "list of arrays": lambda files: [pixels(f) for f in files],
     "pandas": lambda files: pandas().Series(files, index=range(5, 5 + len(files))),
     "pandas strings": lambda files: pandas().Series(files, dtype="string"), "pandas index": lambda files: pandas().Index(files),
@@ -121,7 +125,7 @@ def test_two_references_each_keep_their_order(files, row) -> None:
 
 
 def test_stacks_of_whole_batches(files) -> None:
-    torch = pytest.importorskip("torch")
+    torch = torch_module()
     images = np.stack([pixels(f) for f in files])
     references = images[:, None]
     scorer = IdentityScorer(ColourBackend())
@@ -249,7 +253,7 @@ def test_a_file_is_known_by_its_content_not_by_name_and_date(tmp_path) -> None:
 
 
 def test_arrays_and_tensors_are_known_by_their_values() -> None:
-    torch = pytest.importorskip("torch")
+    torch = torch_module()
     array = np.arange(12.0).reshape(2, 2, 3)
     assert content_key(array) == content_key(array.copy()) == content_key(np.asfortranarray(array))
     assert content_key(array) != content_key(array.reshape(4, 1, 3)) != content_key(array.astype(np.float32))

@@ -6,14 +6,14 @@ import itertools
 
 import numpy as np
 import pytest
-from id_reward import FaceBackend, IdentityScorer
-from id_reward.images import open_image
-from PIL import Image
 
-pytest.importorskip("dlib")
+pytest.importorskip("dlib", reason="needs id-reward[dlib]")
+from id_reward import FaceBackend, IdentityScorer
 from id_reward.backends.faces import get_face_backend
 from id_reward.backends.faces.center import center, mean_face
 from id_reward.backends.faces.dlib_faces import DlibBackend
+from id_reward.images import open_image
+from PIL import Image
 
 MAN = [f"face-recognition/{n}.jpg" for n in ("obama", "obama2", "obama3")]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import struct
-import subprocess
-import sys
 import zlib
 
 import numpy as np
 import pytest
+
+pytest.importorskip("PIL", reason="needs id-reward[image]")
 from id_reward import CompositeReward, Faces, IdentityScorer
 from id_reward.identity import largest, reference_key
 from id_reward.images import as_array, open_image
@@ -96,7 +96,7 @@ def test_sixteen_bit_is_scaled(tmp_path) -> None:
 
 
 def test_arrays_and_tensors() -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs PyTorch, as id-reward[torch] brings it")
     array = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
     for same in (
@@ -237,10 +237,3 @@ def test_equal_content_is_embedded_once_and_changed_content_again(tmp_path) -> N
     assert before == reference_key(str(tmp_path / "a.png"))
     picture.resize((9, 9)).save(tmp_path / "a.png")
     assert reference_key(tmp_path / "a.png") != before
-
-
-def test_the_core_imports_nothing_heavy() -> None:
-    heavy = "{'torch', 'PIL', 'dlib', 'cv2', 'transformers', 'onnxruntime', 'scipy', 'jaxtyping', 'concurrent', 'http'}"
-    code = f"import sys, id_reward; print(sorted({{m.split('.')[0] for m in sys.modules}} & {heavy}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("insightface")
-pytest.importorskip("onnxruntime")
+pytest.importorskip("insightface", reason="needs id-reward[insightface]")
+pytest.importorskip("onnxruntime", reason="needs id-reward[insightface]")
 from id_reward import FaceBackend, get_face_backend
 from id_reward.backends.faces import insightface_faces
 from insightface.app import FaceAnalysis

@@ -82,7 +82,7 @@ class PointwiseRewardModel:
 @pytest.fixture
 def flow_factory(tmp_path, monkeypatch):  # type: ignore[no-untyped-def]
     """The module with a stand-in for Flow-Factory, as it is loaded by the path in a configuration."""
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="needs PyTorch, as id-reward[torch] brings it")
     package = tmp_path / "flow_factory" / "rewards"
     package.mkdir(parents=True)
     for folder in (package, package.parent):
@@ -171,11 +171,15 @@ def own_name(monkeypatch) -> str:
 
 
 def picture(level: int):  # type: ignore[no-untyped-def]
-    return pytest.importorskip("torch").full((3, 4, 4), level, dtype=pytest.importorskip("torch").uint8)
+    return pytest.importorskip("torch", reason="needs PyTorch, as id-reward[torch] brings it").full(
+        (3, 4, 4),
+        level,
+        dtype=pytest.importorskip("torch", reason="needs PyTorch, as id-reward[torch] brings it").uint8,
+    )
 
 
 def test_verl_omni(own_name, tmp_path) -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs PyTorch, as id-reward[torch] brings it")
     pytest.importorskip("PIL", reason="needs id-reward[image]")
     from id_reward.integrations.verl_omni import compute_score
     from PIL import Image
@@ -198,7 +202,7 @@ def test_verl_omni(own_name, tmp_path) -> None:
 
 
 def test_verl_omni_by_a_server(own_name, tmp_path) -> None:
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="needs PyTorch, as id-reward[torch] brings it")
     pytest.importorskip("PIL", reason="needs id-reward[image]")
     from id_reward.integrations.verl_omni import compute_score_http
     from id_reward.serving import ScorerServer

@@ -110,7 +110,7 @@ def test_dlib_finds_a_stretched_portrait_as_a_reference(photos, dlib_faces, name
 
 
 def test_insightface_too(tmp_path) -> None:
-    pytest.importorskip("onnx")
+    pytest.importorskip("onnx", reason="needs onnx")
     pytest.importorskip("insightface", reason="needs id-reward[insightface]")
     spec = importlib.util.spec_from_file_location("tiny_onnx", Path(__file__).with_name("tiny_onnx.py"))
     assert spec and spec.loader

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
+pytest.importorskip("torch", reason="needs PyTorch, as id-reward[torch] brings it")
+pytest.importorskip("transformers", reason="needs id-reward[clip] or id-reward[objects]")
 from id_reward import FaceBackend, IdentityScorer
 from id_reward.backends.objects import DinoEmbedder, ObjectBackend, cut_out, tidy
 

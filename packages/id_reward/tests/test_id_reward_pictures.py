@@ -34,7 +34,7 @@ def test_sixteen_bits_have_one_white_however_dark_the_picture_is(tmp_path, peak)
     big_endian = Image.frombytes("I;16B", (2, 2), deep.astype(">u2").tobytes())
     for picture in (Image.fromarray(deep), big_endian, deep, np.stack([deep] * 3, -1)):
         np.testing.assert_array_equal(as_array(picture)[..., 0], expected)
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs PyTorch, as id-reward[torch] brings it")
     np.testing.assert_array_equal(as_array(torch.from_numpy(deep)[None])[..., 2], expected)
 
 
@@ -92,7 +92,7 @@ def test_floats_outside_are_refused_not_clipped(values, words, tmp_path) -> None
         with pytest.raises(ValueError, match=words) as caught:
             as_array(picture)
         assert "\n" not in str(caught.value)
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs PyTorch, as id-reward[torch] brings it")
     with pytest.raises(ValueError, match=words):
         as_array(torch.from_numpy(colour).permute(2, 0, 1))
 
@@ -123,7 +123,7 @@ def test_transparency_is_laid_over_the_ground_in_every_form(tmp_path, background
     for mode in ("RGBa", "La"):
         premultiplied = Image.fromarray(rgba).convert("LA" if mode == "La" else "RGBA").convert(mode)
         np.testing.assert_allclose(as_array(premultiplied, background=background), expected, atol=3, err_msg=mode)
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs PyTorch, as id-reward[torch] brings it")
     tensor = torch.from_numpy(rgba).permute(2, 0, 1)
     np.testing.assert_allclose(as_array(tensor, background=background), expected, atol=0.51)
 
@@ -195,7 +195,7 @@ def test_the_first_frame_of_a_file_with_several(tmp_path) -> None:
 
 
 def test_tensors_of_every_layout_and_kind() -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs PyTorch, as id-reward[torch] brings it")
     first = torch.from_numpy(COLOURS.copy()).permute(2, 0, 1)
     for tensor in (first, first / 255, (first / 255).double(), first.float(), first.permute(1, 2, 0), first.to("cpu")):
         np.testing.assert_array_equal(as_array(tensor), COLOURS)

@@ -206,7 +206,7 @@ def test_verl_omni(composite) -> None:
 
 def test_pictures_as_trainers_hand_them_over() -> None:
     """A tensor (b, 3, h, w) falls into pictures."""
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs PyTorch, as id-reward[torch] brings it")
     shapes: list[tuple[int, ...]] = []
 
     class Look:

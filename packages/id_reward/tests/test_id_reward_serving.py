@@ -221,7 +221,7 @@ def test_a_dead_server_is_passed_over() -> None:
 def test_the_client_is_a_scorer_like_any_other(server, tmp_path) -> None:
     """All kinds of pictures; references are sent once; parts and missing values come back."""
     gray(51).save(tmp_path / "x.png")
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs PyTorch, as id-reward[torch] brings it")
     pictures = [
         gray(51),
         tmp_path / "x.png",

@@ -67,7 +67,7 @@ def test_shapes_are_jaxtypings_where_somebody_looks_at_them() -> None:
 
 
 def test_the_import_hook_checks_shapes() -> None:
-    pytest.importorskip("beartype")
+    pytest.importorskip("beartype", reason="needs beartype")
     code = """
 import jaxtyping, numpy as np
 with jaxtyping.install_import_hook("id_reward", "beartype.beartype"):
@@ -79,3 +79,10 @@ except jaxtyping.TypeCheckError:
     print("checked")
 """
     assert run(code) == "checked"
+
+
+def test_the_core_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'PIL', 'dlib', 'cv2', 'transformers', 'onnxruntime', 'scipy', 'jaxtyping', 'concurrent', 'http'}"
+    code = f"import sys, id_reward; print(sorted({{m.split('.')[0] for m in sys.modules}} & {heavy}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

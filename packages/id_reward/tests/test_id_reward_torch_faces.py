@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("dlib")
+pytest.importorskip("torch", reason="needs PyTorch, as id-reward[torch] brings it")
+pytest.importorskip("dlib", reason="needs id-reward[dlib]")
 import torch
 from id_reward import FaceBackend, get_face_backend
 from id_reward.backends.faces import dlib_weights, torch_faces

@@ -18,6 +18,15 @@ POST_PROCESSOR = {
 }
 
 
+def fast_tokenizer(family: str, **options):  # type: ignore[no-untyped-def]
+    """A tokenizer of the class that the processors of the installed transformers accept: 4 asks for the family's own, 5 for any."""
+    import transformers
+
+    five = int(transformers.__version__.split(".")[0]) >= 5
+    kind = transformers.PreTrainedTokenizerFast if five else getattr(transformers, f"{family}TokenizerFast")
+    return kind(**options)
+
+
 def byte_tokenizer(kind: str, specials: list[str]):  # type: ignore[no-untyped-def]
     """A byte-level tokenizer without merges; Bart's order of special tokens, or CLIP's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -27,7 +36,7 @@ def byte_tokenizer(kind: str, specials: list[str]):  # type: ignore[no-untyped-d
     last = ["<mask>", *specials] if kind == "bart" else ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: number for number, token in enumerate([*first, *alphabet, *last])}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     begin, end = ("<s>", "</s>") if kind == "bart" else last[:2]
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -44,13 +53,12 @@ def florence(folder: Path) -> Path:
         Florence2Config,
         Florence2ForConditionalGeneration,
         Florence2Processor,
-        PreTrainedTokenizerFast,
     )
 
     tags = ["<image>", "<od>", "</od>", *[f"<loc_{i}>" for i in range(1000)]]
     tokenizer, vocabulary = byte_tokenizer("bart", tags)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", mask_token="<mask>",
+    fast = fast_tokenizer(
+        "Bart", tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", mask_token="<mask>",
         additional_special_tokens=tags, extra_special_tokens={"image_token": "<image>"},
     )  # fmt: skip
     torch.manual_seed(0)
@@ -73,7 +81,8 @@ def florence(folder: Path) -> Path:
 
 def sam(folder: Path) -> Path:
     """SAM 2 with its processor; 128x128 pictures."""
-    from transformers import Sam2Config, Sam2ImageProcessor, Sam2Model, Sam2Processor
+    import transformers
+    from transformers import Sam2Config, Sam2Model, Sam2Processor
 
     torch.manual_seed(0)
     backbone = dict(
@@ -91,7 +100,10 @@ def sam(folder: Path) -> Path:
         mask_decoder_config=dict(hidden_size=32, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=32),
     )  # fmt: skip
     Sam2Model(config).eval().save_pretrained(folder)
-    images = Sam2ImageProcessor(size={"height": 128, "width": 128}, mask_size={"height": 32, "width": 32})
+    name = (
+        "Sam2ImageProcessor" if hasattr(transformers, "Sam2ImageProcessor") else "Sam2ImageProcessorFast"
+    )  # of 5, of 4
+    images = getattr(transformers, name)(size={"height": 128, "width": 128}, mask_size={"height": 32, "width": 32})
     Sam2Processor(images).save_pretrained(folder)
     return folder
 
@@ -114,12 +126,12 @@ def dino(folder: Path) -> Path:
 
 def clip(folder: Path) -> Path:
     """CLIP with its processor; 32x32 pictures."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
     tokenizer, vocabulary = byte_tokenizer("clip", [])
     end = vocabulary["<|endoftext|>"]
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>",
+    fast = fast_tokenizer(
+        "CLIP", tokenizer_object=tokenizer, bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>",
         unk_token="<|endoftext|>", model_max_length=77,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -149,7 +161,6 @@ def qwen(folder: Path) -> Path:
     """Qwen2-VL with its processor: two layers, pictures in patches of 14 pixels, merged 2 x 2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
-        PreTrainedTokenizerFast,
         Qwen2VLConfig,
         Qwen2VLForConditionalGeneration,
         Qwen2VLImageProcessor,
@@ -162,8 +173,8 @@ def qwen(folder: Path) -> Path:
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=QWEN_TOKENS,
+    fast = fast_tokenizer(
+        "Qwen2", tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=QWEN_TOKENS,
         model_max_length=8192,
     )  # fmt: skip
     torch.manual_seed(0)

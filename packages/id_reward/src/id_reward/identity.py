@@ -35,12 +35,18 @@ def _as_arrays(faces: Faces) -> Faces:
     return Faces(*map(as_floats, faces))
 
 
+def largest_face(faces: Faces) -> int | None:
+    """Which face has the largest box; None if there is none."""
+    if not len(faces.boxes):
+        return None
+    boxes = as_floats(faces.boxes)
+    return int((boxes[:, 2:] - boxes[:, :2]).prod(1).argmax())
+
+
 def largest(faces: Faces) -> Float[np.ndarray, " d"]:
     """Embedding of the largest face; NaN if there is none."""
-    if not len(faces.boxes):
-        return np.full(faces.embeddings.shape[-1] or 1, np.nan)
-    sides = faces.boxes[:, 2:] - faces.boxes[:, :2]
-    return np.asarray(faces.embeddings[int(sides.prod(1).argmax())])
+    at = largest_face(faces)
+    return np.full(faces.embeddings.shape[-1] or 1, np.nan) if at is None else np.asarray(faces.embeddings[at])
 
 
 def describe(reference: Any, number: int) -> str:
