@@ -58,7 +58,7 @@ def crops(pictures: Float[Tensor, "b 3 H W"], row: Tensor, boxes: Float[Tensor, 
 
 def _truth(scenes: Scenes) -> tuple[Tensor, Tensor, Tensor]:
     """Row, boxes and values (n, 6) of all people of some scenes."""
-    row, subject = torch.where(scenes.truth.identities[:, :, 0] >= 0)
+    row, subject = torch.where(scenes.identities[:, :, 0] >= 0)
     brightness = scenes.light.mean(1)[row, None]
     return row, scenes.boxes[row, subject], torch.cat([scenes.poses[row, subject], brightness], 1)
 

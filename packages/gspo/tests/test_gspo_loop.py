@@ -131,6 +131,7 @@ class Router(torch.nn.Module):
 
 
 def test_routing_is_recorded_in_the_rollout_and_replayed_in_the_update() -> None:
+    torch.manual_seed(1)
     model, kept, replayed = Router(), {}, []
 
     @contextmanager

@@ -86,12 +86,13 @@ def test_numbers_survive_a_base_in_half_precision(pipe, tmp_path, dtype):
 
 
 def test_training_goes_on_after_a_freeze(pipe):
+    from multicrafter.training.optimization import AdamWConfig
     from multicrafter.training.precision import ExecutionConfig
     from multicrafter.training.trainee import Trainee
 
     adapters = filled(pipe)
     freeze(pipe)
-    trainee = Trainee(adapters, ExecutionConfig(), lr=1e-3, betas=(0.9, 0.99), seed=0)
+    trainee = Trainee(adapters, ExecutionConfig(), lr=1e-3, adamw=AdamWConfig(), seed=0)
     assert all(p.requires_grad for p in adapters.parameters())
     assert len(trainee.tensors()) > len(adapters.names)
     assert sum(len(g["params"]) for g in trainee.optimizer.param_groups) == len(adapters.names)

@@ -11,8 +11,12 @@ import tempfile
 from collections.abc import Callable
 
 import torch
-from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+try:
+    from peft import get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+except ImportError as error:
+    raise ImportError('this example needs peft and transformers: pip install "moe-lora[peft]" transformers') from error
 
 from moe_lora.integrations.peft import PeftMoELoRAConfig
 from moe_lora.integrations.transformers import MoELoRATrainer

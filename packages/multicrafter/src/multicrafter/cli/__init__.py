@@ -63,10 +63,12 @@ def parser() -> argparse.ArgumentParser:
 
 def answer(error: BaseException) -> str | None:
     """The sentence that a user gets for an exception; None for a defect, which keeps its traceback."""
+    from id_reward.errors import InputError
+
     from multicrafter.training.checkpoint import CheckpointError
     from multicrafter.training.distributed import WorkerLost
 
-    known = isinstance(error, (UserError, CheckpointError, WorkerLost))
+    known = isinstance(error, (UserError, InputError, CheckpointError, WorkerLost))
     missing_extra = isinstance(error, ImportError) and "pip install" in str(error)
     closed = isinstance(error, OSError) and error.errno in FULL_OR_CLOSED
     return " ".join(str(error).split()) if known or missing_extra or closed else None

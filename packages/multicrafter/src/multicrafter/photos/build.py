@@ -12,7 +12,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from multicrafter import UserError, __version__
+from multicrafter import UserError, __version__, user_input
 from multicrafter.files import write_whole
 from multicrafter.photos import select, stages, write
 from multicrafter.photos.cache import Cache
@@ -77,7 +77,8 @@ def build(
     photos, out = Path(photos), Path(out)
     check_folders(photos, out)
     prepare(config)
-    (out / ".build").mkdir(parents=True, exist_ok=True)
+    with user_input(f"OUT {out} must be a folder that can be made"):
+        (out / ".build").mkdir(parents=True, exist_ok=True)
     files = out / ".build" / "files" if config.write.format == "webdataset" else out
     with Cache(out / ".build" / "cache.sqlite") as cache:
         run = Run(photos, out, config, engine or InProcess(), cache, progress)
