@@ -129,6 +129,7 @@ ONCE_CONSTANT: dict[str, dict[str, Any]] = {
         "schedule": {"warmup_steps": 5, "decay": "constant"},
         "adamw": {"betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.0},
     },
+    "num_inner_epochs": {"off_policy": "warn", "on_nonfinite": "raise"},
 }
 """Knobs that were constants of the code when the first records were made, by a knob that only stage 1 or stage 2 has: at these values they rename no record."""
 

@@ -109,7 +109,7 @@ class PoseReader:
         """R^2 = 1 - residual / variance, by name, of people that the reader of truth finds in drawn scenes; and of the heights of its boxes."""
         got, want = [], []
         for number, reading in enumerate(judges.reader.read(scenes.images)):
-            for subject, face in people(scenes.truth.identities[number], reading.identities):
+            for subject, face in people(scenes.identities[number], reading.identities):
                 box = reading.boxes[face : face + 1]
                 values = self.read(scenes.images, torch.tensor([number]), box)[0]
                 got.append(torch.cat([values, (box[0, 3] - box[0, 1])[None] / 1.02]))
