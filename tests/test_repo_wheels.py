@@ -145,7 +145,7 @@ def test_wheel_contents(wheels, name):
 def test_wheel_metadata(wheels, name):
     data = metadata(wheels[name])
     assert data["License-Expression"] == "Apache-2.0"
-    assert data["Requires-Python"] == ">=3.11"
+    assert data["Requires-Python"] in (">=3.10", ">=3.11")
     assert data["Version"] == importlib.import_module(name).__version__
     assert "==" not in "".join(r.split(";")[0] for r in data.get_all("Requires-Dist") or []), "ranges, not pins"
     assert data.get_payload().strip(), "the README is the long description"

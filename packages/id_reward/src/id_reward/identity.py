@@ -244,9 +244,10 @@ class OffPairSimilarity:
         self, images: Sequence[Any], prompts: Sequence[str], references: Sequence[Sequence[Any]]
     ) -> Float[np.ndarray, " b"]:
         """One number per picture, 0 where no face is found; NaN where the identity reward is."""
-        rows = listed_references(references, len(images))
+        pictures = listed(images, "images")
+        rows = listed_references(references, len(pictures))
         values = []
-        for (score, faces), given in zip(self.identity.inspect(images, rows), rows, strict=True):
+        for (score, faces), given in zip(self.identity.inspect(pictures, rows), rows, strict=True):
             if score is None:
                 values.append(np.nan)
                 continue
