@@ -21,6 +21,7 @@ from id_reward.alignment import (
 )
 from id_reward.errors import InputError
 from id_reward.floats import as_floats
+from id_reward.images import file_name
 from id_reward.inputs import content_key, listed, listed_references, row_keys
 from id_reward.protocols import FaceBackend, Faces
 from id_reward.shapes import Float
@@ -54,7 +55,7 @@ def describe(reference: Any, number: int) -> str:
     if isinstance(reference, Mapping):
         reference = reference.get("path")
     name = reference if isinstance(reference, (str, Path)) else getattr(reference, "filename", None)
-    return str(name) if name else f"reference {number}"
+    return file_name(name) if name else f"reference {number}"
 
 
 @dataclass
