@@ -21,6 +21,7 @@ from id_reward.alignment import (
 )
 from id_reward.errors import InputError
 from id_reward.floats import as_floats
+from id_reward.images import file_name
 from id_reward.inputs import content_key, listed, listed_references, row_keys
 from id_reward.protocols import FaceBackend, Faces
 from id_reward.shapes import Float
@@ -54,7 +55,7 @@ def describe(reference: Any, number: int) -> str:
     if isinstance(reference, Mapping):
         reference = reference.get("path")
     name = reference if isinstance(reference, (str, Path)) else getattr(reference, "filename", None)
-    return str(name) if name else f"reference {number}"
+    return file_name(name) if name else f"reference {number}"
 
 
 @dataclass
@@ -244,9 +245,10 @@ class OffPairSimilarity:
         self, images: Sequence[Any], prompts: Sequence[str], references: Sequence[Sequence[Any]]
     ) -> Float[np.ndarray, " b"]:
         """One number per picture, 0 where no face is found; NaN where the identity reward is."""
-        rows = listed_references(references, len(images))
+        pictures = listed(images, "images")
+        rows = listed_references(references, len(pictures))
         values = []
-        for (score, faces), given in zip(self.identity.inspect(images, rows), rows, strict=True):
+        for (score, faces), given in zip(self.identity.inspect(pictures, rows), rows, strict=True):
             if score is None:
                 values.append(np.nan)
                 continue

@@ -128,11 +128,25 @@ def to_rgb(picture: Image.Image, *, background: tuple[int, int, int] = GROUND) -
     pil = _pillow()
     try:
         picture.load()
-    except Exception as error:
+        result: Image.Image = pil.Image.fromarray(_pil_array(picture, background))
+    except InputError:
+        raise
+    except Exception as error:  # Pillow raises what it likes on damaged files and impossible properties
         name = getattr(picture, "filename", "") or "the picture"
-        raise InputError(f"{name} must be a readable picture, got: {type(error).__name__}: {error}") from None
-    result: Image.Image = pil.Image.fromarray(_pil_array(picture, background))
+        raise InputError(f"{name} must be a readable picture, got: {type(error).__name__}: {_line(error)}") from None
     return result
+
+
+def _line(error: Exception) -> str:
+    """The first line of a message, cut to a readable length."""
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def file_name(source: Any) -> str:
+    """What a message calls a file: its path, quoted where it could not be read in a sentence."""
+    path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "the picture")
+    text = path if isinstance(path, str) else repr(path)
+    return text if text.strip() and text.isprintable() else repr(text)
 
 
 def open_image(
@@ -156,7 +170,7 @@ def open_image(
     """
     pil = _pillow()
     file = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
-    name = str(source) if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "the picture")
+    name = file_name(source)
     try:
         with pil.Image.open(file) as picture:
             if picture.width * picture.height > max_pixels:
@@ -174,14 +188,18 @@ def open_image(
         if isinstance(error, ValueError) and str(name) in str(error):
             raise
         folder = isinstance(source, (str, os.PathLike)) and Path(source).is_dir()
-        reason = "it is a folder" if folder else f"{type(error).__name__}: {error}"
+        said = _line(error) if isinstance(error, InputError) else f"{type(error).__name__}: {_line(error)}"
+        reason = "it is a folder" if folder else said
         raise InputError(f"{name} must be a readable picture, got: {reason}") from None
 
 
 def _values(image: Any) -> np.ndarray:
     """The pixels of an array or tensor, channels last; a tensor's channels come first unless only the last axis can be theirs."""
     if not hasattr(image, "detach"):
-        return np.asarray(image)
+        try:
+            return np.asarray(image)
+        except Exception:  # a list of unequal things, or an object with an __array__ of its own mind
+            raise InputError(f"a picture must be {KINDS}, got {_about(image)}") from None
     tensor = image.detach().cpu()
     values: np.ndarray = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     return values.transpose(1, 2, 0) if values.ndim == 3 and values.shape[0] in (1, 3, 4) else values
