@@ -337,9 +337,9 @@ def compare(name: str, got: Trace) -> None:
     recorded = json.loads(RECORDED.read_text())
     want, got = recorded["traces"][name], json.loads(json.dumps(got))
     assert got.keys() == want.keys()
-    # gspo's trainer calls its public ratio functions since issue 20, which round the spread of the log-ratio otherwise: at most 1e-6
-    spread, recorded_spread = got.pop("ratio_spread", None), want.pop("ratio_spread", None)
-    assert spread == pytest.approx(recorded_spread, abs=1e-6, nan_ok=True)
+    if name.startswith("stage2_two_processes"):
+        # Moved by at most 4.2e-7 when the branches of issues 20 to 23 were merged; one process stays bit-equal. The cause is not established.
+        assert got.pop("ratio_spread") == pytest.approx(want.pop("ratio_spread"), abs=1e-6)
     if recorded["circumstances"] == circumstances():
         assert got == want or repr(got) == repr(want)  # NaN is NaN
         return
