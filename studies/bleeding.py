@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from idar import SUBJECT_ARROWS
+from multicrafter.config.settings import from_dict
 from multicrafter.models.binding import BindingConfig
 from multicrafter.scoring.evaluate import EvaluateConfig, bootstrap
 from multicrafter.training.pretrain import SeparationConfig
 from multicrafter.training.runs import with_execution
+from multicrafter.training.scenes import draw_scenes
+from multicrafter.world import FAMILIES
 
 from studies.lab.experiment import Budget, Experiment
 from studies.lab.laboratory import Study, main
@@ -48,10 +52,13 @@ DOSES = (0.5, 0.9, 0.99)
 PLAIN, APART, LOSS, ROUTED = "plain LoRA", "mask dropout", "attention loss", "routed by attention"
 CAUSES = "plain LoRA, one kind of attention forbidden"
 THREE = {PLAIN: "plain LoRA, three people", APART: "mask dropout, three people"}
+OTHER_NUMBERS = {PLAIN: "plain LoRA, other numbers of people", APART: "mask dropout, other numbers of people"}
+NUMBERS = (1, 3, 4)
+"""Of people in a picture that a model drawn from training on two has never seen."""
 
 
 def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
-    """Plain LoRA, the attention loss, mask dropout, and routing by attention; the first and the third on three people too."""
+    """Plain LoRA, the attention loss, mask dropout, and routing by attention; the first and the third on other numbers of people too."""
     found: dict[str, dict[int, Experiment]] = {}
     for seed in budget.seeds:
         plain, apart = budget.rows(seed)["baseline"][0], budget.rows(seed)["separation"][0]
@@ -81,6 +88,10 @@ def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
                 pretrain=replace(config, world=replace(config.world, numbers=(3,))),
                 tests=tests(three, None, BindingConfig(mode="draft")),
             )
+            others = [replace(test, num_references=n) for n in NUMBERS]
+            found.setdefault(OTHER_NUMBERS[label], {})[seed] = Experiment(
+                pretrain=config, tests=tuple(t for o in others for t in tests(o, None, BindingConfig(mode="draft")))
+            )
     return found
 
 
@@ -99,6 +110,37 @@ def _means(by: dict[int, Record], labels: list[str]) -> dict[str, Any]:
     }
 
 
+def differing_attributes(test: EvaluateConfig) -> np.ndarray:
+    """In how many attributes, visible in both, the first two people of each case differ, (n,)."""
+    family = FAMILIES[test.family]
+    truth = torch.cat([scenes.identities for scenes, _ in draw_scenes(test.world(), test.num_cases, seed=test.seed)])
+    one, other = truth[:, 0], truth[:, 1]
+    return np.asarray(((one != other) & family.visible(one) & family.visible(other)).sum(1))
+
+
+def _by_likeness(records: dict[str, dict[int, Record]], test: EvaluateConfig) -> dict[str, Any]:
+    """The plain LoRA as it is and mask dropout bound by its draft, on the more alike half of the pairs and on the other."""
+    apart = differing_attributes(test)
+    middle = float(np.median(apart))
+    halves = {
+        f"alike: differ in at most {middle:.0f} attributes": apart <= middle,
+        f"unlike: differ in more than {middle:.0f}": apart > middle,
+    }
+    chosen = {(PLAIN, "as it is"): 0, (APART, "bound by its own draft"): 2}
+    found: dict[str, Any] = {}
+    for half, rows in halves.items():
+        for (label, way), index in chosen.items():
+            by = records[label]
+            above = by_case(by, "swaps", index) - by_case(by, "swaps_by_chance", index)
+            found.setdefault(half, {})[f"{label}, {way}"] = {
+                "pairs": int(rows.sum()),
+                "attributes": bootstrap(by_case(by, "attributes", index)[rows]),
+                "identity": bootstrap(by_case(by, "identity", index)[rows]),
+                "above": bootstrap(above[rows]),
+            }
+    return found
+
+
 def _explained(by: dict[int, Record], index: int, oracle: int = 1) -> dict[str, float]:
     """Share of the excess swaps that go when something is forbidden: 1 for all that perfect separation takes away."""
     own, best, here = (
@@ -110,10 +152,13 @@ def _explained(by: dict[int, Record], index: int, oracle: int = 1) -> dict[str, 
 def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
     """Means of every model in every way of drawing; what each attention explains; what each remedy captures."""
     ways = list(WAYS)
-    found: dict[str, Any] = {"models": {}, "three": {}}
+    found: dict[str, Any] = {"models": {}, "three": {}, "numbers": {}}
     for label, by in records.items():
         if label in THREE.values():
             found["three"][label] = _means(by, ["as it is", "bound by its own draft"])
+        elif label in OTHER_NUMBERS.values():
+            way = ("as it is", "bound by its own draft")
+            found["numbers"][label] = _means(by, [f"{n} in the picture, {w}" for n in NUMBERS for w in way])
         elif label == ROUTED:
             found["models"][label] = _means(by, ["routed by its attention"])
         elif label != CAUSES:
@@ -128,6 +173,8 @@ def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
         if seeds:
             gain = {way: _paired(pairs, i, "attributes") for i, way in enumerate(ways)}
             found["gain"] = gain
+            recorded = next(iter(pairs[PLAIN].values()))["experiment"]["tests"][0]
+            found["likeness"] = _by_likeness(pairs, from_dict(EvaluateConfig, recorded))
             found["captured"] = {way: g["mean"] / gain["true masks"]["mean"] for way, g in gain.items()}
     if all(label in records for label in THREE.values()):
         first, second = (records[label] for label in THREE.values())
@@ -160,6 +207,18 @@ def page(content: dict[str, Any], folder: Path) -> str:
         for label, m in content.get("causes", {}).items()
     ]
     gains = [[way, cell(g, "+.3f"), f"{content['captured'][way]:.2f}"] for way, g in content.get("gain", {}).items()]
+    likeness = [
+        [
+            half if i == 0 else "",
+            label,
+            str(m["pairs"]),
+            cell(m["attributes"]),
+            cell(m["identity"]),
+            cell(m["above"], "+.3f"),
+        ]
+        for half, by in content.get("likeness", {}).items()
+        for i, (label, m) in enumerate(by.items())
+    ]
     figure(content, folder / "bleeding.png")
     three = ""
     if "gain_three" in content:
@@ -190,11 +249,25 @@ A plain LoRA, never trained with separation; each row forbids one kind of attent
 
 {markdown_table(["forbidden", "swaps", "attributes", "identity", "share of the bleeding"], causes)}
 
+## People who look alike, and people who do not
+
+The same pairs as above, parted by how many visible attributes the two differ in.
+
+{markdown_table(["pairs", "model", "number of pairs", "attributes", "identity", "swaps above chance"], likeness)}
+
 ## Three people
+
+Trained on three people and drawn with three.
 
 {markdown_table(head, rows(content["three"]))}
 
-{three}"""
+{three}
+
+## Numbers of people that the training did not show
+
+Trained on two people.
+
+{markdown_table(head, rows(content["numbers"]))}"""
 
 
 def figure(content: dict[str, Any], path: Path) -> None:

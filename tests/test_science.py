@@ -15,8 +15,10 @@ from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.loading import load_flux
 from multicrafter.training.optimization import AdamWConfig, ScheduleConfig, SigmaSamplingConfig
 from multicrafter.training.runs import with_execution
+from multicrafter.training.scenes import encode_scenes
+from multicrafter.world import FAMILIES
 
-from studies import ablation, claims, inference_overhead, ratios, regime, scaling, subjects
+from studies import ablation, bleeding, claims, inference_overhead, ratios, regime, scaling, subjects
 from studies import all as everything
 from studies.lab import probes, report
 from studies.lab.experiment import FULL, SMOKE, Base, Experiment
@@ -391,3 +393,17 @@ def test_the_map_of_the_regime_has_every_form_beside_the_plain_lora_of_its_own_c
     found = regime.summarise({label: record(value) for label, value in arms.items()})["circumstances"]
     bought = {k: v["minus_baseline"][f]["swaps"].mean for k, v in found.items() for f in v["minus_baseline"]}
     assert bought == {"96": pytest.approx(0.3), "96, the paper's letter": pytest.approx(-0.05)}
+
+
+def test_pairs_are_parted_by_the_attributes_in_which_the_drawn_cases_differ() -> None:
+    """The study draws its cases anew to know who looks alike; they must be the cases that were measured."""
+    pipe = load_flux(None)
+    test = replace(SMOKE.test(), num_cases=5, seed=77)
+    scenes = encode_scenes(pipe, test.world(), test.num_cases, seed=test.seed)
+    family = FAMILIES[test.family]
+    expected = []
+    for one, other in scenes.truth.identities.tolist():
+        seen = [family.visible(torch.tensor([who]))[0].tolist() for who in (one, other)]
+        expected.append(sum(a != b and u and v for a, b, u, v in zip(one, other, *seen, strict=True)))
+    assert bleeding.differing_attributes(test).tolist() == expected
+    assert len(set(expected)) > 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -108,6 +108,24 @@ ENCODED = (
 
 
 @torch.no_grad()
+def draw_scenes(
+    world: WorldConfig, count: int, *, seed: int, chunk: int = 100, one_by_one: bool = False
+) -> Iterator[tuple[Scenes, Tensor | None]]:
+    """The scenes of `encode_scenes`, in chunks; with ``one_by_one`` also an unrelated identity a scene, (b, a)."""
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, count, chunk):
+        stop = min(start + chunk, count)
+        if not one_by_one:
+            yield make_scenes(stop - start, world, generator), None
+            continue
+        alone, strangers = [], []
+        for case in range(start, stop):
+            own = torch.Generator().manual_seed(seed * 1_000_003 + case)
+            alone.append(make_scenes(1, world, own))
+            strangers.append(FAMILIES[world.family].sample(1, world.split, own))
+        yield Scenes(*(torch.cat(part) for part in zip(*alone, strict=True))), torch.cat(strangers)
+
+
 def encode_scenes(
     pipe: DiffusionPipeline,
     world: WorldConfig,
@@ -124,7 +142,6 @@ def encode_scenes(
     """
     if len(world.numbers) != 1:
         raise UserError(f"numbers must hold one number of subjects, got {world.numbers}")
-    generator = torch.Generator().manual_seed(seed)
     backbone = backbone_of(pipe)
     encode = CachedPictures(pipe, cache, backbone=backbone)
     factor = backbone.token_side(pipe)
@@ -132,16 +149,9 @@ def encode_scenes(
     parts: list[tuple[Tensor, ...]] = []
     captions: list[str] = []
     strangers: list[Tensor] = []
-    for start in range(0, count, chunk):
-        if one_by_one:
-            drawn_alone = []
-            for case in range(start, min(start + chunk, count)):
-                own = torch.Generator().manual_seed(seed * 1_000_003 + case)
-                drawn_alone.append(make_scenes(1, world, own))
-                strangers.append(FAMILIES[world.family].sample(1, world.split, own))
-            scenes = Scenes(*(torch.cat(part) for part in zip(*drawn_alone, strict=True)))
-        else:
-            scenes = make_scenes(min(chunk, count - start), world, generator)
+    for scenes, unrelated in draw_scenes(world, count, seed=seed, chunk=chunk, one_by_one=one_by_one):
+        if unrelated is not None:
+            strangers.append(unrelated)
         captions += scenes.captions(FAMILIES[world.family])
         references = encode(scenes.references.flatten(0, 1))
         tokens = encode(scenes.images)
