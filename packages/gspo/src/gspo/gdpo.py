@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gspo.advantage import Scale, multi_reward_advantages
-from gspo.ranks import ProcessGroup, total
+from gspo.distributed import ProcessGroup, total
 
 
 def whiten(

@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from gspo.distributed import ProcessGroup, resolve, sum_gradients, total, world_size
 from gspo.moving_average import MovingAverage
 from gspo.points import Objective
-from gspo.ranks import ProcessGroup, resolve, sum_gradients, total, world_size
 from gspo.rollout import Hook, Rollout, VelocityFunction
 from gspo.signal_log import SignalLog
 

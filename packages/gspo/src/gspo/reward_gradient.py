@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from gspo.distributed import ProcessGroup, resolve, sum_gradients, total, world_size
 from gspo.draw import check_levels
-from gspo.ranks import ProcessGroup, resolve, sum_gradients, total, world_size
 from gspo.rollout import VelocityFunction
 from gspo.sde import wide
 from gspo.signal_log import SignalLog
