@@ -7,8 +7,8 @@ import torch
 from gspo import FlowODE, FlowSDE, PolicyConfig, PolicyTrainer, group_advantages, rescore, rollout
 from gspo.integrations.diffusers import PipelinePolicy
 
-diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
+diffusers = pytest.importorskip("diffusers", reason="needs gspo[diffusers]")
+transformers = pytest.importorskip("transformers", reason="needs gspo[diffusers]")
 PROMPTS = ["a red fox in the snow", "blue", "a bird"]
 
 
@@ -126,7 +126,7 @@ def test_deterministic_steps_and_decoding_are_the_pipelines_own(made: tuple) -> 
 
 
 def test_rollout_and_update(made: tuple) -> None:
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="needs gspo[diffusers]")
     from peft import LoraConfig
 
     pipe, call = made

@@ -19,7 +19,7 @@ from gspo import (
 from gspo.inputs import as_ids, as_numbers
 from hypothesis import given, settings
 
-np = pytest.importorskip("numpy")
+np = pytest.importorskip("numpy", reason="needs gspo[test]")
 IDS = torch.tensor([0, 0, 0, 0])
 FORMS = {
     "bool tensor": torch.tensor([False, True, True, False]),

@@ -91,14 +91,14 @@ def final_latents(kernel, window: range, seed: int, steps: int = 100, count: int
 )
 def test_marginals_stay_those_of_the_flow(kernel, window: range) -> None:  # type: ignore[no-untyped-def]
     """Kolmogorov-Smirnov against the data's N(1, 0.5^2), whose velocity is known in closed form."""
-    stats = pytest.importorskip("scipy.stats")
+    stats = pytest.importorskip("scipy.stats", reason="needs gspo[test]")
     got = stats.kstest(final_latents(kernel, window, seed=0).numpy(), "norm", args=(1.0, 0.5))
     assert got.pvalue > 0.01
 
 
 def test_kolmogorov_smirnov_would_notice() -> None:
     """It does for Flow-CPS over the whole schedule, whose noise is too small (docs/adr/0011), and for a velocity that is off."""
-    stats = pytest.importorskip("scipy.stats")
+    stats = pytest.importorskip("scipy.stats", reason="needs gspo[test]")
     whole = final_latents(FlowCPS(), range(98), seed=0)
     assert stats.kstest(whole.numpy(), "norm", args=(1.0, 0.5)).pvalue < 1e-6 and whole.std() < 0.45
     shifted = final_latents(FlowSDE(), range(98), seed=0) + 0.1

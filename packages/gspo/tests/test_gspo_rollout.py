@@ -185,7 +185,7 @@ def test_solver_is_exact_for_a_point_and_matches_diffusers() -> None:
     x = 0.2 * data + 0.8 * noise
     torch.testing.assert_close(dpm_solver_2m_step(x, data, None, 0.8, 0.3, None), 0.7 * data + 0.3 * noise)
     torch.testing.assert_close(dpm_solver_2m_step(noise, data, None, 1.0, 0.4, None), 0.6 * data + 0.4 * noise)
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="needs gspo[diffusers]")
     scheduler = diffusers.DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, solver_order=2, lower_order_final=False,
         final_sigmas_type="zero", euler_at_final=False,

@@ -73,7 +73,7 @@ def test_a_step_that_draws_more_than_the_latents_hold_is_said() -> None:
 )
 def test_schedulers_of_the_field_work(name: str, options: dict, kernel) -> None:  # type: ignore[no-untyped-def]
     """Noise within bounds, rescoring exact, and samples of the right spread, on the exact flow to N(0, .5^2)."""
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="needs gspo[diffusers]")
     scheduler = getattr(diffusers, name)(**options)
     scheduler.set_timesteps(30)
     policy = lambda x, s, i: gaussian_velocity(x, s, 0.0, 0.5)  # noqa: E731
@@ -105,7 +105,7 @@ def test_schedulers_of_the_field_work(name: str, options: dict, kernel) -> None:
     ],
 )
 def test_schedulers_of_other_models_are_one_sentence(name: str, options: dict, message: str) -> None:
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="needs gspo[diffusers]")
     scheduler = getattr(diffusers, name)(**options)
     scheduler.set_timesteps(8)
     with pytest.raises(ValueError, match=message) as raised:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gspo.integrations.trl_config import GRPOSettings as GRPOSettings
+from gspo.integrations.trl_config import translate
 from gspo.loop import RewardFunction, as_rewards
-from gspo.step import PolicyConfig
 
 TRLRewardFunction = Callable[..., Any]
 
@@ -75,35 +76,19 @@ async def _wait(values: Any) -> Any:
     return await values
 
 
-LEVELS = {"sequence": "sequence", "sequence_token": "sequence", "token": "step"}
-SCALES = {"group": "group", "batch": "global", "none": "none", "True": "group", "False": "none"}
+def from_grpo_config(config: Any, *, reward_names: Sequence[str] = ()) -> GRPOSettings:
+    """Translates a ``trl.GRPOConfig``: ``OnlineConfig(window=..., kernel=..., **from_grpo_config(config).online)``.
 
+    ``importance_sampling_level`` "sequence" is GSPO, "token" the step ratio (a denoising step is what a token is there); ``epsilon`` and
+    ``epsilon_high`` are the clip range, ``beta`` the weight of the KL, ``num_iterations`` the inner epochs,
+    ``per_device_train_batch_size`` the rows of a pass. Groups are scaled by the std of the sample, as there. Log-probs there are per
+    token, here per element: a clip range that was tuned on text means nothing for pictures, so consider ``clip_range="auto"``.
 
-def from_grpo_config(config: Any) -> tuple[PolicyConfig, str]:
-    """The `PolicyConfig` and the ``advantage_scale`` that say what a ``trl.GRPOConfig`` says.
-
-    ``importance_sampling_level`` "sequence" is GSPO, "token" the step ratio (a denoising step is what a token is there); ``epsilon``
-    is the clip range, ``beta`` the weight of the KL, ``num_iterations`` the inner epochs. Log-probs there are per token, here per
-    element: a clip range that was tuned on text means nothing for pictures, so consider ``clip_range="auto"``.
+    Args:
+        config: A ``trl.GRPOConfig``, or any object with its fields; one that is missing has TRL's default.
+        reward_names: Of the reward functions, in the order of ``reward_weights``; needed if those are given.
 
     Raises:
-        ValueError: The configuration asks for something gspo does not do: an ``epsilon_high`` of its own, a loss with another mean.
+        ValueError: The configuration asks for something gspo does not do, or has a field that gspo does not know. The field is named.
     """
-    high = getattr(config, "epsilon_high", None)
-    if high is not None and high != config.epsilon:
-        raise ValueError(f"epsilon_high must equal epsilon (clip ranges are symmetric here), got {high}")
-    if config.loss_type not in ("grpo", "dapo", "bnpo"):
-        raise ValueError(
-            f"loss_type must be 'grpo', 'dapo' or 'bnpo' (the same where all trajectories are equally long), got {config.loss_type!r}"
-        )
-    level = config.importance_sampling_level
-    if level not in LEVELS:
-        raise ValueError(f"importance_sampling_level must be one of {tuple(LEVELS)}, got {level!r}")
-    policy = PolicyConfig(
-        ratio=LEVELS[level],  # type: ignore[arg-type]
-        clip_range=config.epsilon,
-        kl_coef=config.beta,
-        num_inner_epochs=config.num_iterations,
-        max_grad_norm=config.max_grad_norm,
-    )
-    return policy, SCALES[str(config.scale_rewards)]
+    return translate(config, reward_names)
