@@ -24,6 +24,7 @@ from multicrafter.photos.config import BuildConfig
 from multicrafter.photos.loader import LoaderConfig
 from multicrafter.pipeline import MultiCrafterPipeline
 from multicrafter.scoring.evaluate import EvaluateConfig
+from multicrafter.training.distillation import DistillationConfig
 from multicrafter.training.loop import Diverged, LoopConfig, run
 from multicrafter.training.pretrain import SamplingConfig, SeparationConfig
 from multicrafter.world.train_base import BaseConfig
@@ -34,7 +35,7 @@ BAD = (math.nan, math.inf, -math.inf)
 RED = Image.new("RGB", (40, 60), (200, 40, 40))
 CONFIGS = [
     Stage1(), Stage2(), tiny(seed=0).pretrain, tiny(seed=0).align, BuildConfig(), LoaderConfig(), EvaluateConfig(), BindingConfig(),
-    LoopConfig(), SamplingConfig(guidance=2.0), SeparationConfig(), AdapterConfig(), BaseConfig(), DemoConfig(),
+    LoopConfig(), SamplingConfig(guidance=2.0), SeparationConfig(), DistillationConfig(), AdapterConfig(), BaseConfig(), DemoConfig(),
 ]  # fmt: skip
 
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 from gspo import rescore, sequence_importance_ratio
 from idar import leakage, owner_masks
-from idar.integrations.diffusers import capture_subject_attention
+from idar.integrations.diffusers import capture_subject_attention, separate_subjects
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.flux.model import Text, add_noise, encode_prompts, predict_velocity
 from multicrafter.training import loop
 from multicrafter.training.align import Align, AlignConfig
 from multicrafter.training.attention import layout_of
+from multicrafter.training.distillation import DistillationConfig, Pass, distillation_loss, watch_outputs
 from multicrafter.training.pretrain import (
     IDARConfig,
     Objective,
@@ -401,3 +402,122 @@ class TestSeparation:
         assert sampling_notes(STAGE1) == {"separation": "none"}
         with pytest.raises(ValueError, match="guidance"):
             SamplingConfig(guidance=float("nan"))
+
+
+class TestDistillation:
+    """The model with separated attention teaches the same model without."""
+
+    CONFIG = replace(
+        STAGE1, separation=SeparationConfig(), distillation=DistillationConfig(), idar=replace(STAGE1.idar, coef=0.0)
+    )
+
+    def step(self, pipe, scenes, config, separated, rows=4):
+        stage = Pretrain(pipe, config, scenes)
+        shake(stage.adapters)
+        rows = torch.arange(rows)
+        noise = torch.randn(scenes.tokens[rows].shape, generator=torch.Generator().manual_seed(3))
+        text = stage.text([scenes.captions[r] for r in rows.tolist()])
+        losses = stage.objective.backward(scenes, rows, noise, torch.full((len(rows),), 0.7), text, separated=separated)
+        gradient = torch.cat([p.grad.flatten() for p in stage.adapters.parameters() if p.grad is not None])
+        stage.adapters.detach()
+        return losses, gradient
+
+    def test_the_loss_is_the_formula(self):
+        g = torch.Generator().manual_seed(0)
+        student, teacher = Pass(), Pass()
+        for one in (student, teacher):
+            one.velocity = torch.randn(3, 5, 2, generator=g)
+            one.attention = [torch.randn(3, n, 4, generator=g) for n in (5, 7)]
+        weight = torch.tensor([1.0, 0.0, 0.5])
+        expected = 0.0
+        for row, share in ((0, 1 / 3), (2, 0.5 / 3)):
+            v = ((student.velocity[row] - teacher.velocity[row]) ** 2).mean()
+            pairs = list(zip(student.attention, teacher.attention, strict=True))
+            o = sum(((a[row] - b[row]) ** 2).sum() / (b[row] ** 2).sum() for a, b in pairs) / 2
+            expected += share * float(2.0 * v + 0.5 * o)
+        config = DistillationConfig(velocity=2.0, attention=0.5)
+        assert distillation_loss(student, teacher, config, weight) == pytest.approx(expected, rel=1e-5)
+        assert distillation_loss(student, teacher, config, torch.zeros(3)) == 0
+
+    def test_the_target_is_the_separated_velocity_and_has_no_gradient(self, pipe, scenes):
+        stage = Pretrain(pipe, self.CONFIG, scenes)
+        shake(stage.adapters)
+        rows, sigma = torch.arange(3), torch.full((3,), 0.7)
+        noise = torch.randn(scenes.tokens[rows].shape, generator=torch.Generator().manual_seed(3))
+        text = stage.text([scenes.captions[r] for r in range(3)])
+        teacher = stage.objective._teach(scenes, rows, noise, sigma, text, torch.zeros(3))
+        x = add_noise(scenes.tokens[rows], noise, sigma)
+        masks = owner_masks(scenes.masks[rows], threshold=0.15)
+        with (
+            torch.no_grad(),
+            watch_outputs(pipe.transformer) as outputs,
+            separate_subjects(pipe.transformer, layout_of(stage.backbone, scenes, text.embeds.shape[1]), masks),
+        ):
+            expected = stage.trainee.predict(x, sigma, text, **scenes.context(rows))
+        assert torch.equal(teacher.velocity, expected) and not teacher.velocity.requires_grad
+        streams = 2 * len(pipe.transformer.transformer_blocks) + len(pipe.transformer.single_transformer_blocks)
+        assert len(outputs) == len(teacher.attention) == streams
+        assert all(torch.equal(a, b) for a, b in zip(outputs, teacher.attention, strict=True))
+        assert stage.objective._teach(scenes, rows, noise, sigma, text, torch.ones(3)) is None
+        stage.adapters.detach()
+
+    def test_only_samples_without_separation_learn_from_it(self, pipe, scenes):
+        none, all_of_them = torch.zeros(4), torch.ones(4)
+        plain = replace(self.CONFIG, distillation=None)
+        assert "distillation_loss" not in self.step(pipe, scenes, self.CONFIG, all_of_them)[0]
+        with_teacher, gradient = self.step(pipe, scenes, self.CONFIG, none)
+        without, other = self.step(pipe, scenes, plain, none)
+        assert with_teacher["distillation_loss"] > 0
+        assert with_teacher["loss"] == pytest.approx(
+            float(without["loss"] + with_teacher["distillation_loss"]), rel=1e-5
+        )
+        assert not torch.allclose(gradient, other)
+
+    def test_a_teacher_that_separates_nothing_teaches_nothing(self, pipe, scenes):
+        config = replace(self.CONFIG, separation=SeparationConfig(strength=0.0))
+        losses, gradient = self.step(pipe, scenes, config, torch.zeros(4))
+        assert losses["distillation_loss"] == 0
+        _, other = self.step(pipe, scenes, replace(config, distillation=None), torch.zeros(4))
+        assert torch.allclose(gradient, other, atol=1e-7)
+
+    def test_micro_batches_train_the_same(self, pipe, scenes):
+        config = replace(self.CONFIG, adapters=AdapterConfig(rank=4, num_experts=0))
+        (whole, gradient), halves = self.step(pipe, scenes, config, torch.tensor([0.0, 1.0, 0.0, 0.0])), []
+        stage = Pretrain(pipe, config, scenes)
+        shake(stage.adapters)
+        noise = torch.randn(scenes.tokens[:4].shape, generator=torch.Generator().manual_seed(3))
+        for part in (slice(0, 2), slice(2, 4)):
+            rows = torch.arange(4)[part]
+            text = stage.text([scenes.captions[r] for r in rows.tolist()])
+            sigma, separated = torch.full((2,), 0.7), torch.tensor([0.0, 1.0, 0.0, 0.0])[part]
+            halves.append(
+                stage.objective.backward(scenes, rows, noise[part], sigma, text, separated=separated, scale=0.5)["loss"]
+            )
+        together = torch.cat([p.grad.flatten() for p in stage.adapters.parameters() if p.grad is not None])
+        stage.adapters.detach()
+        assert float(sum(halves) / 2) == pytest.approx(float(whole["loss"]), rel=1e-5)
+        assert torch.allclose(together, gradient, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("make", "word"),
+        [
+            (lambda: DistillationConfig(velocity=-1.0), "velocity"),
+            (lambda: DistillationConfig(attention=float("nan")), "attention"),
+            (lambda: DistillationConfig(velocity=0.0, attention=0.0), "positive"),
+            (lambda: replace(STAGE1, distillation=DistillationConfig()), "separation"),
+            (lambda: replace(TestDistillation.CONFIG, separation=SeparationConfig(share=1.0)), "some of the samples"),
+            (
+                lambda: replace(
+                    TestDistillation.CONFIG, execution=replace(STAGE1.execution, gradient_checkpointing=True)
+                ),
+                "gradient_checkpointing",
+            ),
+            (
+                lambda: replace(TestDistillation.CONFIG, execution=replace(STAGE1.execution, compile_blocks=True)),
+                "compile",
+            ),
+        ],
+    )
+    def test_refusals(self, make, word):
+        with pytest.raises(ValueError, match=word):
+            make()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from multicrafter.models.backbones import backbone_of
 from multicrafter.models.checks import check_finite
 from multicrafter.models.flux.model import Text
 from multicrafter.training.attention import layout_of, noised_velocity, watch_attention
+from multicrafter.training.distillation import DistillationConfig, Pass, distillation_loss, watch_outputs
 from multicrafter.training.distributed import active, all_sum, my_slice, world_size
 from multicrafter.training.encoding_cache import CachedText
 from multicrafter.training.loop import LoopConfig
@@ -164,6 +165,7 @@ class PretrainConfig:
         data: Folder of `multicrafter data build`: photos instead of drawn scenes, at the sizes of ``world``. None draws.
         seed: Of data order, noise and adapters; scenes come from ``data_seed``.
         separation: See `SeparationConfig`; None trains without it.
+        distillation: See `DistillationConfig`; the samples that are not separated learn from the same model with separation. None does without.
         sampling: How its pictures are drawn; None leaves that to the backbone.
         execution: Precision, memory, processes.
         loop: How often checkpoints and pictures are written, and when to give up.
@@ -183,6 +185,7 @@ class PretrainConfig:
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
     idar: IDARConfig = field(default_factory=IDARConfig)
     separation: SeparationConfig | None = None
+    distillation: DistillationConfig | None = None
     sampling: SamplingConfig | None = None
     world: WorldConfig = field(default_factory=lambda: WorldConfig(numbers=(2,), shared_attributes=4))
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
@@ -197,6 +200,15 @@ class PretrainConfig:
             raise UserError(f"lr must be positive, got {self.lr}")
         if not self.max_grad_norm > 0:
             raise UserError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
+        if self.distillation is not None:
+            if self.separation is None or self.separation.routing or self.separation.share in (0, 1):
+                raise UserError(
+                    "distillation needs separation by masks in some of the samples and not in others, got "
+                    f"{'none' if self.separation is None else self.separation}"
+                )
+            for name in ("gradient_checkpointing", "compile_blocks"):
+                if self.distillation.attention and getattr(self.execution, name):
+                    raise UserError(f"distillation.attention needs execution.{name} to be off, got both")
 
 
 def sampling_notes(config: PretrainConfig) -> dict[str, Any]:
@@ -245,14 +257,56 @@ class Objective:
             supervised: Whether the attention is supervised.
             scale: Factor of the gradients.
         """
+        inputs = (
+            scenes,
+            rows,
+            noise.to(self.trainee.device),
+            sigma.to(self.trainee.device),
+            text.to(self.trainee.device),
+        )
+        teacher = self._teach(*inputs, separated)
         # the backward stays inside the capture: gradient checkpointing runs blocks again, and must find the same graph
         with (
             self._separate(scenes, rows, separated, text.embeds.shape[1]),
             self._capture(scenes, text.embeds.shape[1], supervised) as captured,
         ):
-            losses = self._losses(scenes, rows, noise, sigma, text, captured)
+            student = self._pass(*inputs, watched=teacher is not None)
+            losses = self._losses(*inputs[:4], student, captured)
+            if teacher is not None and separated is not None:
+                assert self.config.distillation is not None
+                learns = 1 - separated.to(self.trainee.device)
+                distilled = distillation_loss(student, teacher, self.config.distillation, learns)
+                losses["loss"] = losses["loss"] + distilled
+                losses["distillation_loss"] = distilled.detach()
             (losses["loss"] * scale).backward()
-        return losses
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _pass(
+        self, scenes: EncodedScenes, rows: Tensor | slice, noise: Tensor, sigma: Tensor, text: Text, *, watched: bool
+    ) -> Pass:
+        """One pass of the model, its attention layers watched or not."""
+        found = Pass()
+        transformer = self.trainee.adapters.transformer
+        watching: AbstractContextManager[list[Tensor]] = watch_outputs(transformer) if watched else nullcontext([])
+        with watching as outputs:
+            found.velocity = noised_velocity(self.trainee.predict, scenes, rows, noise, sigma, text)
+        found.attention = outputs
+        return found
+
+    def _teach(
+        self,
+        scenes: EncodedScenes,
+        rows: Tensor | slice,
+        noise: Tensor,
+        sigma: Tensor,
+        text: Text,
+        separated: Tensor | None,
+    ) -> Pass | None:
+        """The teacher's pass: the same model, separated in every row, without a gradient; None where nobody learns from it."""
+        if self.config.distillation is None or separated is None or bool((separated == 1).all()):
+            return None
+        with torch.no_grad(), self._separate(scenes, rows, torch.ones_like(separated), text.embeds.shape[1]):
+            return self._pass(scenes, rows, noise, sigma, text, watched=True)
 
     def _separate(self, scenes: EncodedScenes, rows: Tensor | slice, separated: Tensor | None, num_text: int) -> Any:
         """Separates the attention of the chosen samples, by their masks; around forward and backward."""
@@ -280,18 +334,18 @@ class Objective:
         )
 
     def _losses(
-        self, scenes: EncodedScenes, rows: Tensor | slice, noise: Tensor, sigma: Tensor, text: Text, captured: Any
+        self, scenes: EncodedScenes, rows: Tensor | slice, noise: Tensor, sigma: Tensor, found: Pass, captured: Any
     ) -> dict[str, Tensor]:
         config, device = self.config, self.trainee.device
-        latents, noise, sigma = scenes.tokens[rows].to(device), noise.to(device), sigma.to(device)
-        velocity = noised_velocity(self.trainee.predict, scenes, rows, noise, sigma, text.to(device))
+        latents, velocity = scenes.tokens[rows].to(device), found.velocity
+        assert velocity is not None
         diffusion = (velocity - (noise - latents)).square().mean()
         loss = diffusion + self.trainee.aux_loss()
         losses = {"diffusion_loss": diffusion}
         if captured is not None:
             losses["attention_loss"] = self._attention_loss(captured.maps, scenes.masks[rows].to(device), sigma)
             loss = loss + config.idar.coef * losses["attention_loss"]
-        return {"loss": loss, **{name: value.detach() for name, value in losses.items()}}
+        return {"loss": loss, **losses}
 
     def _attention_loss(self, maps: Tensor, masks: Tensor, sigma: Tensor) -> Tensor:
         """`idar_loss`; 0 where no subject shows, NaN (the step will be skipped) where the maps are broken."""
