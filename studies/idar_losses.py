@@ -57,7 +57,7 @@ def measure(pipe, scenes, batch: int = 64) -> dict[str, object]:
             latents = scenes.tokens[part]
             noise = torch.randn(latents.shape, generator=generator)
             level = torch.full((len(latents),), sigma)
-            text = backbone.encode_prompts(pipe, scenes.captions[part])
+            text = scenes.encode_text(pipe, backbone, part)
             layout = layout_of(backbone, scenes, text.embeds.shape[1])
             with (
                 capture_subject_attention(pipe.transformer, layout, direction=R2I) as looks,

@@ -17,7 +17,7 @@ from multicrafter.training.precision import ExecutionConfig
 from multicrafter.training.pretrain import IDARConfig, Pretrain, PretrainConfig
 from multicrafter.training.scenes import encode_scenes
 from multicrafter.world import WorldConfig
-from multicrafter.world.tiny_backbones import tiny_flux1, tiny_klein, tiny_kontext
+from multicrafter.world.tiny_backbones import tiny_flux1, tiny_klein, tiny_kontext, tiny_qwen
 from multicrafter.world.tiny_flux import TinyFluxConfig
 
 CONFIG = TinyFluxConfig(num_heads=2, head_dim=16, num_double=2, num_single=1, vae_channels=(8, 8, 8), text_width=16)
@@ -28,6 +28,7 @@ MAKERS = {
     "flux1_kontext": lambda: tiny_kontext(CONFIG),
     "flux2_klein": lambda: tiny_klein(num_double=2),
     "flux2_klein_kv": lambda: tiny_klein(kv=True),
+    "qwen_image_edit": tiny_qwen,
 }
 
 
@@ -71,6 +72,7 @@ def test_stage_1_reaches_every_adapter_and_recomputing_changes_nothing(name):
     silent = [n for n, g in gradients.items() if not g.abs().max() > 0]
     last = "transformer_blocks.1" if name != "flux2_klein_kv" else "transformer_blocks.0"
     assert not [n for n in silent if last not in n and "single" not in n], "only the last block's text has no way out"
+    assert name != "qwen_image_edit" or not silent
     again, recomputed = first_step(name, gradient_checkpointing=True)
     assert again["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
     for key, gradient in gradients.items():
@@ -94,7 +96,7 @@ def test_what_klein_kv_cannot_do_is_refused():
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["flux1_kontext", "flux2_klein", "flux2_klein_kv"])
+@pytest.mark.parametrize("name", ["flux1_kontext", "flux2_klein", "flux2_klein_kv", "qwen_image_edit"])
 def test_stage_2_moves_the_adapters(name):
     pipe = make(name)
     adapters = Adapters(pipe.transformer, SMALL)
@@ -131,6 +133,10 @@ def test_every_backbone_can_be_evaluated_and_looked_at(name):
     exchanged = generate_cases(pipe, replace(scenes, references=scenes.references.flip(1)), config)
     assert not torch.equal(exchanged, pictures)
     assert torch.equal(generate_cases(pipe, scenes, config, batch=1).gt(0.5), pictures.gt(0.5))
+    if not hasattr(pipe.transformer, "single_transformer_blocks"):
+        maps = subject_maps(pipe, scenes, [1])
+        assert torch.allclose(maps.sum(1), torch.ones(1, *scenes.grid))
+        return
     double, single, every = (
         subject_maps(pipe, scenes, [1], blocks=blocks)
         for blocks in (None, lambda name: name.startswith("single"), lambda _: True)

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as diffusers_qwen
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import BACKBONES, Flux1, Flux1Kontext, ReferenceCache, backbone_of, get_backbone
 from multicrafter.models.backbones.drift import reference_drift
@@ -15,7 +16,7 @@ from multicrafter.models.flux.model import sample
 from multicrafter.models.flux.packing import pack_latents, unpack_latents
 from multicrafter.models.loading import load_flux
 from multicrafter.pipeline import to_image
-from multicrafter.world.tiny_backbones import tiny_flux1, tiny_klein, tiny_kontext
+from multicrafter.world.tiny_backbones import tiny_flux1, tiny_klein, tiny_kontext, tiny_qwen
 from multicrafter.world.tiny_flux import TinyFluxConfig
 
 CONFIG = TinyFluxConfig(num_heads=2, head_dim=16, num_double=1, num_single=1, vae_channels=(8, 8, 8), text_width=16)
@@ -28,6 +29,8 @@ def make(name):
         "flux1_kontext": lambda: tiny_kontext(CONFIG),
         "flux2_klein": tiny_klein,
         "flux2_klein_kv": lambda: tiny_klein(kv=True),
+        "qwen_image_edit": tiny_qwen,
+        "qwen_image_edit_2509": lambda: tiny_qwen(zero_cond_t=False),
     }[name]()
     generator = torch.Generator().manual_seed(1)
     for part in made.components.values():
@@ -57,7 +60,7 @@ def draw(pipe, prompts, noise, references, num_steps, *, cache=None):
     side = backbone.token_side(pipe)
     grid, small = (64 // side,) * 2, [(r.shape[-2] // side, r.shape[-1] // side) for r in references]
     tokens = [backbone.encode_pictures(pipe, r[None]) for r in references]
-    text = backbone.encode_prompts(pipe, prompts)
+    text = backbone.encode_prompts_with(pipe, prompts, [references] * len(prompts))
     with torch.no_grad():
         return sample(
             lambda x, s: backbone.velocity(
@@ -125,11 +128,49 @@ def test_klein_equals_its_pipeline_of_diffusers(name, pipes, pictures):
     assert torch.allclose(unpack_latents(got * std + pipe.vae.bn.running_mean, (8, 8)), want, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["qwen_image_edit", "qwen_image_edit_2509"])
+def test_qwen_equals_its_pipeline_of_diffusers(name, pictures, monkeypatch):
+    """Two references that are not square, through the vision-language encoder and as latents, and both guided passes."""
+    monkeypatch.setattr(diffusers_qwen, "VAE_IMAGE_SIZE", 32 * 64)
+    pipe, noise = make(name), torch.randn(1, 48, 16, generator=torch.Generator().manual_seed(0))
+    references = [to_image(pictures[0, :, :32, :32]), to_image(pictures[1, :, :32])]
+    want = pipe(
+        image=references, prompt="one person", negative_prompt="snow", true_cfg_scale=4.0, height=48, width=64, num_inference_steps=3,
+        latents=noise, output_type="latent",
+    ).images  # fmt: skip
+    backbone, grids = backbone_of(pipe), [(4, 4), (4, 8)]
+    seen = [torch.from_numpy(np.array(r)).permute(2, 0, 1) / 255 for r in references]
+    given = {
+        "image_grid": (6, 8),
+        "references": [backbone.encode_pictures(pipe, r[None]) for r in seen],
+        "reference_grids": grids,
+    }
+    positive, negative = (backbone.encode_prompts_with(pipe, [text], [seen]) for text in ("one person", "snow"))
+    with torch.no_grad():
+        got = sample(
+            lambda x, s: backbone.guide(
+                *(backbone.velocity(pipe.transformer, x, s, text, **given) for text in (positive, negative)), 4.0
+            ),
+            noise,
+            backbone.sigmas(pipe, 3, 48),
+        )
+    assert torch.allclose(got, want, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_pictures_encode_and_decode_as_in_diffusers(name, pipes, pictures):
     pipe, backbone = pipes[name], get_backbone(name)
     tokens = backbone.encode_pictures(pipe, pictures)
     assert tokens.shape == (3, 64, pipe.transformer.config.in_channels)
+    if "qwen" in name:
+        latents = pipe.vae.encode(pictures[:, :, None] * 2 - 1).latent_dist.mode()
+        want = pipe.vae.decode(latents).sample[:, :, 0]
+        mean, std = (
+            torch.tensor(v).repeat_interleave(4) for v in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
+        )
+        assert torch.allclose(tokens * std + mean, pack_latents(latents[:, :, 0]), atol=1e-4)
+        assert torch.allclose(backbone.decode_pictures(pipe, tokens, (8, 8)), (want / 2 + 0.5).clamp(0, 1), atol=1e-4)
+        return
     if "klein" in name:
         mean = pack_latents(pipe.vae.encode(pictures * 2 - 1).latent_dist.mode())
         want = pipe.vae.decode(pipe.vae.encode(pictures * 2 - 1).latent_dist.mode()).sample
@@ -185,7 +226,8 @@ def test_a_cache_is_claimed_only_where_it_is_exact(name, pipes, pictures):
         backbone, pipe.transformer, backbone.encode_prompts(pipe, ["one person"] * 3), tokens=tokens,
         references=[small, small.flip(0)], image_grid=(8, 8), reference_grids=[(4, 4)] * 2,
     )  # fmt: skip
-    assert len(drift) == pipe.transformer.config.num_layers + pipe.transformer.config.num_single_layers
+    config = pipe.transformer.config
+    assert len(drift) == config.num_layers + getattr(config, "num_single_layers", 0)
     if backbone.caches_references:
         assert max(drift.values()) == 0
     else:
@@ -207,6 +249,91 @@ def test_cached_references_change_nothing(pipes, pictures):
     assert not torch.allclose(plain, draw(pipe, ["one person"], noise, references[::-1], 4), atol=1e-3)
 
 
+CALLS = {  # the one pass that diffusers' own pipeline makes, with references that are taken as they are
+    "flux1_kontext": {"height": 64, "width": 64, "max_area": 64 * 64, "_auto_resize": False, "guidance_scale": 2.0, "max_sequence_length": 16},
+    "flux2_klein": {"height": 48, "width": 64, "guidance_scale": 1.0, "max_sequence_length": 32, "text_encoder_out_layers": (1, 2, 3)},
+    "flux2_klein_kv": {"height": 48, "width": 64, "max_sequence_length": 32, "text_encoder_out_layers": (1, 2, 3)},
+    "qwen_image_edit": {"height": 48, "width": 64},
+    "qwen_image_edit_2509": {"height": 48, "width": 64},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_velocity_is_the_call_of_diffusers_own_pipeline_bit_for_bit(name, pictures, monkeypatch):
+    """Whatever its pipeline hands to the transformer, ours hands over too: same tokens, ids, text, level; equal to the last bit."""
+    monkeypatch.setattr(diffusers_qwen, "VAE_IMAGE_SIZE", 32 * 64)
+    pipe = make(name)
+    backbone, calls = backbone_of(pipe), []
+    small = [pictures[0, :, :32, :32], pictures[1, :, :32]]
+    large = [
+        pictures[0],
+        torch.cat([pictures[1], pictures[2, :, :, :16]], dim=2),
+    ]  # FLUX.2 takes nothing below 64 pixels
+    references = [to_image(p) for p in (large if "flux2" in name else small)][: 1 if name == "flux1_kontext" else 2]
+    hook = pipe.transformer.register_forward_hook(
+        lambda _m, _a, kwargs, out: calls.append((kwargs, out)), with_kwargs=True
+    )
+    pipe(
+        image=references if len(references) > 1 else references[0], prompt="one person", num_inference_steps=1, output_type="latent",
+        generator=torch.Generator().manual_seed(0), **CALLS[name],
+    )  # fmt: skip
+    hook.remove()
+    (kwargs, out), grids = calls[0], [(r.height // 8, r.width // 8) for r in references]
+    count = CALLS[name]["height"] * CALLS[name]["width"] // 64
+    seen = [torch.from_numpy(np.array(r)).permute(2, 0, 1) / 255 for r in references]
+    sizes = [rows * columns for rows, columns in grids]
+    order = [*sizes, count] if name == "flux2_klein_kv" else [count, *sizes]
+    streams = list(kwargs["hidden_states"].split(order, dim=1))
+    tokens = streams.pop(-1 if name == "flux2_klein_kv" else 0)
+    text = backbone.encode_prompts_with(pipe, ["one person"], [seen])
+    assert torch.equal(text.embeds, kwargs["encoder_hidden_states"])
+    for stream, picture in zip(streams, seen, strict=True):
+        assert torch.allclose(backbone.encode_pictures(pipe, picture[None]), stream, atol=1e-5)
+    with torch.no_grad():
+        got = backbone.velocity(
+            pipe.transformer, tokens, kwargs["timestep"], text, image_grid=(count // 8, 8), references=streams, reference_grids=grids,
+            guidance=2.0,
+        )  # fmt: skip
+    assert torch.equal(got, out[0][:, :count])
+
+
+def test_the_places_of_qwen_are_those_of_its_rotary_embedding():
+    """The transformer makes its own: equal rows of ours get equal rotations of its, and unequal ones unequal."""
+    rope = make("qwen_image_edit").transformer.pos_embed
+    grids = [(3, 4), (2, 2), (5, 3)]
+    rotations, _ = rope([[(1, *grid) for grid in grids]], max_txt_seq_len=4, device=torch.device("cpu"))
+    ids = get_backbone("qwen_image_edit").position_ids(grids[0], grids[1:])
+    halves = [dim // 2 for dim in rope.axes_dim]
+    for axis, part in enumerate(rotations.split(halves, dim=1)):
+        frequency = 1.0 / 10000 ** (torch.arange(0, rope.axes_dim[axis], 2) / rope.axes_dim[axis])
+        want = torch.polar(torch.ones(len(ids), halves[axis]), ids[:, axis, None] * frequency)
+        assert torch.allclose(part, want, atol=1e-5)
+
+
+def test_prompts_of_different_lengths_are_padded_and_masked(pipes, pictures):
+    """A batch of two prompts, one padded, gives what each gives alone; what stands in the padding changes nothing."""
+    pipe = pipes["qwen_image_edit"]
+    backbone, seen = backbone_of(pipe), list(pictures[:2, :, :32, :32])
+    prompts = ["one person", "two people in the park at night"]
+    text = backbone.encode_prompts_with(pipe, prompts, [seen, seen[::-1]])
+    alone = [backbone.encode_prompts_with(pipe, [p], [s]) for p, s in zip(prompts, (seen, seen[::-1]), strict=True)]
+    assert text.mask is not None and text.mask.sum(1).tolist() == [t.embeds.shape[1] for t in alone]
+    assert not torch.equal(alone[0].embeds, backbone.encode_prompts_with(pipe, prompts[:1], [seen[::-1]]).embeds)
+    noisy = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))
+    references = [torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(k)) for k in (1, 2)]
+
+    def run(text, rows):
+        given = {"image_grid": (4, 4), "references": [r[rows] for r in references], "reference_grids": [(2, 2)] * 2}
+        with torch.no_grad():
+            return backbone.velocity(pipe.transformer, noisy[rows], torch.full((len(noisy[rows]),), 0.7), text, **given)
+
+    both = run(text, slice(None))
+    junk = text._replace(embeds=torch.where(text.mask[..., None], text.embeds, torch.full_like(text.embeds, 9.0)))
+    assert torch.allclose(run(junk, slice(None)), both, atol=1e-6)
+    for row, single in enumerate(alone):
+        assert torch.allclose(run(single, slice(row, row + 1)), both[row : row + 1], atol=1e-5)
+
+
 def linear(d_in, d_out):
     return d_in * d_out + d_out
 
@@ -226,6 +353,9 @@ FULL = {
     + 5 * (8 * W * W + 2 * (W * 2 * M + M * W) + 4 * 128)
     + 20 * (W * (3 * W + 2 * M) + (W + M) * W + 2 * 128)
     + 2 * W * W + W * 128,
+    "qwen_image_edit": linear(64, W) + 3584 + linear(3584, W) + linear(256, W) + linear(W, W)
+    + 60 * (2 * linear(W, 6 * W) + 8 * linear(W, W) + 2 * (linear(W, 4 * W) + linear(4 * W, W)) + 4 * 128)
+    + linear(W, 2 * W) + linear(W, 64),
 }  # fmt: skip
 
 
@@ -247,12 +377,13 @@ def test_full_size_on_the_meta_device(name):
     assert velocity.is_meta
     if name in FULL:
         assert sum(p.numel() for p in transformer.parameters()) == FULL[name]
-    double, single = transformer.config.num_layers, transformer.config.num_single_layers
+    double, single = transformer.config.num_layers, getattr(transformer.config, "num_single_layers", 0)
     with torch.device("meta"):
         adapters = Adapters(transformer, AdapterConfig(rank=512, alpha=512.0), backbone=backbone)
     lora = {n.rsplit(".lora_A", 1)[0] for n, _ in adapters.named_parameters() if "lora_A" in n}
-    assert len(lora) == double * 8 + single * (3 if name.startswith("flux1") else 1)
-    assert len(adapters.experts.layers) == double * 2 + single
+    idle = name == "qwen_image_edit"  # nothing reads the text of its last block: two projections and a FFN
+    assert len(lora) == double * 8 + single * (3 if name.startswith("flux1") else 1) - 2 * idle
+    assert len(adapters.experts.layers) == double * 2 + single - idle
     touched = {n for n, _ in adapters.named_parameters()}
     assert all("blocks." in n for n in touched)
 

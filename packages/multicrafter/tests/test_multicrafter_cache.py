@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ from multicrafter.training.encoding_cache import (
     free_encoders,
     model_key,
 )
+from multicrafter.training.scenes import encode_scenes
+from multicrafter.world import WorldConfig
+from multicrafter.world.tiny_backbones import tiny_qwen
 
 sys.path.insert(0, str(Path(__file__).parent))
 import multicrafter_workers as workers
@@ -60,6 +64,34 @@ def test_other_weights_or_tokenizers_make_other_entries(pipe, tmp_path):
     assert torch.allclose(CachedText(pipe, CAPTIONS, tmp_path)(CAPTIONS).embeds, fresh.embeds, atol=1e-6)
     pipe.tokenizer_2.model_max_length -= 2
     assert CachedText(pipe, CAPTIONS, tmp_path).num_tokens == fresh.embeds.shape[1] - 2
+
+
+def test_text_that_sees_references_is_kept_with_its_scenes(tmp_path, monkeypatch):
+    """From disk and from memory: what encoding the prompts with their references gives; another reference is another entry."""
+    pipe = tiny_qwen()
+    backbone, world = backbone_of(pipe), WorldConfig(numbers=(2,), shared_attributes=4)
+    memory, disk = (encode_scenes(pipe, world, 3, seed=1, cache=folder) for folder in (None, tmp_path))
+    calls, real = [], type(backbone).encode_prompts_with
+    monkeypatch.setattr(type(backbone), "encode_prompts_with", lambda *a: calls.append(a[2]) or real(*a))
+    again = encode_scenes(pipe, world, 4, seed=1, cache=tmp_path, chunk=4)
+    assert len(calls) == 1 + sum(a != b for a, b in zip(disk.captions, again.captions, strict=False))
+    rows = torch.tensor([2, 0])
+    with torch.no_grad():
+        fresh = real(
+            backbone, pipe, [memory.captions[2], memory.captions[0]], [list(memory.reference_images[r]) for r in rows]
+        )
+    for scenes in (memory, disk):
+        text = scenes.encode_text(pipe, backbone, rows)
+        assert torch.equal(text.embeds, fresh.embeds)
+        assert (text.mask is None) == (fresh.mask is None) and (text.mask is None or torch.equal(text.mask, fresh.mask))
+        assert torch.equal(
+            scenes.encode_text(pipe, backbone, slice(0, 1)).embeds,
+            text.embeds[1:, : (scenes.text([0]).embeds.shape[1])],
+        )
+    stage = CachedText(pipe, [], tmp_path)
+    assert stage.num_tokens == 0, "nothing else is encoded"
+    with pytest.raises(ValueError, match="scenes must hold their text for qwen_image_edit"):
+        replace(memory, text=None).encode_text(pipe, backbone, rows)
 
 
 def test_a_damaged_entry_is_made_anew_and_a_lost_one_is_named(tmp_path):

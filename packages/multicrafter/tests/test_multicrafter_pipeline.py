@@ -12,7 +12,7 @@ from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.loading import resolve_adapter
 from multicrafter.pipeline import MultiCrafterPipeline, load_flux
-from multicrafter.world.tiny_backbones import tiny_flux1, tiny_klein
+from multicrafter.world.tiny_backbones import tiny_flux1, tiny_klein, tiny_qwen
 from multicrafter.world.tiny_flux import TinyFluxConfig
 from PIL import Image
 
@@ -56,7 +56,14 @@ def latents(pipeline, prompt, references, **options):
     return torch.stack(pipeline(prompt, references, output_type="latent", **{"num_steps": 2, **options}))
 
 
-@pytest.mark.parametrize("kind", ["flux", "klein", "kv"])
+@pytest.fixture
+def qwen():
+    pipe = filled(tiny_qwen())
+    pipe.default_sample_size = 16  # 64 pixels
+    return pipe
+
+
+@pytest.mark.parametrize("kind", ["flux", "klein", "kv", "qwen"])
 def test_a_batch_gives_what_its_prompts_give_alone(kind, request):
     """Unequal numbers of references too, each prompt with its own seed, two pictures each."""
     pipe = filled(tiny_klein(kv=True)) if kind == "kv" else request.getfixturevalue(kind)
@@ -91,6 +98,28 @@ def test_true_guidance_is_the_formula(flux):
     assert torch.allclose(guided, noise - velocity, atol=1e-4)
     assert backbone.default_true_guidance == 1
     assert not torch.allclose(positive, latents(pipeline, "one person", [RED], num_steps=1, guidance=5.0), atol=1e-4)
+
+
+def test_qwen_is_guided_as_in_diffusers_and_reads_its_references(qwen):
+    """A second pass by default, whose result keeps each token's length; the prompt is encoded with the references."""
+    pipeline, noise = MultiCrafterPipeline(qwen), torch.randn((1, 64, 16), generator=torch.Generator().manual_seed(0))
+    positive, negative = (
+        noise - latents(pipeline, text, [RED], num_steps=1, true_guidance=1.0) for text in ("one person", "night")
+    )
+    guided = noise - latents(pipeline, "one person", [RED], negative_prompt="night", num_steps=1)
+    combined = negative + 4.0 * (positive - negative)
+    assert torch.allclose(
+        guided, combined * positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True), atol=1e-3
+    )
+    assert pipeline.num_steps == 40
+    seen = []
+    hook = qwen.transformer.register_forward_hook(
+        lambda _m, _a, k, _o: seen.append(k["encoder_hidden_states"]), with_kwargs=True
+    )
+    for reference in (RED, BLUE):
+        latents(pipeline, "one person", [reference], num_steps=1, true_guidance=1.0)
+    hook.remove()
+    assert not torch.allclose(seen[0], seen[1], atol=1e-4)
 
 
 def test_a_distilled_model_has_no_true_guidance(klein):

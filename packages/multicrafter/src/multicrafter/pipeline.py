@@ -152,7 +152,7 @@ class MultiCrafterPipeline:
     @property
     def size(self) -> int:
         """Side of a picture in pixels: what the adapter was trained at, or the VAE's."""
-        return int(self.notes.get("size") or self.pipe.vae.config.sample_size)
+        return int(self.notes.get("size") or self.backbone.picture_size(self.pipe))
 
     @property
     def reference_size(self) -> int:
@@ -167,7 +167,7 @@ class MultiCrafterPipeline:
     @property
     def num_steps(self) -> int:
         """Steps of a picture where nobody says otherwise."""
-        return int(self.sampling.get("num_steps", 20))
+        return int(self.sampling.get("num_steps", self.backbone.default_num_steps))
 
     @property
     def guidance(self) -> float:
@@ -371,6 +371,7 @@ class MultiCrafterPipeline:
         need = drawing_bytes(
             self.pipe.transformer.config, self.pipe.vae.config, size=size, reference_size=reference_grid[0] * side,
             references=references, pictures=pictures, text_tokens=1, itemsize=self.pipe.transformer.dtype.itemsize,
+            token_side=side,
         )  # fmt: skip
         require_drawing(need, device=self.device, what=f"{pictures} pictures of {size[0]} x {size[1]} pixels at once")
 
@@ -525,10 +526,9 @@ class _Sampler:
             else encoded.expand(self.num_images, -1, -1, -1)
         )
         self.references = list(expanded.unbind(1))
-        repeated = [p for p in prompts for _ in range(self.num_images)]
-        self.text = self._encode(repeated, dtype)
-        repeated = [p for p in self.negative_prompts for _ in range(self.num_images)]
-        self.negative = self._encode(repeated, dtype) if self.scale != 1 else None
+        seen = list(pictures.unflatten(0, (len(prompts), -1)))
+        self.text = self._encode(prompts, seen, dtype)
+        self.negative = self._encode(self.negative_prompts, seen, dtype) if self.scale != 1 else None
         shape = (self.num_images, self.grid[0] * self.grid[1], encoded.shape[-1])
         noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
 
@@ -545,30 +545,34 @@ class _Sampler:
                 x = (changed or {}).get("latents", x)
             return None if owner.interrupt else x
 
-        count, seen = len(self.references), list(pictures.cpu())  # a finder sees references as the model does
+        count, shown = len(self.references), list(pictures.cpu())  # a finder sees references as the model does
         grids = [self.reference_grid] * count
         masks = None if self.masks is None else self.masks.repeat_interleave(self.num_images, 0).to(device)
         with separable(self.pipe.transformer, self.backbone, self.grid, grids, self.binding) as separation:
             tokens, bound = sample_bound(
                 self._velocity, noise, schedule, self.num_steps, config=self.binding, separation=separation, masks=masks,
                 decode=lambda x: self.backbone.decode_pictures(self.pipe, x, self.grid), finder=owner.finder, grid=self.grid,
-                references=[seen[i : i + count] for i in range(0, len(seen), count) for _ in range(self.num_images)],
+                references=[shown[i : i + count] for i in range(0, len(shown), count) for _ in range(self.num_images)],
                 watch=(self.pipe.transformer, self.backbone, grids), after=after,
             )  # fmt: skip
         self.bound = bound._replace(num_function_evaluations=self.passes)
         return tokens
 
-    def _encode(self, prompts: list[str], dtype: torch.dtype) -> Text:
-        text = self.backbone.encode_prompts(self.pipe, prompts)
-        pooled = None if text.pooled is None else text.pooled.to(self.owner.device, dtype)
-        return Text(text.embeds.to(self.owner.device, dtype), pooled)
+    def _encode(self, prompts: list[str], references: list[Tensor], dtype: torch.dtype) -> Text:
+        """One row per picture."""
+        rows = torch.arange(len(prompts)).repeat_interleave(self.num_images)
+        if self.backbone.text_sees_references:  # one prompt at a time, so that repeating it is for free
+            text = self.backbone.encode_prompts_with(self.pipe, prompts, list(map(list, references))).rows(rows)
+        else:
+            text = self.backbone.encode_prompts(self.pipe, [prompts[row] for row in rows.tolist()])
+        return text.to(self.owner.device, dtype)
 
     def _velocity(self, x: Tensor, sigma: Tensor) -> Tensor:
         positive = self._pass(x, sigma, self.text, self.caches[0])
         if self.negative is None:
             return positive
         negative = self._pass(x, sigma, self.negative, self.caches[1])
-        return negative + self.scale * (positive - negative)
+        return self.backbone.guide(positive, negative, self.scale)
 
     def _pass(self, x: Tensor, sigma: Tensor, text: Text, cache: ReferenceCache | None) -> Tensor:
         """The model works in its dtype, the sampler in fp32."""

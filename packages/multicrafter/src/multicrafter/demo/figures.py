@@ -113,7 +113,7 @@ def subject_maps(
     """
     rows = torch.tensor(list(cases))
     backbone = backbone_of(pipe)
-    text = backbone.encode_prompts(pipe, [scenes.captions[i] for i in cases])
+    text = scenes.encode_text(pipe, backbone, rows)
     generator = torch.Generator().manual_seed(seed)
     captured = watch_attention(
         pipe.transformer, backbone, scenes, rows, text, sigma=sigma, generator=generator, blocks=blocks

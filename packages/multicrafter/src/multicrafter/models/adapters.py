@@ -93,11 +93,17 @@ class Adapters:
         transformer.requires_grad_(False)
         attention, ffn_linears = self.backbone.attention, self.backbone.ffn_linears
         targets = attention if config.num_experts else f"{attention}|{ffn_linears}"
+        idle = self.backbone.without_effect(transformer)
+        but = f"(?!({idle})$)" if idle else ""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            transformer.add_adapter(LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=f"^({targets})$"))
+            transformer.add_adapter(
+                LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=f"^{but}({targets})$")
+            )
             self.experts: MoELoRA | None = (
-                inject(transformer, config.moe(), self.backbone.ffn_blocks) if config.num_experts else None
+                inject(transformer, config.moe(), [but + block for block in self.backbone.ffn_blocks])
+                if config.num_experts
+                else None
             )
         # everything else was frozen a moment ago; from now on the names say what is ours, whoever freezes what
         self.names = frozenset(n for n, p in transformer.named_parameters() if p.requires_grad)
@@ -293,4 +299,4 @@ def fingerprint(transformer: FluxTransformer2DModel) -> dict[str, int]:
     """Sizes that an adapter must agree with."""
     config = transformer.config
     names = ("in_channels", "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads")
-    return {name: int(getattr(config, name)) for name in names}
+    return {name: int(getattr(config, name, 0)) for name in names}  # a model without single-stream blocks names none

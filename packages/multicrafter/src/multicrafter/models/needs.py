@@ -45,6 +45,7 @@ def drawing_bytes(
     pictures: int,
     text_tokens: int,
     itemsize: int,
+    token_side: int | None = None,
 ) -> dict[str, float]:
     """Bytes that drawing needs beside the weights; a lower bound, so that what it refuses could not have fitted.
 
@@ -61,6 +62,7 @@ def drawing_bytes(
         pictures: That are drawn together.
         text_tokens: Of a prompt.
         itemsize: Bytes of a number.
+        token_side: Pixels of a token's side; by default that of a VAE whose levels each halve the picture.
 
     >>> config = {"num_attention_heads": 2, "attention_head_dim": 16}
     >>> need = drawing_bytes(config, {"block_out_channels": (8, 8, 8)}, size=(64, 64), reference_size=32, references=1, pictures=1,
@@ -68,8 +70,8 @@ def drawing_bytes(
     >>> {name: round(value) for name, value in need.items()}
     {'transformer': 122880, 'VAE': 262144, 'pictures': 49152}
     """
-    channels = list(vae.get("block_out_channels", (128,)))
-    side = 2 ** len(channels)
+    channels = list(vae.get("block_out_channels", (vae.get("base_dim", 128),)))
+    side = token_side or 2 ** len(channels)
     height, width = size
     tokens = text_tokens + height * width / side**2 + references * (reference_size / side) ** 2
     hidden = float(transformer["num_attention_heads"]) * float(transformer["attention_head_dim"])

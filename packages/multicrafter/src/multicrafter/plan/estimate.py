@@ -17,10 +17,11 @@ import torch
 
 from multicrafter import UserError
 from multicrafter.config.recipes import Run, Stage1, Stage2
-from multicrafter.models.backbones import Backbone, get_backbone
+from multicrafter.models.backbones import BACKBONES, Backbone, get_backbone
 from multicrafter.plan.hardware import EFFICIENCY, FRAGMENTATION, FUSION, RESERVED, Card
 from multicrafter.plan.steps import PlannedPolicy, PlannedPretrain, Shape, build
 from multicrafter.plan.tracker import Answers, Tracker, bytes_of
+from multicrafter.training.distributed import transformer_blocks
 
 NF4_BYTES = 0.5 + 4 / 64  # half a byte a weight and an fp32 scale per 64
 INT8_BYTES = 1.0  # and a scale per row, which is nothing
@@ -117,17 +118,17 @@ def transformer_config(backbone: Backbone, path: str | None) -> dict[str, Any]:
     return {k: tuple(content[k]) if isinstance(content[k], list) else content[k] for k in names if k in content}
 
 
-def token_side(path: str | None) -> int:
+def token_side(path: str | None, backbone: Backbone | None = None) -> int:
     """Pixels of a token's side, from a local VAE; 16 for the full-size models."""
     from multicrafter.models.flux import shipped
 
     file = (Path(path) if path is not None else shipped()) / "vae" / "config.json"
-    return int(2 ** len(json.loads(file.read_text())["block_out_channels"])) if file.is_file() else 16
+    return 2 * (backbone or BACKBONES[0]).vae_factor(json.loads(file.read_text())) if file.is_file() else 16
 
 
 def shape_of(run: Run) -> Shape:
     """Tokens of one sample: the largest number of references that the run has."""
-    side, world = token_side(run.model.path), run.world
+    side, world = token_side(run.model.path, get_backbone(run.model.backbone)), run.world
     return Shape(
         run.model.text_tokens, (world.size // side,) * 2, (world.reference_size // side,) * 2, max(world.numbers)
     )
@@ -176,7 +177,7 @@ def measure(
         ema = list(stage.trainee.ema.values())
         tracker = Tracker()
         tracker.track([*frozen, *own, *states, *ema])
-        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]  # type: ignore[misc]
+        blocks = [block for _, block in transformer_blocks(transformer)]
         sizes = [bytes_of(p for p in b.parameters() if id(p) not in trained) for b in blocks]
         linears = sum(
             bytes_of([m.weight])

@@ -89,15 +89,18 @@ def require_picture(
         return
     folder = Path(model) if model is not None else shipped()
     transformer, vae = config_file(folder, "transformer"), config_file(folder, "vae")
+    token_side = None
     if not {"num_attention_heads", "attention_head_dim"} <= transformer.keys():
         known = [b for b in BACKBONES if b.hub_id.lower() == str(model).lower()]
         if not known:
             return
-        transformer = dict(known[0].full_config)
+        transformer, token_side = dict(known[0].full_config), 16
+    elif "temperal_downsample" in vae:  # a VAE of Qwen-Image, whose other names would be read as one level
+        token_side = 2 ** (len(vae["temperal_downsample"]) + 1)
     side = size or int(vae.get("sample_size") or 512)
     need = drawing_bytes(
         transformer, vae, size=(side, side), reference_size=reference_size or min(side // 2, 512), references=references,
-        pictures=pictures, text_tokens=1, itemsize=dtype.itemsize,
+        pictures=pictures, text_tokens=1, itemsize=dtype.itemsize, token_side=token_side,
     )  # fmt: skip
     require_drawing(need, device=device, what=f"{pictures} pictures of {side} x {side} pixels at once")
 

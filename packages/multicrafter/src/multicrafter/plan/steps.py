@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import Backbone
-from multicrafter.models.flux.model import Text
 from multicrafter.training.optimization import AdamWConfig
 from multicrafter.training.precision import ExecutionConfig, prepare_transformer
 from multicrafter.training.pretrain import Objective, PretrainConfig
@@ -158,12 +157,11 @@ def infer(backbone: Backbone, transformer: nn.Module, shape: Shape, rows: int) -
     text = backbone.empty_text(transformer, rows, shape.text)
     context = scenes.context(slice(None), torch.device("cpu"))
     context["references"] = [r.to(dtype) for r in context["references"]]
-    pooled = None if text.pooled is None else text.pooled.to(dtype)
     with torch.no_grad():
         return backbone.velocity(
             transformer,
             scenes.tokens.to(dtype),
             torch.full((rows,), 0.5),
-            Text(text.embeds.to(dtype), pooled),
+            text.to(scenes.tokens.device, dtype),
             **context,
         )

@@ -187,7 +187,7 @@ def draw_cases(
         velocity = partial(
             backbone.velocity,
             pipe.transformer,
-            text=backbone.encode_prompts(pipe, scenes.captions[part]),
+            text=scenes.encode_text(pipe, backbone, part),
             guidance=config.guidance,
             **scenes.context(part),
         )

@@ -167,8 +167,10 @@ class Align:
     @torch.no_grad()
     def encode(self, rows: Tensor) -> Text:
         """The prompts ``rows``."""
-        captions = [self.scenes.captions[r] for r in rows.tolist()]
-        text = self.text(captions) if self.text is not None else self.backbone.encode_prompts(self.pipe, captions)
+        if self.text is None or self.scenes.text is not None:
+            text = self.scenes.encode_text(self.pipe, self.backbone, rows)
+        else:
+            text = self.text([self.scenes.captions[r] for r in rows.tolist()])
         return text.to(self.trainee.device)
 
     def velocity(self, rows: Tensor, text: Text | None = None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

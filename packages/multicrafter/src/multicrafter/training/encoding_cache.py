@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from multicrafter.files import appearing
 from multicrafter.models.backbones import Backbone, backbone_of
+from multicrafter.models.backbones.base import pad_texts
 from multicrafter.models.flux.model import Text
 from multicrafter.training import distributed
 from multicrafter.training.checkpoint import CheckpointError
@@ -118,6 +119,47 @@ class TensorCache:
         return {name: torch.stack([e[name] for e in entries]) for name in entries[0]}
 
 
+class ScenesText:
+    """Encoded prompts of scenes, where the text encoder looks at the references as well: one entry a scene, encoded when the scene is.
+
+    From disk with a folder, else in memory. Batches are padded to their longest prompt.
+    """
+
+    def __init__(self, pipe: Any, folder: str | Path | None = None, *, backbone: Backbone | None = None) -> None:
+        """Takes the pipeline whose text encoder encodes."""
+        self._backbone = backbone or backbone_of(pipe)
+        self._cache: TensorCache | None = None
+        if folder is not None:
+            key = model_key(*self._backbone.text_encoders(pipe), note=_tokenizers(pipe))
+            self._cache = TensorCache(folder, key)
+        self._kept: list[Text | str] = []
+
+    @torch.no_grad()
+    def add(self, pipe: Any, captions: Sequence[str], references: Float[Tensor, "b m 3 h w"]) -> None:
+        """Encodes the next scenes."""
+
+        def compute(items: list[tuple[str, Tensor]]) -> list[Text]:
+            return [self._backbone.encode_prompts_with(pipe, [text], [list(pictures)]) for text, pictures in items]
+
+        items = list(zip(captions, references, strict=True))
+        if self._cache is None:
+            self._kept += compute(items)
+            return
+        keys = [content_key(f"{content_key(text)} {content_key(pictures)}") for text, pictures in items]
+        self._cache.fill(dict(zip(keys, items, strict=True)), lambda batch: _entries(compute(batch)[0]), batch=1)
+        self._kept += keys
+
+    def __call__(self, rows: Tensor | slice | Sequence[int]) -> Text:
+        """The prompts of these scenes, padded to the longest of them."""
+        chosen = self._kept[rows] if isinstance(rows, slice) else [self._kept[int(row)] for row in rows]
+        return pad_texts([self._read(entry) if isinstance(entry, str) else entry for entry in chosen])
+
+    def _read(self, key: str) -> Text:
+        assert self._cache is not None
+        entry = self._cache.stack([key])
+        return Text(entry["embeds"], entry.get("pooled"), entry.get("mask"))
+
+
 class CachedText:
     """Encoded prompts, by their text: from disk with a folder, else in memory. The text encoders are needed only to make it."""
 
@@ -129,9 +171,12 @@ class CachedText:
         *,
         backbone: Backbone | None = None,
     ) -> None:
-        """Encodes every caption once."""
+        """Encodes every caption once. None are given where all scenes hold their text (`ScenesText`)."""
         backbone, unique = backbone or backbone_of(pipe), sorted(set(captions))
         self._cache: TensorCache | None = None
+        self.num_tokens = 0
+        if not unique:
+            return
 
         @torch.no_grad()
         def compute(texts: list[str]) -> Text:
@@ -164,6 +209,10 @@ def _tokenizers(pipe: Any) -> str:
     digest = hashlib.sha256()
     for tokenizer in found:
         digest.update(repr((tokenizer.model_max_length, sorted(tokenizer.get_vocab().items()))).encode())
+    if (
+        processor := getattr(pipe, "processor", None)
+    ) is not None:  # of a vision-language encoder: at which size it sees pictures
+        digest.update(repr(sorted(processor.image_processor.to_dict().items())).encode())
     return digest.hexdigest()
 
 

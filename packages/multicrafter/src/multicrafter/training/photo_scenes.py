@@ -18,7 +18,7 @@ from multicrafter.models.backbones import backbone_of
 from multicrafter.photos.loader import LoaderConfig, PhotoLoader
 from multicrafter.photos.store import open_split
 from multicrafter.photos.write import Record
-from multicrafter.training.encoding_cache import CachedPictures
+from multicrafter.training.encoding_cache import CachedPictures, ScenesText
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -65,9 +65,9 @@ def encode_photos(
     """
     from multicrafter.training.scenes import EncodedScenes
 
-    size = size or int(pipe.vae.config.sample_size)
-    reference_size = reference_size or size // 2
     backbone = backbone_of(pipe)
+    size = size or backbone.picture_size(pipe)
+    reference_size = reference_size or size // 2
     factor = backbone.token_side(pipe)
     if size % factor or reference_size % factor:
         raise UserError(f"size and reference_size must be multiples of {factor}, got {size} and {reference_size}")
@@ -84,6 +84,7 @@ def encode_photos(
     count = count or len(loader.rows)
     grid, reference_grid = (size // factor,) * 2, (reference_size // factor,) * 2
     encode = CachedPictures(pipe, cache, backbone=backbone)
+    text = ScenesText(pipe, cache, backbone=backbone) if backbone.text_sees_references else None
     parts: list[tuple[Tensor, ...]] = []
     pictures: list[tuple[Tensor, Tensor]] = []
     captions: list[str] = []
@@ -99,6 +100,8 @@ def encode_photos(
             left = len(images) if keep_pictures is None else max(0, keep_pictures - len(captions))
             pictures.append((images[:left], references[:left]))
             captions += batch.captions[kept]
+            if text is not None:
+                text.add(pipe, batch.captions[kept], references)
             people += batch.identities[kept]
             bar.update(len(images))
             if len(captions) == count:
@@ -116,6 +119,7 @@ def encode_photos(
         reference_images=reference_images,
         grid=grid,
         reference_grid=reference_grid,
+        text=text,
     )
 
 

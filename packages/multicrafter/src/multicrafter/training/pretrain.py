@@ -389,7 +389,7 @@ class Pretrain:
         metrics: dict[str, float] = {}
         for number, part in enumerate(parts):
             share = (part.stop - part.start) / config.batch
-            text = self.text([scenes.captions[r] for r in rows[part].tolist()])
+            text = self._text(scenes, rows[part])
             with self.trainee.accumulating(last=number == len(parts) - 1):
                 losses = self.objective.backward(
                     scenes, rows[part], noise[part], sigma[part], text, separated=separated[part], supervised=supervised,
@@ -403,6 +403,10 @@ class Pretrain:
             summed = all_sum(torch.tensor(list(metrics.values()), dtype=torch.float64))
             metrics = dict(zip(metrics, summed.tolist(), strict=True))
         return {**metrics, "grad_norm": norm, "skipped": float(not math.isfinite(norm))}
+
+    def _text(self, scenes: EncodedScenes, rows: Tensor) -> Text:
+        """Encoded prompts of some scenes."""
+        return self.text([scenes.captions[r] for r in rows.tolist()]) if scenes.text is None else scenes.text(rows)
 
     def _parts(self) -> list[slice]:
         """This rank's rows of the batch, in micro-batches; equally many on every rank, since gradients are exchanged in the last."""
@@ -424,7 +428,7 @@ class Pretrain:
         """Attention and routing on the first scenes."""
         scenes = self.buckets.buckets[0]
         rows = torch.arange(min(3, len(scenes)))
-        return look_at(self.trainee, scenes, self.text([scenes.captions[r] for r in rows.tolist()]), rows)
+        return look_at(self.trainee, scenes, self._text(scenes, rows), rows)
 
     def tensors(self) -> dict[str, Tensor]:
         """See `Trainee.tensors`."""
@@ -480,7 +484,7 @@ def measure_leakages(
         for start in range(0, len(scenes), batch):
             part = slice(start, min(start + batch, len(scenes)))
             captured = watch_attention(
-                pipe.transformer, backbone, scenes, part, backbone.encode_prompts(pipe, scenes.captions[part]),
+                pipe.transformer, backbone, scenes, part, scenes.encode_text(pipe, backbone, part),
                 sigma=sigma, generator=generator, direction=direction, blocks=together, keep_blocks=True,
             )  # fmt: skip
             for group, chosen in names.items():

@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from multicrafter import UserError
-from multicrafter.models.backbones import backbone_of
-from multicrafter.training.encoding_cache import CachedPictures
+from multicrafter.models.backbones import Backbone, backbone_of
+from multicrafter.models.flux.model import Text
+from multicrafter.training.encoding_cache import CachedPictures, ScenesText
 from multicrafter.world import FAMILIES, Scenes, WorldConfig, make_scenes
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class EncodedScenes:
         reference_heights: In pixels.
         reference_light: Factor on colours.
         strangers: An unrelated identity for every scene.
+        text: Encoded prompts, of a base whose text encoder looks at the references.
     """
 
     tokens: Float[Tensor, "n tokens d"]
@@ -66,6 +68,7 @@ class EncodedScenes:
     reference_heights: Float[Tensor, "n m"] | None = None
     reference_light: Float[Tensor, "n m 3"] | None = None
     strangers: Int[Tensor, "n a"] | None = None
+    text: ScenesText | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.grid
@@ -90,6 +93,17 @@ class EncodedScenes:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def encode_text(self, pipe: Any, backbone: Backbone, rows: Tensor | slice) -> Text:
+        """Encoded prompts of some rows: those that are kept, else encoded now."""
+        if self.text is not None:
+            return self.text(rows)
+        if backbone.text_sees_references:
+            raise ValueError(
+                f"scenes must hold their text for {backbone.name}, whose prompts are encoded with references"
+            )
+        captions = self.captions[rows] if isinstance(rows, slice) else [self.captions[int(row)] for row in rows]
+        return backbone.encode_prompts(pipe, captions)
 
     def context(self, rows: Tensor | slice, device: torch.device | None = None) -> dict[str, Any]:
         """References and grids of some rows, as `Backbone.velocity` takes them."""
@@ -144,6 +158,7 @@ def encode_scenes(
         raise UserError(f"numbers must hold one number of subjects, got {world.numbers}")
     backbone = backbone_of(pipe)
     encode = CachedPictures(pipe, cache, backbone=backbone)
+    text = ScenesText(pipe, cache, backbone=backbone) if backbone.text_sees_references else None
     factor = backbone.token_side(pipe)
     grid, reference_grid = (world.size // factor,) * 2, (world.reference_size // factor,) * 2
     parts: list[tuple[Tensor, ...]] = []
@@ -152,7 +167,10 @@ def encode_scenes(
     for scenes, unrelated in draw_scenes(world, count, seed=seed, chunk=chunk, one_by_one=one_by_one):
         if unrelated is not None:
             strangers.append(unrelated)
-        captions += scenes.captions(FAMILIES[world.family])
+        described = scenes.captions(FAMILIES[world.family])
+        captions += described
+        if text is not None:
+            text.add(pipe, described, scenes.references)
         references = encode(scenes.references.flatten(0, 1))
         tokens = encode(scenes.images)
         parts.append(
@@ -173,7 +191,7 @@ def encode_scenes(
     drawn = [torch.cat(part) for part in zip(*parts, strict=True)]
     return EncodedScenes(
         **dict(zip(ENCODED, drawn, strict=True)), captions=captions, grid=grid, reference_grid=reference_grid,
-        strangers=torch.cat(strangers) if strangers else None,
+        strangers=torch.cat(strangers) if strangers else None, text=text,
     )  # fmt: skip
 
 
@@ -193,8 +211,8 @@ class Buckets:
 
     @property
     def captions(self) -> list[str]:
-        """Of all scenes."""
-        return [c for b in self.buckets for c in b.captions]
+        """Of all scenes that do not hold their encoded text."""
+        return [c for b in self.buckets if b.text is None for c in b.captions]
 
     def draw(self, generator: torch.Generator) -> EncodedScenes:
         """The bucket of one step; draws nothing where there is only one."""

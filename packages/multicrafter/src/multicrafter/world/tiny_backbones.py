@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,20 +40,25 @@ def tiny_kontext(config: TinyFluxConfig | None = None, *, seed: int = 0) -> Any:
     return FluxKontextPipeline(**{**tiny_flux1(config, guidance_embeds=True, seed=seed).components})
 
 
-def build_qwen_tokenizer() -> Qwen2TokenizerFast:
-    """A byte-level BPE with the chat marks of Qwen, trained on the captions of the tiny world."""
+VISION_MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def build_qwen_tokenizer(
+    *, marks: Sequence[str] = (), texts: Sequence[str] = (), vocab_size: int = 512, max_length: int = TEXT_TOKENS
+) -> Qwen2TokenizerFast:
+    """A byte-level BPE with the chat marks of Qwen (and ``marks``), trained on the captions of the tiny world (and ``texts``)."""
     import json
 
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2TokenizerFast
 
-    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *marks]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.train_from_iterator(
-        grammar(),
+        [*grammar(), *texts],
         trainers.BpeTrainer(
-            vocab_size=512,
+            vocab_size=vocab_size,
             special_tokens=marks,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
@@ -61,7 +67,7 @@ def build_qwen_tokenizer() -> Qwen2TokenizerFast:
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
     made: Qwen2TokenizerFast = Qwen2TokenizerFast(
-        vocab=model["vocab"], merges=merges, model_max_length=TEXT_TOKENS, unk_token=marks[0], pad_token=marks[0],
+        vocab=model["vocab"], merges=merges, model_max_length=max_length, unk_token=marks[0], pad_token=marks[0],
         eos_token=marks[2], additional_special_tokens=marks[1:],
     )  # fmt: skip
     made.chat_template = CHAT
@@ -125,5 +131,66 @@ def tiny_klein(
         return Flux2KleinPipeline(**parts, is_distilled=distilled)
 
 
-TINY = {"flux1_dev": tiny_flux1, "flux1_kontext": tiny_kontext, "flux2_klein": tiny_klein}
+def tiny_qwen(
+    *, zero_cond_t: bool = True, num_heads: int = 2, head_dim: int = 32, num_layers: int = 2, seed: int = 0
+) -> Any:
+    """A `QwenImageEditPlusPipeline`, as of 2511 or, without ``zero_cond_t``, 2509; a reference is four text tokens, the VAE divides by 4."""
+    import inspect
+
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImageEditPlusPipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    template = inspect.getsource(
+        QwenImageEditPlusPipeline.__init__
+    )  # its words are to be tokens, as in the real vocabulary
+    tokenizer = build_qwen_tokenizer(marks=VISION_MARKS, texts=[template] * 50, vocab_size=1024, max_length=1024)
+    names = ("vision_start", "vision_end", "image", "video")
+    ids = {f"{n}_token_id": tokenizer.convert_tokens_to_ids(mark) for n, mark in zip(names, VISION_MARKS, strict=True)}
+    width, channels, side = 16, 4, 28
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKLQwenImage(
+            base_dim=8, z_dim=channels, dim_mult=[1, 1, 1], num_res_blocks=1, attn_scales=[], temperal_downsample=[False, True],
+            latents_mean=[-0.3, -0.1, 0.1, 0.3], latents_std=[0.5, 0.8, 1.2, 1.5],
+        )  # fmt: skip
+        config = Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2,
+                "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+            },
+            vision_config={
+                "depth": 2, "hidden_size": width, "intermediate_size": 2 * width, "num_heads": 2, "out_hidden_size": width,
+                "fullatt_block_indexes": [1], "window_size": 56,
+            },
+            **ids,
+        )  # fmt: skip
+        transformer = QwenImageTransformer2DModel(
+            patch_size=2, in_channels=4 * channels, out_channels=channels, num_layers=num_layers, attention_head_dim=head_dim,
+            num_attention_heads=num_heads, joint_attention_dim=width, zero_cond_t=zero_cond_t,
+            axes_dims_rope=(head_dim // 4, 3 * head_dim // 8, 3 * head_dim // 8),
+        )  # fmt: skip
+        sizes = {"min_pixels": side**2 * 4, "max_pixels": side**2 * 4}
+        processor = Qwen2VLProcessor(
+            Qwen2VLImageProcessor(**sizes), tokenizer, Qwen2VLVideoProcessor(**sizes), chat_template=CHAT
+        )
+        return QwenImageEditPlusPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=1.0), vae=vae,
+            text_encoder=Qwen2_5_VLForConditionalGeneration(config), tokenizer=tokenizer, processor=processor,
+            transformer=transformer,
+        )  # fmt: skip
+
+
+TINY = {"flux1_dev": tiny_flux1, "flux1_kontext": tiny_kontext, "flux2_klein": tiny_klein, "qwen_image_edit": tiny_qwen}
 """Builders by backbone name; the KV variant is ``tiny_klein(kv=True)``."""

@@ -10,8 +10,9 @@ from multicrafter.models.backbones.base import Backbone, ReferenceCache
 from multicrafter.models.backbones.flux1 import Flux1, Flux1Kontext
 from multicrafter.models.backbones.flux2_klein import Flux2Klein
 from multicrafter.models.backbones.flux2_klein_kv import Flux2KleinKV
+from multicrafter.models.backbones.qwen_image_edit import QwenImageEdit
 
-BACKBONES: tuple[Backbone, ...] = (Flux1(), Flux1Kontext(), Flux2Klein(), Flux2KleinKV())
+BACKBONES: tuple[Backbone, ...] = (Flux1(), Flux1Kontext(), Flux2Klein(), Flux2KleinKV(), QwenImageEdit())
 
 
 def backbone_of(pipe_or_transformer: Any) -> Backbone:
@@ -58,6 +59,7 @@ __all__ = [
     "Flux1Kontext",
     "Flux2Klein",
     "Flux2KleinKV",
+    "QwenImageEdit",
     "ReferenceCache",
     "backbone_of",
     "get_backbone",

@@ -36,6 +36,8 @@ class Backbone(ABC):
         full_config: Configuration of the full-size transformer.
         default_guidance: Embedded guidance where the caller names none.
         default_true_guidance: Scale of the second pass where the caller names none and the pipeline has it; 1 is off.
+        default_num_steps: Steps of a picture where neither the caller nor the adapter names them.
+        text_sees_references: Whether an encoded prompt depends on the references: then it is encoded with them, scene by scene.
     """
 
     name: ClassVar[str]
@@ -51,12 +53,20 @@ class Backbone(ABC):
     full_config: ClassVar[Mapping[str, Any]]
     default_guidance: ClassVar[float] = 1.0
     default_true_guidance: ClassVar[float] = 1.0
+    default_num_steps: ClassVar[int] = 20
+    text_sees_references: ClassVar[bool] = False
 
     # Text
 
     @abstractmethod
     def encode_prompts(self, pipe: Any, prompts: Sequence[str]) -> Text:
         """Encoded prompts, exactly as the pipeline of diffusers encodes them."""
+
+    def encode_prompts_with(
+        self, pipe: Any, prompts: Sequence[str], references: Sequence[Sequence[Float[Tensor, "3 h w"]]]
+    ) -> Text:
+        """Encoded prompts, each with its references in [0, 1]; they change nothing unless `text_sees_references`."""
+        return self.encode_prompts(pipe, prompts)
 
     @abstractmethod
     def empty_text(self, transformer: nn.Module, batch: int, length: int) -> Text:
@@ -97,7 +107,15 @@ class Backbone(ABC):
 
     def token_side(self, pipe: Any) -> int:
         """Pixels of a token's side: the VAE's factor times the 2x2 patch."""
-        return int(2 ** len(pipe.vae.config.block_out_channels))
+        return 2 * self.vae_factor(pipe.vae.config)
+
+    def vae_factor(self, config: Mapping[str, Any]) -> int:
+        """Pixels of a latent's side, by the VAE's configuration."""
+        return int(2 ** (len(config["block_out_channels"]) - 1))
+
+    def picture_size(self, pipe: Any) -> int:
+        """Side of a picture in pixels that the pipeline was made for."""
+        return int(pipe.vae.config.sample_size)
 
     # Places
 
@@ -153,11 +171,21 @@ class Backbone(ABC):
         """Whether the transformer takes the guidance as an input (guidance distillation)."""
         return bool(transformer.config.guidance_embeds)
 
+    def guide(
+        self, positive: Float[Tensor, "b n d"], negative: Float[Tensor, "b n d"], scale: float
+    ) -> Float[Tensor, "b n d"]:
+        """Classifier-free guidance of two velocities: ``negative + scale * (positive - negative)`` (arXiv 2207.12598, Eq. 6)."""
+        return negative + scale * (positive - negative)
+
     # Construction
 
     def matches(self, pipe_or_transformer: Any) -> bool:
         """Whether this is the backbone of a pipeline or transformer, by its class."""
         return type(pipe_or_transformer).__name__ in (self.pipeline_class, self.transformer_class)
+
+    def without_effect(self, transformer: nn.Module) -> str:
+        """Regex of the modules whose output nothing reads, which get no adapter: none by default, the empty text."""
+        return ""
 
     def build_transformer(self, **overrides: Any) -> Any:
         """The full-size transformer, randomly initialised; ``overrides`` replace entries of `full_config`."""
@@ -214,3 +242,24 @@ def on_meta(build: Any) -> Any:
     """Builds a module without memory."""
     with torch.device("meta"):
         return build()
+
+
+def pad_texts(texts: Sequence[Text]) -> Text:
+    """Texts of different lengths as one batch: zeros behind the shorter ones, and a mask (None where nothing is padded).
+
+    >>> pad_texts([Text(torch.ones(1, 2, 3), None), Text(torch.ones(1, 1, 3), None)]).mask.tolist()
+    [[True, True], [True, False]]
+    """
+    length = max(text.embeds.shape[1] for text in texts)
+    embeds, masks = [], []
+    for text in texts:
+        missing = length - text.embeds.shape[1]
+        mask = (
+            torch.ones(text.embeds.shape[:2], dtype=torch.bool, device=text.embeds.device)
+            if text.mask is None
+            else text.mask
+        )
+        embeds.append(nn.functional.pad(text.embeds, (0, 0, 0, missing)))
+        masks.append(nn.functional.pad(mask.bool(), (0, missing)))
+    mask = torch.cat(masks)
+    return Text(torch.cat(embeds), None, None if bool(mask.all()) else mask)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from multicrafter.models.flux.packing import Grid, diagonal_ids
@@ -19,22 +19,27 @@ if TYPE_CHECKING:
 
 
 class Text(NamedTuple):
-    """Encoded prompts: token embeddings (b, n, d) and, where the model has one, a pooled vector (b, p) (FLUX.1: T5 and CLIP)."""
+    """Encoded prompts: token embeddings (b, n, d) and, where the model has one, a pooled vector (b, p) (FLUX.1: T5 and CLIP).
+
+    A mask (b, n) says which tokens are real, where some are padding that the model must not see (Qwen-Image).
+    """
 
     embeds: Float[Tensor, "b n d"]
     pooled: Float[Tensor, "b p"] | None
+    mask: Bool[Tensor, "b n"] | None = None
 
     def rows(self, index: Tensor | slice) -> Text:
-        """Rows ``index`` of both."""
-        return Text(self.embeds[index], None if self.pooled is None else self.pooled[index])
+        """Rows ``index`` of all."""
+        return Text(*(None if part is None else part[index] for part in tuple(self)))  # type: ignore[arg-type]
 
     def __getitem__(self, index: Tensor | slice | int) -> Any:  # type: ignore[override]
         """`rows`; a plain int keeps the tuple's meaning."""
         return tuple.__getitem__(self, index) if isinstance(index, int) else self.rows(index)
 
-    def to(self, device: torch.device) -> Text:
-        """Both on another device."""
-        return Text(self.embeds.to(device), None if self.pooled is None else self.pooled.to(device))
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Text:
+        """All on another device, the numbers in another dtype."""
+        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
+        return Text(self.embeds.to(device, dtype), pooled, None if self.mask is None else self.mask.to(device))
 
 
 def text_length(pipe: FluxPipeline) -> int:
