@@ -67,6 +67,7 @@ check-doctests: environment
 wheels: environment
 	rm -rf dist
 	for package in $(PACKAGES); do (cd packages/$$package && ../../$(RUN) -m hatchling build -d ../../dist) || exit 1; done
+	$(RUN) -m twine check --strict dist/*
 	$(RUN) -m pytest tests/test_repo_wheels.py
 
 # Direct dependencies and extras at their lower bounds, the tools for testing new. Not multicrafter: its tests need what the environment has.
