@@ -43,6 +43,7 @@ def user_input(what: str = "") -> Iterator[None]:
 
 _HOMES = {
     "MultiCrafterPipeline": "pipeline",
+    "load_into": "models.loading",
     "tiny": "config.recipes",
     "flux1_dev_stage1": "config.recipes",
     "flux1_dev_stage2": "config.recipes",

@@ -31,6 +31,7 @@ from multicrafter.models.binding import (
     separable,
 )
 from multicrafter.models.checks import finite, whole
+from multicrafter.models.export import check_base
 from multicrafter.models.flux.model import Text
 from multicrafter.models.flux.packing import Grid
 from multicrafter.models.loading import get_device, load_flux, resolve_adapter
@@ -205,6 +206,8 @@ class MultiCrafterPipeline:
         handle = f"mixed_in_{next(self._numbers)}"  # peft's names may hold no dots, and none may be that of a layer
         with self._adapters_off():
             try:
+                if not isinstance(source, dict) and Path(source).is_file():
+                    check_base(source, self.pipe.transformer, self.backbone)
                 foreign_loras.attach(self.pipe, source, handle)
             except Exception as error:
                 reason = " ".join(str(error).split())[:300]

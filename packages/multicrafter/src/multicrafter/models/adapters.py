@@ -18,6 +18,7 @@ from moe_lora import MoELoRA, MoELoRAConfig, inject
 from torch import Tensor, nn
 
 from multicrafter import UserError, __version__
+from multicrafter.files import source_commit
 from multicrafter.models.backbones import Backbone, backbone_of
 from multicrafter.models.checks import check_finite, finite, whole
 
@@ -70,6 +71,15 @@ class AdapterConfig:
         )  # fmt: skip
 
 
+def adapted(backbone: Backbone, transformer: nn.Module, config: AdapterConfig) -> tuple[str, list[str]]:
+    """Regex of the linears that get an ordinary LoRA, and regexes of the modules that the experts sit beside, both for whole names."""
+    idle = backbone.without_effect(transformer)
+    but = f"(?!({idle})$)" if idle else ""
+    if config.num_experts:
+        return f"^{but}({backbone.attention})$", [but + block for block in backbone.ffn_blocks]
+    return f"^{but}({backbone.attention}|{backbone.ffn_linears})$", []
+
+
 class Adapters:
     """Adapters attached to one transformer."""
 
@@ -91,20 +101,11 @@ class Adapters:
         self.notes: dict[str, Any] = {}  # of the file it was loaded from
         self.backbone = backbone or backbone_of(transformer)
         transformer.requires_grad_(False)
-        attention, ffn_linears = self.backbone.attention, self.backbone.ffn_linears
-        targets = attention if config.num_experts else f"{attention}|{ffn_linears}"
-        idle = self.backbone.without_effect(transformer)
-        but = f"(?!({idle})$)" if idle else ""
+        ordinary, mixed = adapted(self.backbone, transformer, config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            transformer.add_adapter(
-                LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=f"^{but}({targets})$")
-            )
-            self.experts: MoELoRA | None = (
-                inject(transformer, config.moe(), [but + block for block in self.backbone.ffn_blocks])
-                if config.num_experts
-                else None
-            )
+            transformer.add_adapter(LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=ordinary))
+            self.experts: MoELoRA | None = inject(transformer, config.moe(), mixed) if mixed else None
         # everything else was frozen a moment ago; from now on the names say what is ours, whoever freezes what
         self.names = frozenset(n for n, p in transformer.named_parameters() if p.requires_grad)
         for parameter in self.parameters():  # peft makes them in the base's dtype
@@ -192,6 +193,7 @@ class Adapters:
             "base": fingerprint(self.transformer),
             "backbone": self.backbone.name,
             "code": __version__,
+            "commit": source_commit(),
             **notes,
         }
         (folder / "adapter.json.tmp").write_text(json.dumps(meta, indent=2) + "\n")
@@ -208,34 +210,7 @@ class Adapters:
         Raises:
             ValueError: A part is missing or broken, its numbers are no floats, or it belongs to another backbone or shape.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
-        for name in ("adapter.json", "adapter.safetensors"):
-            if not (folder / name).is_file():
-                raise UserError(f"adapter {folder} must hold {name}, but it is missing")
-        try:
-            meta = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
-            if not isinstance(meta, dict):
-                raise UserError(f"adapter.json must hold an object, got {type(meta).__name__}")
-            config = AdapterConfig(**meta["config"])
-            if meta["format"] != FORMAT:
-                raise UserError(f"format must be {FORMAT}, got {meta['format']!r}")
-            state = load_file(folder / "adapter.safetensors")
-        except (
-            json.JSONDecodeError,
-            UnicodeDecodeError,
-            KeyError,
-            TypeError,
-            ValueError,
-            SafetensorError,
-            OSError,
-            RecursionError,
-        ) as error:
-            raise UserError(
-                f"adapter {folder} must be written by multicrafter, got {type(error).__name__}: {error}"
-            ) from error
+        config, state, meta = read_adapter(folder)
         backbone = backbone or backbone_of(transformer)
         if meta.get("backbone", backbone.name) != backbone.name:
             raise UserError(f"adapter {folder} must be of the backbone {backbone.name}, got one of {meta['backbone']}")
@@ -243,12 +218,6 @@ class Adapters:
             raise UserError(
                 f"adapter {folder} must belong to this base {fingerprint(transformer)}, got {meta.get('base')}"
             )
-        dtypes = {str(t.dtype).removeprefix("torch.") for t in state.values()}
-        if not dtypes <= {"float32", "bfloat16", "float16"}:
-            raise UserError(f"adapter {folder} must hold float32, bfloat16 or float16, got {', '.join(sorted(dtypes))}")
-        check_shapes(f"adapter {folder}", state, config)
-        check_tensors(f"adapter {folder}", state)
-        check_notes(f"adapter {folder}", meta)
         adapters = cls(transformer, config, backbone=backbone)
         try:
             adapters.load_state_dict(state)
@@ -257,6 +226,49 @@ class Adapters:
             raise UserError(f"adapter {folder}: {error}") from None
         adapters.notes = meta
         return adapters, meta
+
+
+def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, Any]]:
+    """Configuration, tensors and notes of a saved adapter; nothing is attached to anything.
+
+    Raises:
+        UserError: A part is missing or broken, or its numbers are no floats, not finite, or not of the shapes that it says.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    for name in ("adapter.json", "adapter.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"adapter {folder} must hold {name}, but it is missing")
+    try:
+        meta = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
+        if not isinstance(meta, dict):
+            raise UserError(f"adapter.json must hold an object, got {type(meta).__name__}")
+        config = AdapterConfig(**meta["config"])
+        if meta["format"] != FORMAT:
+            raise UserError(f"format must be {FORMAT}, got {meta['format']!r}")
+        state = load_file(folder / "adapter.safetensors")
+    except (
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        SafetensorError,
+        OSError,
+        RecursionError,
+    ) as error:
+        raise UserError(
+            f"adapter {folder} must be written by multicrafter, got {type(error).__name__}: {error}"
+        ) from error
+    dtypes = {str(t.dtype).removeprefix("torch.") for t in state.values()}
+    if not dtypes <= {"float32", "bfloat16", "float16"}:
+        raise UserError(f"adapter {folder} must hold float32, bfloat16 or float16, got {', '.join(sorted(dtypes))}")
+    check_shapes(f"adapter {folder}", state, config)
+    check_tensors(f"adapter {folder}", state)
+    check_notes(f"adapter {folder}", meta)
+    return config, state, meta
 
 
 def check_shapes(what: str, tensors: Mapping[str, Tensor], config: AdapterConfig) -> None:

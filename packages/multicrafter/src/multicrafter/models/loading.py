@@ -11,6 +11,7 @@ import torch
 
 from multicrafter import UserError
 from multicrafter.models import flux
+from multicrafter.models.adapters import Adapters
 from multicrafter.models.backbones import BACKBONES, Backbone, backbone_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -146,3 +147,26 @@ def resolve_adapter(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=["adapter.json", "adapter.safetensors", "README.md"]))
     except Exception as error:
         raise UserError(_reason(source, error).replace("model", "adapter", 1)) from error
+
+
+def load_into(pipe: Any, adapter: str | Path) -> Adapters:
+    """Puts a trained adapter on a pipeline of diffusers, experts included, exactly; every call of the pipeline then uses it.
+
+    >>> # pipe = FluxPipeline.from_pretrained(base); load_into(pipe, "runs/stage1/adapter"); pipe("two people in the park")
+
+    Args:
+        pipe: A pipeline of one of `multicrafter.models.backbones.BACKBONES`, without an adapter of this project.
+        adapter: Folder or hub id.
+
+    Returns:
+        The adapter: ``detach()`` takes it off again, ``disable()`` switches it off for a while, and ``notes["sampling"]`` says how its
+        pictures are best drawn.
+
+    Raises:
+        UserError: No such adapter, one of another base, or the pipeline has an adapter already.
+    """
+    if getattr(pipe.transformer, "peft_config", None):
+        raise UserError(
+            f"pipe must have no adapter yet, got {sorted(pipe.transformer.peft_config)}: load this one first"
+        )
+    return Adapters.load(pipe.transformer, resolve_adapter(adapter), backbone=backbone_of(pipe))[0]

@@ -122,7 +122,7 @@ def save_pretrained(pipeline: Publishable, folder: Path, *, base: bool = False) 
         if base:
             _save_base(pipeline, staged)
         if pipeline.adapters is not None:
-            own = {"format", "config", "base", "backbone", "code", "folder"}
+            own = {"format", "config", "base", "backbone", "code", "folder"}  # the commit stays that of the training
             notes = {k: v for k, v in pipeline.notes.items() if k not in own}
             notes["base_model"] = notes.get("base_model") or _source(pipeline)
             pipeline.adapters.save(staged, **notes)
