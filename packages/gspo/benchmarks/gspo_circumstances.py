@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
@@ -28,3 +29,15 @@ def circumstances() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "command": " ".join(["python", *sys.argv]),
     }
+
+
+def trained_flux() -> str:
+    """The folder of the tiny FLUX that multicrafter ships, trained on drawn scenes.
+
+    Raises:
+        ImportError: multicrafter is not installed.
+    """
+    spec = importlib.util.find_spec("multicrafter")
+    if spec is None or spec.origin is None:
+        raise ImportError("this needs the trained tiny FLUX of multicrafter: pip install multicrafter")
+    return str(Path(spec.origin).parent / "world" / "weights" / "tiny_flux")

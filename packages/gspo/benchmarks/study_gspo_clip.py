@@ -15,7 +15,7 @@ from gspo import DanceSDE, FlowCPS, FlowSDE, PolicyConfig
 from gspo.examples import flux_jpeg, pointmass
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gspo_circumstances import circumstances
+from gspo_circumstances import circumstances, trained_flux
 
 KERNELS = {
     "FlowSDE 0.7": FlowSDE(0.7),
@@ -72,7 +72,7 @@ def main() -> None:
         both("point mass", seed, lambda kernel, clip, seed: pointmass.train(
             kernel=kernel, policy=PolicyConfig(clip_range=clip, num_inner_epochs=3), iterations=options.iterations, seed=seed
         ).reports)  # fmt: skip
-    pipe = flux_jpeg.load(None)
+    pipe = flux_jpeg.load(trained_flux())
     both("tiny FLUX, JPEG size", 0, lambda kernel, clip, seed: flux_jpeg.train(
         pipe, kernel=kernel, policy=PolicyConfig(clip_range=clip, num_inner_epochs=3), iterations=options.flux_iterations, seed=seed
     ).reports)  # fmt: skip

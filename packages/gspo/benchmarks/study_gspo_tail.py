@@ -16,7 +16,7 @@ from gspo.examples.flux_jpeg import PROMPTS, kilobytes, load
 from gspo.integrations.diffusers import PipelinePolicy
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gspo_circumstances import circumstances
+from gspo_circumstances import circumstances, trained_flux
 
 STEPS, GROUP = 16, 12
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--fine", type=int, default=60, help="steps of the solution taken as exact")
     options = parser.parse_args()
-    actor = PipelinePolicy(load(None), PROMPTS, height=64, width=64)
+    actor = PipelinePolicy(load(trained_flux()), PROMPTS, height=64, width=64)
     sigmas, noise = actor.sigmas(STEPS), actor.noise(torch.Generator().manual_seed(0))
     rows = []
     for start in (0, 5, 10):

@@ -2,8 +2,8 @@
 
     python -m gspo.examples.flux_jpeg --out flux_jpeg.png
 
-takes the tiny FLUX that ships with multicrafter (a few minutes on a CPU); ``--model`` names any other FLUX in diffusers format.
-A LoRA on the attention is trained; the reward is minus the kilobytes of the picture as a JPEG of quality 90. Needs
+makes a tiny FLUX that paints stripes (`gspo.examples.tiny_flux`, some seconds) and takes half a minute on a CPU; ``--model`` names a FLUX
+in diffusers format instead. A LoRA on the attention is trained; the reward is minus the kilobytes of the picture as a JPEG of quality 90. Needs
 ``pip install "gspo[diffusers,plot]"``.
 """
 
@@ -31,23 +31,22 @@ from gspo.window import SlidingWindow
 PROMPTS = ("one person in the park", "one person at night")
 
 
-def load(model: str | None) -> Any:
-    """A pipeline from a folder or hub id, by default multicrafter's tiny one.
+def load(model: str | None, *, teaching_steps: int = 400) -> Any:
+    """A pipeline from a folder or hub id, by default a tiny one that was taught to paint stripes.
 
     Raises:
-        ImportError: diffusers is missing, or no model is named and multicrafter is missing.
+        ImportError: diffusers or peft is missing.
     """
     if importlib.util.find_spec("diffusers") is None or importlib.util.find_spec("peft") is None:
         raise ImportError('this example needs diffusers and peft: pip install "gspo[diffusers]"')
+    if model is None:
+        from gspo.examples.tiny_flux import teach, tiny_flux
+
+        pipe = tiny_flux(PROMPTS)
+        teach(pipe, steps=teaching_steps)
+        return pipe
     from diffusers import DiffusionPipeline
 
-    if model is None:
-        spec = importlib.util.find_spec("multicrafter")
-        if spec is None or spec.origin is None:
-            raise ImportError(
-                "without --model this example needs the tiny FLUX in multicrafter: pip install multicrafter"
-            )
-        model = str(Path(spec.origin).parent / "weights" / "tiny_flux")
     return DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
 
 
@@ -149,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m gspo.examples.flux_jpeg", description="A FLUX that learns to compress well."
     )
     parser.add_argument(
-        "--model", help="a FLUX folder in diffusers format or a hub id (default: multicrafter's tiny FLUX)"
+        "--model", help="a FLUX folder in diffusers format or a hub id (default: a tiny one, made on the spot)"
     )
     parser.add_argument("--iterations", type=int, default=12, help="rollouts (default 12)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
@@ -166,7 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = f"iteration {iteration + 1:3d}/{options.iterations}  {-report.summary()['reward']:.3f} kB"
         print(f"\r{line}", end="", file=sys.stderr, flush=True)
 
-    run = train(pipe, iterations=options.iterations, seed=options.seed, progress=progress)
+    size, lr = (32, 1e-2) if options.model is None else (64, 1e-3)
+    run = train(pipe, iterations=options.iterations, size=size, lr=lr, seed=options.seed, progress=progress)
     print(file=sys.stderr)
     first, last = (-run.reports[i].summary()["reward"] for i in (0, -1))
     print(f"mean size of the rollouts: {first:.3f} kB at first, {last:.3f} kB at last")
