@@ -40,7 +40,7 @@ from gspo.reward import RobustReward, Scores
 from gspo.reward_gradient import RewardGradientConfig, RewardGradientTrainer, draft_samples, refl_samples
 from gspo.rollout import Rollout, WindowStep, rollout
 from gspo.score import Rescored, rescore
-from gspo.sde import DanceSDE, FlowCPS, FlowODE, FlowSDE, ODEStep, SDEStep, gaussian_log_prob
+from gspo.sde import KERNELS, DanceSDE, FlowCPS, FlowODE, FlowSDE, ODEStep, SDEStep, gaussian_log_prob
 from gspo.shares import GroupShare, share_groups, shared_noise
 from gspo.signal_estimators import controlled_variance, gradient_signal, walk_ratio
 from gspo.signal_log import SignalLog
@@ -50,6 +50,7 @@ from gspo.window import SlidingWindow
 __version__ = "0.1.0"
 
 __all__ = [
+    "KERNELS",
     "AdvantageWeightedMatching",
     "ClipRangeTracker",
     "DanceSDE",

@@ -87,7 +87,11 @@ def _plan(
         return _Draw(noise, index, ids, config.group_size, {})
     share = share_groups(len(noise), config.group_size, rank=rank_in(ranks), num_ranks=world_size(ranks))
     here = slice(share.prompts.start, share.prompts.stop)
-    options = {} if world_size(ranks) == 1 else {"step_noise": _agreed_noise(noise, share, generator, ranks)}
+    # a generator of another device than the latents' cannot draw for the kernel; drawn there and moved, the noise does not depend on it
+    elsewhere = generator is not None and generator.device.type != noise.device.type
+    options: dict[str, Any] = {}
+    if world_size(ranks) > 1 or elsewhere:
+        options = {"step_noise": _agreed_noise(noise, share, generator, ranks)}
     return _Draw(noise[here], index[here], ids[here], share.num_members, options)
 
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -210,9 +211,11 @@ class FlowSDE(_Stochastic):
 
     Attributes:
         noise_level: a > 0; 0.7 in the paper.
+        kind: Its name in `KERNELS`, so that a configuration written as plain data says which kernel it has.
     """
 
     noise_level: float = 0.7
+    kind: str = field(default="flow_sde", init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.noise_level > 0:
@@ -262,9 +265,11 @@ class FlowCPS(_Stochastic):
 
     Attributes:
         noise_level: In (0, 1]; at 1 all noise is fresh.
+        kind: See `FlowSDE`.
     """
 
     noise_level: float = 0.8
+    kind: str = field(default="flow_cps", init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.noise_level <= 1:
@@ -286,9 +291,11 @@ class DanceSDE(_Stochastic):
 
     Attributes:
         eta: Noise per unit of sigma, > 0.
+        kind: See `FlowSDE`.
     """
 
     eta: float = 0.3
+    kind: str = field(default="dance_sde", init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.eta > 0:
@@ -299,6 +306,14 @@ class DanceSDE(_Stochastic):
         dt = sigma_next - sigma
         half = 0.5 * self.eta**2 / sigma
         return 1 + half * dt, (1 + half * (1 - sigma)) * dt, self.eta * (-dt).sqrt()
+
+
+KERNELS: Mapping[str, type[FlowSDE | FlowCPS | DanceSDE]] = {
+    "flow_sde": FlowSDE,
+    "flow_cps": FlowCPS,
+    "dance_sde": DanceSDE,
+}
+"""The stochastic kernels by their ``kind``."""
 
 
 @dataclass(frozen=True)
