@@ -41,9 +41,8 @@ def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
         for seed in (s for s in budget.seeds if factor == 1 or s in HASTY):
             config = replace(
                 align,
-                seed=seed,
                 lr=align.lr * factor,
-                policy=replace(align.policy, ratio=name),  # type: ignore[arg-type]
+                online=replace(align.online, seed=seed, policy=replace(align.online.policy, ratio=name)),  # type: ignore[arg-type]
                 routing_replay=bool(replayed),
                 routing_jitter=start == "experts",
             )

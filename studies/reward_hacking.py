@@ -35,7 +35,9 @@ def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
     for label, reward in REWARDS.items():
         found[label] = {
             seed: Experiment(
-                pretrain=rows["moe"][0], align=replace(align, seed=seed, reward=reward), tests=(budget.test(),)
+                pretrain=rows["moe"][0],
+                align=replace(align, online=replace(align.online, seed=seed), reward=reward),
+                tests=(budget.test(),),
             )
             for seed in budget.seeds
         }

@@ -366,7 +366,8 @@ def test_runs_that_are_compared_differ_in_the_ratio_or_in_the_replay_alone():
     for title, pairs in ratios.comparisons().items():
         for one, other in pairs:
             a, b = arms[one][0], arms[other][0]
-            same = {"routing_replay": False} if "replayed -" in title else {"policy": a.align.policy}
+            same = {"routing_replay": False} if "replayed -" in title else {"online": a.align.online}
+            assert replace(b.align.online, policy=a.align.online.policy) == a.align.online
             assert a != b and replace(a, align=replace(a.align, **same)) == replace(b, align=replace(b.align, **same))
             seen |= {one, other}
     assert seen == {label for label in arms if not label.startswith(ratios.BEFORE)}

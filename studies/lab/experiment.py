@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -9,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from multicrafter.config.recipes import ablation
+from multicrafter.config.settings import leaves, to_dict
 from multicrafter.scoring.evaluate import EvaluateConfig
-from multicrafter.training.align import AlignConfig
+from multicrafter.training.align_config import MOVED, AlignConfig, online_defaults
 from multicrafter.training.pretrain import PretrainConfig
 from multicrafter.training.runs import with_execution
 
@@ -97,7 +99,11 @@ class Budget:
 
     def align(self, config: AlignConfig, **changes: Any) -> AlignConfig:
         """Stage 2 at this size."""
-        size = {"num_steps": self.iterations, "prompts": self.prompts, "group_size": self.group}
+        size = {
+            "num_steps": self.iterations,
+            "prompts": self.prompts,
+            "online": replace(config.online, group_size=self.group),
+        }
         return replace(config, **{**size, **changes})
 
     def test(self, **changes: Any) -> EvaluateConfig:
@@ -134,11 +140,37 @@ ONCE_CONSTANT: dict[str, dict[str, Any]] = {
 """Knobs that were constants of the code when the first records were made, by a knob that only stage 1 or stage 2 has: at these values they rename no record."""
 
 
+def _flattened(online: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values of ``online`` by their first names, and all others by their own."""
+    left, flat = copy.deepcopy(dict(online)), {}
+    for old, now in MOVED.items():
+        _, *parents, leaf = now.split(".")
+        node = left
+        for parent in parents:
+            node = node[parent]
+        if leaf in node:
+            flat[old] = node.pop(leaf)
+    return flat, leaves({k: v for k, v in left.items() if k not in ("micro_batch_size", "offload", "split_batch")})
+
+
+def as_first_written(align: Mapping[str, Any]) -> dict[str, Any]:
+    """Stage 2's configuration under the names that the first records have: what is in ``online`` now was flat.
+
+    What could not be said then is left out where it is as it always was.
+    """
+    flat, own = _flattened(align["online"])
+    _, usual = _flattened(to_dict(online_defaults()))
+    new = {name: value for name, value in own.items() if value != usual.get(name)}
+    return {**{k: v for k, v in align.items() if k != "online"}, **flat, **({"online": new} if new else {})}
+
+
 def deciding(content: Any) -> Any:
     """A configuration (as `to_dict` has it) without what changes nothing but speed, without what is off (None, False: an option that is new, and off by
     default, renames no record), without what a coefficient of 0 leaves without effect, and without what is as it always was.
     """
     if isinstance(content, Mapping):
+        if "routing_replay" in content and "policy" not in content:
+            content = as_first_written(content)
         if content.get("coef") == 0:
             return {"coef": 0.0}
         stages = [constants for knob, constants in ONCE_CONSTANT.items() if knob in content]

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gspo import OnlineConfig, SlidingWindow
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.training import checkpoint, distributed, loop
-from multicrafter.training.align import Align, AlignConfig
+from multicrafter.training.align import Align
+from multicrafter.training.align_config import AlignConfig
 from multicrafter.training.pretrain import Pretrain, PretrainConfig
 from multicrafter.training.runs import with_execution
 from multicrafter.training.scenes import encode_scenes
@@ -28,10 +30,7 @@ STAGE1 = PretrainConfig(num_steps=20, batch=8, num_scenes=12, adapters=SMALL)
 STAGE2 = AlignConfig(
     num_steps=20,
     prompts=4,
-    group_size=4,
-    num_sampling_steps=5,
-    window_interval=6,
-    tail_steps=None,
+    online=OnlineConfig(window=SlidingWindow(5, interval=6), group_size=4),
     lr=1e-3,
     reward_wait_s=0.0,
 )

@@ -7,15 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from gspo import PolicyConfig, rescore
+from gspo import OnlineConfig, PolicyConfig, SlidingWindow, rescore, rollout
 from id_reward import CompositeReward, IdentityScorer
 from multicrafter.models.adapters import AdapterConfig, Adapters
-from multicrafter.training.align import Align, AlignConfig
+from multicrafter.training.align import Align
+from multicrafter.training.align_config import AlignConfig
 from multicrafter.training.precision import ExecutionConfig
 from multicrafter.world.rewards import MeanIdentity, RewardConfig, tiny_reward
 
 SMALL = AdapterConfig(rank=4, alpha=4.0, num_experts=2)
-STAGE2 = AlignConfig(num_steps=2, prompts=2, group_size=3, num_sampling_steps=5, tail_steps=None, lr=1e-3)
+ONLINE = OnlineConfig(window=SlidingWindow(5, interval=4), group_size=3)
+STAGE2 = AlignConfig(num_steps=2, prompts=2, lr=1e-3, online=ONLINE)
 
 
 def brightness(images, prompts, references):
@@ -31,21 +33,31 @@ def stage_with(pipe, scenes, **changes):
     return Align(pipe, adapters, replace(STAGE2, **changes), scenes, brightness)
 
 
+def draw(stage, rows):
+    """The rollout of a step, without the step."""
+    noise = torch.randn(len(rows), *stage.scenes.tokens.shape[1:], generator=torch.Generator().manual_seed(1))
+    return rollout(
+        stage.velocity(rows), noise, stage.sigmas, kernel=stage.online.kernel, window=stage.online.window.at(0),
+        group_size=stage.online.group_size, generator=torch.Generator().manual_seed(2),
+        micro_batch_size=stage.online.micro_batch_size, record=stage._record,
+    )  # fmt: skip
+
+
 def test_replayed_routing_chooses_the_rollouts_experts_whatever_the_router_says_now(pipe, scenes):
     stage = stage_with(pipe, scenes, routing_replay=True)
     rows = torch.tensor([0, 1])
-    drawn = stage.rollout(rows, 0)
+    drawn = draw(stage, rows)
     assert set(stage.routes) == {0, 1}, "one record for each step of the window"
     velocity = stage.velocity(rows)
     with torch.no_grad():
-        same = rescore(velocity, drawn, stage.kernel, replay=stage._replay).log_prob_mean
+        same = rescore(velocity, drawn, replay=stage._replay).log_prob_mean
         assert torch.equal(same, drawn.log_prob_mean), "on policy, to the bit"
-        part = rescore(velocity, drawn, stage.kernel, rows=torch.tensor([1, 4]), replay=stage._replay).log_prob_mean
+        part = rescore(velocity, drawn, rows=torch.tensor([1, 4]), replay=stage._replay).log_prob_mean
         assert torch.allclose(part, drawn.log_prob_mean[[1, 4]], atol=1e-5), "rows belong to their own record"
         for name, parameter in stage.adapters.named_parameters():
             if "router" in name:
                 parameter.neg_()  # every token would go elsewhere
-        free = rescore(velocity, drawn, stage.kernel).log_prob_mean
+        free = rescore(velocity, drawn).log_prob_mean
     assert not torch.allclose(free, drawn.log_prob_mean, atol=1e-6)
     assert stage._jitter(velocity, drawn) > 0.5
 
@@ -55,9 +67,10 @@ def test_a_rollout_in_parts_notes_the_same_experts(pipe, scenes, size, monkeypat
     """No more than ``micro_batch`` rows go through transformer or VAE at once; samples, routes and jitter are those of the whole."""
     whole = stage_with(pipe, scenes, routing_replay=True, routing_jitter=True)
     rows = torch.tensor([0, 1])
-    drawn = whole.rollout(rows, 0)
+    drawn = draw(whole, rows)
     whole.adapters.detach()
-    small = {"policy": PolicyConfig(micro_batch_size=size), "execution": ExecutionConfig(micro_batch=size)}
+    online = replace(ONLINE, policy=PolicyConfig(micro_batch_size=size))
+    small = {"online": online, "execution": ExecutionConfig(micro_batch=size)}
     parts = stage_with(pipe, scenes, routing_replay=True, routing_jitter=True, **small)
     sizes, decode = [], parts.backbone.decode_pictures
     monkeypatch.setattr(
@@ -66,7 +79,7 @@ def test_a_rollout_in_parts_notes_the_same_experts(pipe, scenes, size, monkeypat
     hook = pipe.transformer.register_forward_hook(
         lambda module, args, kwargs, out: sizes.append(len(out[0])), with_kwargs=True
     )
-    got = parts.rollout(rows, 0)
+    got = draw(parts, rows)
     torch.testing.assert_close(got.latents, drawn.latents, atol=1e-4, rtol=1e-4)
     for position, kept in whole.routes.items():
         for name, (chosen,) in kept.choices.items():
@@ -84,7 +97,7 @@ def test_a_rollout_in_parts_notes_the_same_experts(pipe, scenes, size, monkeypat
 
 def test_jitter_is_0_on_policy_and_measured_where_asked(pipe, scenes):
     stage = stage_with(pipe, scenes, routing_jitter=True)
-    drawn = stage.rollout(torch.tensor([0, 1]), 0)
+    drawn = draw(stage, torch.tensor([0, 1]))
     assert stage._jitter(stage.velocity(torch.tensor([0, 1])), drawn) == 0.0
     assert 0 <= stage.step(0)["routing_jitter"] <= 1
     assert stage.routes == {}, "nothing is kept between iterations"

@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gspo import OnlineConfig, SlidingWindow
 from id_reward import CompositeReward
 from multicrafter.demo.figures import subject_maps
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.binding import BindingConfig
 from multicrafter.scoring.evaluate import METRICS, EvaluateConfig, Judges, cases, evaluate, generate_cases
-from multicrafter.training.align import Align, AlignConfig
+from multicrafter.training.align import Align
+from multicrafter.training.align_config import AlignConfig
 from multicrafter.training.precision import ExecutionConfig
 from multicrafter.training.pretrain import IDARConfig, Pretrain, PretrainConfig
 from multicrafter.training.scenes import encode_scenes
@@ -104,7 +106,7 @@ def test_stage_2_moves_the_adapters(name):
     reward = CompositeReward(
         {"bright": (lambda images, prompts, references: torch.stack([i.mean() for i in images]).double().numpy(), 1.0)}
     )
-    config = AlignConfig(num_steps=1, prompts=1, group_size=3, num_sampling_steps=4, tail_steps=None)
+    config = AlignConfig(num_steps=1, prompts=1, online=OnlineConfig(window=SlidingWindow(4), group_size=3))
     stage = Align(pipe, adapters, config, replace_scenes(pipe), reward)
     metrics = stage.step(0)
     assert metrics["reward_spread"] > 0

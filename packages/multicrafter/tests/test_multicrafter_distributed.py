@@ -9,14 +9,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import gspo
 import numpy as np
 import pytest
 import torch
-from gspo import FlowSDE
+from multicrafter import UserError
 from multicrafter.training import checkpoint, distributed
 from multicrafter.training.checkpoint import find_checkpoint
 from multicrafter.training.distributed import my_groups, my_slice
-from multicrafter.training.noise import SlicedNoise
 from multicrafter.training.scenes import Buckets
 from multicrafter.training.trainee import global_aux_loss
 from safetensors.torch import load_file
@@ -59,8 +59,8 @@ def alone(tmp_path_factory):
 
 
 # batches that do not divide, groups that are cut between ranks in either way
-EVEN = {1: {"batch": 7}, 2: {"prompts": 2, "group_size": 4}}
-CUT = {2: {"prompts": 3, "group_size": 4}}
+EVEN: dict[int, dict] = {1: {"batch": 7}, 2: {"prompts": 2}}
+CUT: dict[int, dict] = {2: {"prompts": 3}}
 
 
 @pytest.mark.parametrize(
@@ -97,10 +97,9 @@ def test_many_processes_equal_one(stage, world, parallel, changes, alone, tmp_pa
 @pytest.mark.parametrize("stage", [1, pytest.param(2, marks=slow)])
 def test_the_divergence_penalty_and_micro_batches_change_nothing_across_ranks(stage, parallel, alone, tmp_path):
     """Stage 1 without experts, whose losses are those of a micro-batch; in stage 2 parts of a rollout, and a pass with adapters off."""
-    import gspo
-
     plain = replace(workers.SMALL, num_experts=0)
-    changes = {"policy": gspo.PolicyConfig(kl_coef=0.1)} if stage == 2 else {"batch": 6, "adapters": plain}
+    penalised = replace(workers.STAGE2.online, policy=gspo.PolicyConfig(kl_coef=0.1))
+    changes = {"online": penalised} if stage == 2 else {"batch": 6, "adapters": plain}
     folder = tmp_path / "one"
     workers.run(workers.train, stage, folder, num_steps=4, changes=changes, tmp=tmp_path)
     execution = {"parallel": parallel, "gradient_checkpointing": True, "micro_batch": 2}
@@ -258,39 +257,22 @@ def test_expert_loads_are_counted_over_all_ranks(tmp_path):
     workers.run(loads_are_global, str(tmp_path), world=2, tmp=tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("prompts", "group", "ranks"), [(4, 3, 2), (1, 6, 2), (2, 6, 4), (3, 4, 2), (8, 2, 4), (1, 4, 1)]
-)
-def test_groups_are_shared_out_once_and_evenly(prompts, group, ranks):
-    shares = [my_groups(prompts, group, rank_=r, ranks=ranks) for r in range(ranks)]
-    rows = [share.rows(group) for share in shares]
-    assert sorted(torch.cat(rows).tolist()) == list(range(prompts * group))
-    assert len({len(r) for r in rows}) == 1
-    for share, mine in zip(shares, rows, strict=True):  # the order in which a rollout returns its samples
-        inside = [
-            p * group + m
-            for p in range(share.prompts.start, share.prompts.stop)
-            for m in range(share.members.start, share.members.stop)
-        ]
-        assert mine.tolist() == inside
+def test_the_old_name_of_shared_groups_is_gspos_and_says_so():
+    with pytest.warns(DeprecationWarning, match=r"my_groups is now gspo.share_groups"):
+        share = my_groups(2, 6, rank_=3, ranks=4)
+    assert share == gspo.share_groups(2, 6, rank=3, num_ranks=4) and share.num_members == 3
+
+
+def test_a_batch_that_does_not_spread_over_the_processes_is_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setattr("multicrafter.training.align.world_size", lambda: 7)
+    with pytest.raises(UserError, match="must spread evenly over 7 processes"):
+        workers.make_stage(2)
 
 
 def test_what_cannot_be_shared_out_is_refused():
-    with pytest.raises(ValueError, match="spread evenly over 4 processes"):
-        my_groups(3, 3, rank_=0, ranks=4)
     with pytest.raises(ValueError, match="at least one row per process"):
         my_slice(3, rank_=0, ranks=4)
     assert sum((lambda s: s.stop - s.start)(my_slice(11, rank_=r, ranks=4)) for r in range(4)) == 11
-
-
-def test_a_sample_gets_its_noise_wherever_it_lives():
-    x, v = torch.randn(6, 4, 3), torch.randn(6, 4, 3)
-    whole = FlowSDE().step(x, v, 0.8, 0.6, generator=torch.Generator().manual_seed(5))
-    for rows in (torch.arange(6), torch.tensor([1, 4])):
-        sliced = SlicedNoise(FlowSDE(), rows, 6)
-        part = sliced.step(x[rows], v[rows], 0.8, 0.6, generator=torch.Generator().manual_seed(5))
-        assert torch.allclose(part.next_latents, whole.next_latents[rows], atol=1e-6)
-        assert torch.allclose(part.log_prob_mean, whole.log_prob_mean[rows])
 
 
 def test_buckets_never_mix_layouts_and_every_scene_is_equally_likely():

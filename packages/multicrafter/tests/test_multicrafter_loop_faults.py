@@ -255,15 +255,9 @@ PICTURES = [torch.full((3, 4, 4), v) for v in (0.1, 0.5, 0.9)]
 NO_REFERENCES: list = [[], [], []]
 
 
-def test_a_reward_that_raises_is_tried_again():
-    reward = Moody(patience=2)
-    score = score_pictures(reward, PICTURES, ["", "", ""], NO_REFERENCES, retries=2, wait_s=0.0)
-    assert reward.calls == 3 and score.failed == 0
-    assert np.allclose(score.totals, [0.1, 0.5, 0.9])
-
-
-def test_a_picture_that_cannot_be_scored_is_marked_and_the_others_count():
-    score = score_pictures(Moody(threshold=0.3), PICTURES, ["", "", ""], NO_REFERENCES, retries=1, wait_s=0.0)
+def test_the_old_name_of_a_robust_reward_works_and_says_so():
+    with pytest.warns(DeprecationWarning, match=r"score_pictures is now gspo.RobustReward"):
+        score = score_pictures(Moody(threshold=0.3), PICTURES, ["", "", ""], NO_REFERENCES, retries=1, wait_s=0.0)
     assert score.failed == 1 and "too dark" in score.error
     assert np.isnan(score.totals[0]) and np.allclose(score.totals[1:], [0.5, 0.9])
     assert np.isnan(score.parts["brightness"][0])
@@ -274,10 +268,10 @@ def test_stage_2_leaves_out_what_could_not_be_scored_and_stops_when_nothing_can(
     made.step(0)
     # with the decoder's noise the pictures differ little: the threshold in the middle marks some of them
     threshold = float(made.last_pictures.mean((1, 2, 3)).median())
-    made.reward = Moody(threshold=threshold)
+    made.reward.score = Moody(threshold=threshold)
     metrics = made.step(1)
     assert metrics["reward_failures"] >= 1 and np.isfinite(metrics["reward"])
-    made.reward = Moody(threshold=2.0)
+    made.reward.score = Moody(threshold=2.0)
     with pytest.raises(loop.Diverged, match="2 steps"):
         loop.run(made, num_steps=20, out=tmp_path, loop=LoopConfig(max_skipped=2))
 

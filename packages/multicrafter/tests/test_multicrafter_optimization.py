@@ -93,5 +93,5 @@ def test_a_run_of_before_goes_on_and_one_of_another_schedule_does_not(tmp_path):
     written = {k: v for k, v in json.loads(json.dumps(asdict(run))).items() if k not in ("schedule", "adamw", "loop")}
     (tmp_path / "config.json").write_text(json.dumps(written))
     _check_resume(tmp_path, replace(run, loop=LoopConfig(save_every=3)), True)
-    with pytest.raises(UserError, match="schedule changed"):
+    with pytest.raises(UserError, match=r"but schedule\.warmup_steps changed"):
         _check_resume(tmp_path, replace(run, schedule=ScheduleConfig(warmup_steps=3)), True)

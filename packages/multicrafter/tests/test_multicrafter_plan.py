@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gspo import OnlineConfig, PolicyConfig, SlidingWindow
 from moe_lora.dispatch import experts
 from multicrafter.cli import main
 from multicrafter.config import settings
@@ -196,10 +197,7 @@ def test_arithmetic_of_stage_2():
     align = replace(
         run.align,
         prompts=2,
-        group_size=3,
-        num_sampling_steps=8,
-        tail_steps=None,
-        policy=replace(run.align.policy, micro_batch_size=2),
+        online=OnlineConfig(window=SlidingWindow(8), group_size=3, policy=PolicyConfig(micro_batch_size=2)),
         execution=replace(run.align.execution, micro_batch=1),
     )
     run = replace(run, align=align)
@@ -210,7 +208,9 @@ def test_arithmetic_of_stage_2():
     assert rows_of(replace(run, align=replace(align, execution=whole)), 1) == (6, 6), (
         "a rollout at once needs more than an update in parts"
     )
-    assert plan.flops == pytest.approx(3 * (8 * one.forward_flops + 2 * align.policy.num_inner_epochs * one.flops))
+    assert plan.flops == pytest.approx(
+        3 * (8 * one.forward_flops + 2 * align.online.policy.num_inner_epochs * one.flops)
+    )
     assert plan.seconds > 0
     assert plan.seconds == pytest.approx(
         predict(run, replace(BIG, tflops=50.0, bandwidth=500.0), measured=one).seconds / 2

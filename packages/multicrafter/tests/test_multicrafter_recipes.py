@@ -84,14 +84,14 @@ def test_the_papers_numbers():
     assert (one.world.size, one.world.reference_size) == (two.world.size, two.world.reference_size) == (512, 320)
     for adapters in (one.adapters, two.adapters):
         assert (adapters.rank, adapters.num_experts, adapters.top_k) == (512, 4, 1)
-    window = two.align.window()
-    assert (two.align.num_sampling_steps, window.size, window.interval, window.stride) == (16, 2, 50, 1)
+    window = two.align.online.window
+    assert (window.num_steps, window.size, window.interval, window.stride) == (16, 2, 50, 1)
     claimed = {k for run in (one, two) for k, v in provenance(run).items() if v == "paper"}
     assert claimed == {
         "model.path", "model.backbone", "adapters.rank", "adapters.num_experts", "adapters.top_k", "world.size",
         "world.reference_size", "pretrain.adapters.rank", "pretrain.adapters.num_experts", "pretrain.adapters.top_k",
-        "pretrain.world.size", "pretrain.world.reference_size", "align.num_sampling_steps", "align.window_size",
-        "align.window_interval",
+        "pretrain.world.size", "pretrain.world.reference_size", "align.online.window.num_steps",
+        "align.online.window.size", "align.online.window.interval",
     }  # fmt: skip
     changed = settings.override(one, ["pretrain.adapters.rank=64"])
     assert provenance(changed)["pretrain.adapters.rank"] == "ours"

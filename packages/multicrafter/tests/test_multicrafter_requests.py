@@ -312,7 +312,8 @@ def count_up(pictures, prompts, references):
 
 
 def test_both_stages_write_the_size_they_saw(pipe, tmp_path):
-    from multicrafter.training.align import AlignConfig
+    from gspo import OnlineConfig, SlidingWindow
+    from multicrafter.training.align_config import AlignConfig
     from multicrafter.training.pretrain import PretrainConfig
     from multicrafter.training.runs import run_align, run_pretrain
     from multicrafter.training.scenes import encode_scenes
@@ -336,7 +337,9 @@ def test_both_stages_write_the_size_they_saw(pipe, tmp_path):
         seen.append((world.size, world.reference_size))
         return encode_scenes(pipe, world, 4, **options)
 
-    align = AlignConfig(num_steps=1, prompts=1, group_size=2, num_sampling_steps=3, window_size=1, tail_steps=1)
+    align = AlignConfig(
+        num_steps=1, prompts=1, online=OnlineConfig(window=SlidingWindow(3, size=1), group_size=2, tail_steps=1)
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("multicrafter.training.runs.encode_scenes", encode)
         run_align(

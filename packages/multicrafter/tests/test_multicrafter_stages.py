@@ -11,14 +11,14 @@ import gspo
 import numpy as np
 import pytest
 import torch
-from gspo import rescore, sequence_importance_ratio
 from idar import leakage, owner_masks
 from idar.integrations.diffusers import capture_subject_attention, separate_subjects
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.flux.model import Text, add_noise, encode_prompts, predict_velocity
 from multicrafter.training import loop
-from multicrafter.training.align import Align, AlignConfig
+from multicrafter.training.align import Align
+from multicrafter.training.align_config import AlignConfig
 from multicrafter.training.attention import layout_of
 from multicrafter.training.distillation import DistillationConfig, Pass, distillation_loss, watch_outputs
 from multicrafter.training.pretrain import (
@@ -34,7 +34,8 @@ from multicrafter.training.pretrain import (
 
 SMALL = AdapterConfig(rank=4, alpha=4.0, num_experts=2)
 STAGE1 = PretrainConfig(num_steps=6, batch=4, num_scenes=12, adapters=SMALL)
-STAGE2 = AlignConfig(num_steps=3, prompts=2, group_size=3, num_sampling_steps=5, tail_steps=None, lr=1e-3)
+ONLINE = gspo.OnlineConfig(window=gspo.SlidingWindow(5, interval=4), group_size=3)
+STAGE2 = AlignConfig(num_steps=3, prompts=2, lr=1e-3, online=ONLINE)
 
 
 class Brightness:
@@ -271,26 +272,28 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path):
 def test_ratio_is_exactly_one_before_the_first_update(pipe, scenes):
     adapters = Adapters(pipe.transformer, SMALL)
     shake(adapters, 0.02)
-    stage = Align(pipe, adapters, STAGE2, scenes, Brightness())
-    rows = torch.tensor([0, 5])
-    drawn = stage.rollout(rows, 0)
-    with torch.no_grad():
-        again = rescore(stage.velocity(rows), drawn, stage.kernel)
-    assert torch.equal(sequence_importance_ratio(again.log_prob_mean, drawn.log_prob_mean), torch.ones(6))
-    shake(adapters, 0.02)
-    with torch.no_grad():
-        moved = rescore(stage.velocity(rows), drawn, stage.kernel)
-    assert not torch.equal(sequence_importance_ratio(moved.log_prob_mean, drawn.log_prob_mean), torch.ones(6))
+    assert Align(pipe, adapters, STAGE2, scenes, Brightness()).step(0)["initial_log_ratio"] == 0.0
+
+    def meddle(*columns):
+        shake(adapters, 0.02)
+        return Brightness()(*columns)
+
+    with pytest.warns(gspo.OffPolicy):
+        assert Align(pipe, adapters, STAGE2, scenes, meddle).step(0)["initial_log_ratio"] > 0
 
 
 def test_stage2_raises_a_reward_it_can_reach(pipe, scenes, monkeypatch):
     """Brightness, with the first three latent channels as the picture: an untrained decoder hides what the latents say."""
     monkeypatch.setattr("multicrafter.models.backbones.base.decode_latents", lambda vae, latents: latents[:, :3])
     adapters = Adapters(pipe.transformer, SMALL)
-    policy = gspo.PolicyConfig(num_inner_epochs=2)
-    config = replace(
-        STAGE2, num_steps=40, prompts=3, group_size=8, lr=1e-2, noise_level=1.0, window_interval=100, policy=policy
+    online = replace(
+        ONLINE,
+        window=gspo.SlidingWindow(5, interval=100),
+        kernel=gspo.FlowSDE(noise_level=1.0),
+        group_size=8,
+        policy=gspo.PolicyConfig(num_inner_epochs=2),
     )
+    config = replace(STAGE2, num_steps=40, prompts=3, lr=1e-2, online=online)
     stage = Align(pipe, adapters, config, scenes, Brightness())
     steps = [stage.step(i) for i in range(40)]
     gain = np.mean([s["reward"] for s in steps[-8:]]) - np.mean([s["reward"] for s in steps[:8]])
@@ -300,7 +303,13 @@ def test_stage2_raises_a_reward_it_can_reach(pipe, scenes, monkeypatch):
 def test_kl_needs_the_base_and_uses_it(pipe, scenes):
     adapters = Adapters(pipe.transformer, SMALL)
     shake(adapters, 0.05)
-    stage = Align(pipe, adapters, replace(STAGE2, policy=gspo.PolicyConfig(kl_coef=0.1)), scenes, Brightness())
+    stage = Align(
+        pipe,
+        adapters,
+        replace(STAGE2, online=replace(ONLINE, policy=gspo.PolicyConfig(kl_coef=0.1))),
+        scenes,
+        Brightness(),
+    )
     assert stage.step(0)["kl"] > 0
 
 
@@ -310,7 +319,7 @@ def test_kl_needs_the_base_and_uses_it(pipe, scenes):
         lambda: IDARConfig(coef=-1.0),
         lambda: IDARConfig(sigma_max=0.0),
         lambda: PretrainConfig(lr=0.0),
-        lambda: AlignConfig(kernel="x"),
+        lambda: AlignConfig(guidance=0.5),
     ],
 )
 def test_wrong_configurations_are_refused(make):

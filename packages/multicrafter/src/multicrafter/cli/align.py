@@ -36,7 +36,7 @@ def _align(arguments: argparse.Namespace) -> int:
     flags = {
         "align.num_steps": arguments.steps,
         "align.prompts": arguments.prompts,
-        "align.group_size": arguments.group_size,
+        "align.online.group_size": arguments.group_size,
     }
     run = chosen(arguments, Stage2(model=ModelConfig(path=arguments.model, text_tokens=16), align=config), flags)
     assert isinstance(run, Stage2)
@@ -47,7 +47,7 @@ def _align(arguments: argparse.Namespace) -> int:
     run = replace(run, world=world, adapters=adapters.config)
     if is_main() and not (arguments.resume and (arguments.out / "recipe.yaml").exists()):
         recipes.save(arguments.out / "recipe.yaml", run)
-    scenes = encode_scenes(pipe, world, run.num_scenes, seed=run.align.seed + 10_000, cache=run.execution.cache)
+    scenes = encode_scenes(pipe, world, run.num_scenes, seed=run.align.online.seed + 10_000, cache=run.execution.cache)
     run_align(
         pipe, adapters, run.align, arguments.out, num_references=number, scenes=scenes, resume=arguments.resume, sampling=notes.get("sampling"),
         tracker=tracker(arguments, run),

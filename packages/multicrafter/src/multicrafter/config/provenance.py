@@ -16,17 +16,17 @@ PAPER: dict[str, Any] = {
         for k, v in (("rank", 512), ("num_experts", 4), ("top_k", 1))
     },
     **{f"{prefix}world.{k}": v for prefix in ("", "pretrain.") for k, v in (("size", 512), ("reference_size", 320))},
-    "align.num_sampling_steps": 16,
-    "align.window_size": 2,
-    "align.window_interval": 50,
+    "align.online.window.num_steps": 16,
+    "align.online.window.size": 2,
+    "align.online.window.interval": 50,
 }
 """What the paper publishes, by dotted name; a value that differs, and every other value, is ours."""
 
 STUDIED: dict[str, tuple[str, Any]] = {
     **{f"pretrain.idar.{k}": ("regime", v) for k, v in settings.to_dict(IDARConfig()).items()},
-    "align.policy.ratio": ("ratios", "sequence"),
+    "align.online.policy.ratio": ("ratios", "sequence"),
     "align.routing_replay": ("ratios", False),
-    "align.policy.clip_range": ("gspo", "auto"),
+    "align.online.policy.clip_range": ("gspo", "auto"),
     **{f"align.reward.{k}": ("reward_hacking", v) for k, v in (("convention", "multicrafter"), ("extra_penalty", 0.5))},
 }
 """The page of docs/results that a value comes from, and that value, by dotted name."""

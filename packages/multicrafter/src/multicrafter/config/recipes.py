@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from gspo import PolicyConfig
+from gspo import OnlineConfig, PolicyConfig, SlidingWindow
 
 from multicrafter import UserError
 from multicrafter.config import settings
@@ -21,7 +21,7 @@ from multicrafter.models.adapters import AdapterConfig
 from multicrafter.models.binding import BindingConfig
 from multicrafter.models.checks import check_finite
 from multicrafter.scoring.evaluate import EvaluateConfig
-from multicrafter.training.align import AlignConfig
+from multicrafter.training.align_config import AlignConfig, online_defaults
 from multicrafter.training.precision import ExecutionConfig
 from multicrafter.training.pretrain import IDARConfig, PretrainConfig, SamplingConfig, SeparationConfig
 from multicrafter.world import WorldConfig
@@ -40,7 +40,7 @@ def tiny(*, seed: int = 0) -> Recipe:
     drawn = SamplingConfig(num_sampling_steps=16, guidance=3.5)
     return Recipe(
         PretrainConfig(seed=seed, separation=SeparationConfig(), sampling=drawn),
-        AlignConfig(seed=seed),
+        AlignConfig(online=online_defaults(seed=seed)),
         EvaluateConfig(
             num_sampling_steps=drawn.num_sampling_steps,
             guidance=drawn.guidance or 1.0,
@@ -54,7 +54,7 @@ def ablation(*, seed: int = 0) -> dict[str, Recipe]:
 
     Same data, steps and seed; plain LoRA has the rank at which it trains about as many parameters as one active expert.
     """
-    full = Recipe(PretrainConfig(seed=seed), AlignConfig(seed=seed), EvaluateConfig())
+    full = Recipe(PretrainConfig(seed=seed), AlignConfig(online=online_defaults(seed=seed)), EvaluateConfig())
     plain = AdapterConfig(num_experts=0)
     stage1 = full.pretrain
     rows = {
@@ -166,8 +166,10 @@ def flux1_dev_stage2(*, seed: int = 0) -> Stage2:
         model=ModelConfig(path="black-forest-labs/FLUX.1-dev"),
         adapters=PAPER_ADAPTERS,
         align=AlignConfig(
-            num_steps=700, prompts=8, group_size=12, num_sampling_steps=16, window_size=2, window_interval=50, tail_steps=None,
-            lr=1e-5, seed=seed, policy=PolicyConfig(micro_batch_size=1), execution=LEAN,
+            num_steps=700, prompts=8, lr=1e-5, execution=LEAN,
+            online=OnlineConfig(
+                window=SlidingWindow(16, size=2, interval=50), group_size=12, policy=PolicyConfig(micro_batch_size=1), seed=seed
+            ),
         ),
         world=PAPER_WORLD,
     )  # fmt: skip
@@ -205,7 +207,7 @@ def tiny_stage1(*, seed: int = 0) -> Stage1:
 
 def tiny_stage2(*, seed: int = 0) -> Stage2:
     """Stage 2 of `tiny`."""
-    return Stage2(model=ModelConfig(text_tokens=16), align=AlignConfig(seed=seed))
+    return Stage2(model=ModelConfig(text_tokens=16), align=AlignConfig(online=online_defaults(seed=seed)))
 
 
 RECIPES: dict[str, Callable[..., Run]] = {

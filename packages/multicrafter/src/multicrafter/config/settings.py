@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gspo import KERNELS
+from gspo.sde import Kernel
+
 from multicrafter import UserError
 from multicrafter.models.checks import finite
 
@@ -39,8 +42,9 @@ def from_dict(cls: type[Config], content: Any, *, path: str = "") -> Config:
     where = path or "configuration"
     if not isinstance(content, Mapping):
         raise UserError(f"{where} must be a mapping, got {content!r}")
+    content = getattr(cls, "modern", dict)(content)  # a class that has moved its values says where
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    names = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
     for key in content:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
@@ -78,6 +82,10 @@ def convert(hint: Any, value: Any, *, path: str) -> Any:
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
         if len(kinds) == len(value):
             return tuple(convert(k, v, path=f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is Mapping and isinstance(value, Mapping):
+        return {str(k): convert(arguments[1], v, path=f"{path}.{k}") for k, v in value.items()}
+    if hint is Kernel:
+        return _kernel(value, path)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value, path=path)
     if hint is type(None) and value is None:
@@ -97,6 +105,15 @@ def convert(hint: Any, value: Any, *, path: str) -> Any:
     raise UserError(f"{path} must be {name}, got {value!r}")
 
 
+def _kernel(value: Any, path: str) -> Any:
+    """One of `gspo.KERNELS`: its ``kind`` and its knobs, or its kind alone."""
+    content = dict(value) if isinstance(value, Mapping) else {"kind": value}
+    kind = content.pop("kind", None)
+    if kind not in KERNELS:
+        raise UserError(f"{path}.kind must be one of {', '.join(KERNELS)}, got {kind!r}")
+    return from_dict(KERNELS[kind], content, path=path)
+
+
 def override(config: Config, changes: Sequence[str]) -> Config:
     """A copy with ``dotted.name=value`` changed; values are read as YAML. The front of a name may be left out where one fits only.
 
@@ -108,7 +125,7 @@ def override(config: Config, changes: Sequence[str]) -> Config:
         name, equals, text = change.partition("=")
         if not equals:
             raise UserError(f"--set must be NAME=VALUE, got {change!r}")
-        *parents, leaf = _full_name(content, name).split(".")
+        *parents, leaf = _full_name(content, name, moved_names(config)).split(".")
         node: Any = content
         for part in parents:
             node = node[part]
@@ -116,15 +133,34 @@ def override(config: Config, changes: Sequence[str]) -> Config:
     return from_dict(type(config), content)
 
 
-def _full_name(content: Any, name: str) -> str:
-    """The dotted name itself, or the only one that ends with it."""
+def moved_names(config: Any, path: str = "") -> dict[str, str]:
+    """Names of earlier versions and where their values are now, both dotted (a class says so itself, as ``moved``)."""
+    prefix = f"{path}." if path else ""
+    found = {f"{prefix}{old}": f"{prefix}{now}" for old, now in getattr(config, "moved", {}).items()}
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(inner := getattr(config, field.name)):
+            found |= moved_names(inner, f"{prefix}{field.name}")
+    return found
+
+
+def _full_name(content: Any, name: str, moved: Mapping[str, str]) -> str:
+    """The dotted name itself, or the only one that ends with it; names of earlier versions too."""
     known = leaves(content)
     nodes = {".".join(k.split(".")[:n]) for k in known for n in range(1, k.count(".") + 2)}
     if name in nodes:
         return name
+    for old, now in moved.items():
+        if f"{name}.".startswith(f"{old}.") and now + name.removeprefix(old) in nodes:
+            return now + name.removeprefix(old)
     fitting = sorted(n for n in nodes if n.endswith("." + name))
     if len(fitting) == 1:
         return fitting[0]
+    once = {old for old in moved if old.endswith("." + name)}
+    homes = tuple(now.rpartition(".")[0] + "." for now in moved.values())
+    before = sorted(once | {n for n in fitting if not n.startswith(homes)})
+    if once and len(before) == 1:
+        return moved[before[0]]
+    fitting = before if once else fitting
     found = (
         f"it may be {' or '.join(fitting)}"
         if fitting

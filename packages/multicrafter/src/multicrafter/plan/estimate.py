@@ -213,12 +213,11 @@ def _count_forward(stage: PlannedPretrain | PlannedPolicy, tracker: Tracker) -> 
 
 def rows_of(run: Run, gpus: int) -> tuple[int, int]:
     """Samples of a pass on one card, and all samples of a step; in stage 2 the larger of a rollout's and an update's parts."""
-    sizes = [run.execution.micro_batch]
     if isinstance(run, Stage1):
-        total = run.pretrain.batch
+        total, sizes = run.pretrain.batch, [run.execution.micro_batch]
     else:
-        total = run.align.prompts * run.align.group_size
-        sizes.append(run.align.policy.micro_batch_size)
+        total = run.align.prompts * run.align.online.group_size
+        sizes = [run.align.micro_batch, run.align.online.policy.micro_batch_size]
     mine = math.ceil(total / gpus)
     return min(max(size or mine for size in sizes), mine), total
 
@@ -244,9 +243,10 @@ def predict(run: Run, card: Card, *, gpus: int = 1, measured: Pass | None = None
     if isinstance(run, Stage1):
         passes, evaluations = total / rows, 0.0
     else:
-        align = run.align
-        steps = align.num_sampling_steps if align.tail_steps is None else align.window_size + 2 * align.tail_steps
-        passes = align.window_size * align.policy.num_inner_epochs * total / rows
+        online = run.align.online
+        window = online.window
+        steps = window.num_steps if online.tail_steps is None else window.size + 2 * online.tail_steps
+        passes = window.size * online.policy.num_inner_epochs * total / rows
         evaluations = steps * total / rows
     flops = passes * one.flops + evaluations * one.forward_flops
     moved = passes * one.moved + evaluations * one.forward_moved

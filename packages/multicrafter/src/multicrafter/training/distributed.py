@@ -7,13 +7,14 @@ ranks (up to rounding), and a checkpoint reloads into another number of them. Ev
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
+from gspo import GroupShare, share_groups
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -131,59 +132,16 @@ def my_slice(count: int, *, rank_: int | None = None, ranks: int | None = None) 
     return slice(start, start + base + (me < extra))
 
 
-@dataclass(frozen=True)
-class GroupShare:
-    """This rank's part of a rollout: ``prompts`` of the batch, ``members`` of each of their groups."""
-
-    prompts: slice
-    members: slice
-
-    @property
-    def group_size(self) -> int:
-        """Members of a group that are here."""
-        return int(self.members.stop - self.members.start)
-
-    def rows(self, group_size: int) -> Tensor:
-        """Where these samples are among all, prompt by prompt: (prompts here * members here,)."""
-        prompts = torch.arange(self.prompts.start, self.prompts.stop)[:, None] * group_size
-        return (prompts + torch.arange(self.members.start, self.members.stop)).flatten()
-
-
 def my_groups(prompts: int, group_size: int, *, rank_: int | None = None, ranks: int | None = None) -> GroupShare:
-    """Spreads ``prompts`` groups of ``group_size`` rollouts over the ranks, in equal numbers.
-
-    Whole groups where there are enough prompts (their shared prefix is taken once); otherwise groups are cut.
-
-    Raises:
-        ValueError: The samples cannot be spread evenly.
-
-    >>> my_groups(2, 6, rank_=3, ranks=4)
-    GroupShare(prompts=slice(1, 2, None), members=slice(3, 6, None))
-    """
-    me, number = rank() if rank_ is None else rank_, world_size() if ranks is None else ranks
-    if prompts % number == 0:
-        size = prompts // number
-        return GroupShare(slice(me * size, (me + 1) * size), slice(0, group_size))
-    per_prompt = number // prompts
-    if number % prompts == 0 and group_size % per_prompt == 0:
-        size = group_size // per_prompt
-        prompt, part = divmod(me, per_prompt)
-        return GroupShare(slice(prompt, prompt + 1), slice(part * size, (part + 1) * size))
-    if group_size % number == 0:
-        size = group_size // number
-        return GroupShare(slice(0, prompts), slice(me * size, (me + 1) * size))
-    raise UserError(
-        f"prompts and group_size must spread evenly over {number} processes (one divisible by it, or whole parts of groups), "
-        f"got {prompts} prompts of {group_size}"
+    """Until 0.3: `gspo.share_groups`. What was ``group_size`` of a share is ``num_members``."""
+    warnings.warn(
+        "multicrafter.training.distributed.my_groups is now gspo.share_groups, whose shares say num_members for what was group_size; the "
+        "old name leaves with multicrafter 0.3",
+        DeprecationWarning,
+        stacklevel=2,
     )
-
-
-def gather_rows(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """All ranks' ``values`` (b, ...) at their places ``rows`` among ``count``; NaN where nobody has one."""
-    out = torch.full((count, *values.shape[1:]), torch.nan, dtype=torch.float64)
-    for part, places in gather_objects((values.detach().double().cpu(), rows.cpu())):
-        out[places] = part
-    return out
+    me, number = rank() if rank_ is None else rank_, world_size() if ranks is None else ranks
+    return share_groups(prompts, group_size, rank=me, num_ranks=number)
 
 
 class Replicated(nn.parallel.DistributedDataParallel):

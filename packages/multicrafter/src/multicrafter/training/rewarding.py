@@ -1,20 +1,18 @@
-"""Rewards that may fail: tried again, then picture by picture, then the picture is marked and left out."""
+"""What stage 2 maximises."""
 
 from __future__ import annotations
 
-import logging
-import time
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from gspo import RobustReward, Scores
 from jaxtyping import Float
-
-logger = logging.getLogger(__name__)
 
 
 class Reward(Protocol):
-    """What stage 2 maximises, such as `id_reward.CompositeReward`."""
+    """What stage 2 maximises, such as `id_reward.CompositeReward`. It may raise: `gspo.RobustReward` is around it."""
 
     def __call__(self, images: Sequence[Any], prompts: Sequence[str], references: Sequence[Sequence[Any]]) -> Any:
         """``totals`` (b,) and ``parts``: name -> (b,)."""
@@ -39,35 +37,19 @@ def score_pictures(
     retries: int = 2,
     wait_s: float = 1.0,
 ) -> Scored:
-    """Scores a batch; an exception costs a retry, and in the end only the pictures that cause it.
+    """Until 0.3: `gspo.RobustReward`, which stage 2 uses."""
+    warnings.warn(
+        "multicrafter.training.rewarding.score_pictures is now gspo.RobustReward; the old name leaves with multicrafter 0.3",
+        DeprecationWarning,
+        stacklevel=2,
+    )
 
-    Args:
-        reward: Called with pictures, prompts and references.
-        pictures: Of one rank.
-        prompts: One per picture.
-        references: One list per picture.
-        retries: More attempts on the whole batch before it is scored picture by picture.
-        wait_s: Seconds before the first retry, doubled with each (a reward may be a service).
-    """
-    error = ""
-    for attempt in range(1 + retries):
-        try:
-            score = reward(pictures, prompts, references)
-            return Scored(np.asarray(score.totals, np.float64), dict(score.parts), 0, error or None)
-        except Exception as raised:  # whatever a judge raises, the rollout is worth more
-            error = f"{type(raised).__name__}: {raised}"
-            logger.warning(f"the reward raised {error} (attempt {attempt + 1} of {1 + retries})")
-            if attempt < retries:
-                time.sleep(wait_s * 2**attempt)
-    totals, failed = np.full(len(pictures), np.nan), 0
-    parts: dict[str, np.ndarray] = {}
-    for row, (picture, prompt, given) in enumerate(zip(pictures, prompts, references, strict=True)):
-        try:
-            score = reward([picture], [prompt], [given])
-        except Exception as raised:
-            failed, error = failed + 1, f"{type(raised).__name__}: {raised}"
-            continue
-        totals[row] = score.totals[0]
-        for name, values in score.parts.items():
-            parts.setdefault(name, np.full(len(pictures), np.nan))[row] = values[0]
-    return Scored(totals, parts, failed, error)
+    def score(*columns: Sequence[Any]) -> Scores:
+        found = reward(*columns)
+        return Scores(found.totals, found.parts)
+
+    robust = RobustReward(score, retries=retries, wait_s=wait_s)
+    found = robust(pictures, prompts, references)
+    assert isinstance(found, Scores)
+    parts = {name: np.asarray(values, np.float64) for name, values in found.parts.items()}
+    return Scored(np.asarray(found.totals, np.float64), parts, robust.num_failed, robust.last_error)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from multicrafter import UserError
 from multicrafter.models.adapters import Adapters
 from multicrafter.training import loop
-from multicrafter.training.align import Align, AlignConfig
+from multicrafter.training.align import Align
+from multicrafter.training.align_config import AlignConfig, filled, modern
 from multicrafter.training.checkpoint import Checkpoint, checkpoints_in, find_checkpoint
 from multicrafter.training.distributed import is_main
 from multicrafter.training.loop import LoopConfig
@@ -37,15 +38,25 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     return {**known, "execution": execution}
 
 
+def _changed(before: Any, now: Any, path: str = "") -> list[str]:
+    """Dotted names of the values that differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [name for key in now for name in _changed(before.get(key), now[key], f"{path}.{key}".lstrip("."))]
+    return [] if before == now else [path]
+
+
 def _check_resume(out: Path, run: PretrainConfig | AlignConfig, resume: loop.Resume) -> None:
     """Going on under another configuration would be neither run; to stop where a checkpoint is, is no going on."""
     path = out / "config.json"
     if not path.exists() or not checkpoints_in(out / "checkpoints"):
         return
     # what an earlier version did not write down was what the defaults are
-    before = _comparable({**asdict(type(run)()), **json.loads(path.read_text())})
+    written = json.loads(path.read_text())
+    if isinstance(run, AlignConfig):
+        written = modern(written)
+    before = _comparable(filled(written, asdict(type(run)())))
     now = _comparable(asdict(run))
-    changed = [k for k in now if before.get(k) != now[k]]
+    changed = _changed(before, now)
     if changed == ["num_steps"]:
         auto = isinstance(resume, bool) or resume == "auto"
         found = find_checkpoint(out / "checkpoints") if auto else Checkpoint.open(Path(str(resume)))
@@ -127,7 +138,7 @@ def run_align(
         _check_resume(out, config, resume)
     sizes: dict[str, Any] = {**trained_sizes(adapters.notes)}
     world = WorldConfig(family=family, numbers=(num_references,), shared_attributes=4, **sizes)
-    scenes = scenes or encode_scenes(pipe, world, 512, seed=config.seed + 10_000, cache=config.execution.cache)
+    scenes = scenes or encode_scenes(pipe, world, 512, seed=config.online.seed + 10_000, cache=config.execution.cache)
     stage = Align(pipe, adapters, config, scenes, reward or tiny_reward(config.reward))
     history = loop.run(
         stage,
