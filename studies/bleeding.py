@@ -167,6 +167,7 @@ def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
         labels = [*MEDIATION, *(f"weighed down to {1 - dose:.2f}" for dose in DOSES)]
         means = _means(causes, ["as it is", "true masks", *labels])
         found["causes"] = {label: means[label] | _explained(causes, 2 + i) for i, label in enumerate(labels)}
+        found["causes_seeds"] = len(causes)
     if PLAIN in records and APART in records:
         seeds = records[PLAIN].keys() & records[APART].keys()
         pairs = {label: {s: records[label][s] for s in seeds} for label in (PLAIN, APART)}
@@ -245,7 +246,7 @@ Attributes, case by case, and the share of what the oracle gives.
 
 ## Which attention carries attributes
 
-A plain LoRA, never trained with separation; each row forbids one kind of attention by the true masks. The last column is the share of the swaps above chance that goes.
+A plain LoRA, never trained with separation; each row forbids one kind of attention by the true masks. The last column is the share of the swaps above chance that goes. Number of trained models: {content.get("causes_seeds", 0)}.
 
 {markdown_table(["forbidden", "swaps", "attributes", "identity", "share of the bleeding"], causes)}
 
