@@ -19,7 +19,7 @@ from multicrafter.training.precision import ExecutionConfig
 from multicrafter.training.pretrain import IDARConfig, Pretrain, PretrainConfig
 from multicrafter.training.scenes import encode_scenes
 from multicrafter.world import WorldConfig
-from multicrafter.world.tiny_backbones import tiny_flux1, tiny_klein, tiny_kontext, tiny_qwen
+from multicrafter.world.tiny_backbones import tiny_flux1, tiny_flux2_dev, tiny_klein, tiny_kontext, tiny_qwen
 from multicrafter.world.tiny_flux import TinyFluxConfig
 
 CONFIG = TinyFluxConfig(num_heads=2, head_dim=16, num_double=2, num_single=1, vae_channels=(8, 8, 8), text_width=16)
@@ -30,6 +30,7 @@ MAKERS = {
     "flux1_kontext": lambda: tiny_kontext(CONFIG),
     "flux2_klein": lambda: tiny_klein(num_double=2),
     "flux2_klein_kv": lambda: tiny_klein(kv=True),
+    "flux2_dev": lambda: tiny_flux2_dev(num_double=2),
     "qwen_image_edit": tiny_qwen,
 }
 
@@ -98,7 +99,7 @@ def test_what_klein_kv_cannot_do_is_refused():
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["flux1_kontext", "flux2_klein", "flux2_klein_kv", "qwen_image_edit"])
+@pytest.mark.parametrize("name", ["flux1_kontext", "flux2_klein", "flux2_klein_kv", "flux2_dev", "qwen_image_edit"])
 def test_stage_2_moves_the_adapters(name):
     pipe = make(name)
     adapters = Adapters(pipe.transformer, SMALL)

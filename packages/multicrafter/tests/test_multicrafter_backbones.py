@@ -16,7 +16,7 @@ from multicrafter.models.flux.model import sample
 from multicrafter.models.flux.packing import pack_latents, unpack_latents
 from multicrafter.models.loading import load_flux
 from multicrafter.pipeline import to_image
-from multicrafter.world.tiny_backbones import tiny_flux1, tiny_klein, tiny_kontext, tiny_qwen
+from multicrafter.world.tiny_backbones import tiny_flux1, tiny_flux2_dev, tiny_klein, tiny_kontext, tiny_qwen
 from multicrafter.world.tiny_flux import TinyFluxConfig
 
 CONFIG = TinyFluxConfig(num_heads=2, head_dim=16, num_double=1, num_single=1, vae_channels=(8, 8, 8), text_width=16)
@@ -29,6 +29,7 @@ def make(name):
         "flux1_kontext": lambda: tiny_kontext(CONFIG),
         "flux2_klein": tiny_klein,
         "flux2_klein_kv": lambda: tiny_klein(kv=True),
+        "flux2_dev": tiny_flux2_dev,
         "qwen_image_edit": tiny_qwen,
         "qwen_image_edit_2509": lambda: tiny_qwen(zero_cond_t=False),
     }[name]()
@@ -112,18 +113,21 @@ def test_kontext_equals_its_pipeline_of_diffusers(pipes, pictures):
     assert not torch.allclose(own, other, atol=1e-4), "its reference ids are its own"
 
 
-@pytest.mark.parametrize("name", ["flux2_klein", "flux2_klein_kv"])
-def test_klein_equals_its_pipeline_of_diffusers(name, pipes, pictures):
+@pytest.mark.parametrize("name", ["flux2_klein", "flux2_klein_kv", "flux2_dev"])
+def test_flux2_equals_its_pipeline_of_diffusers(name, pipes, pictures):
     """Two references, shifted schedule, normalised latents: the same decoded latents."""
     pipe, noise = pipes[name], torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     references = [pictures[0], torch.cat([pictures[1], pictures[2, :, :, :16]], dim=2)]
-    options = {} if name == "flux2_klein_kv" else {"guidance_scale": 1.0}
+    options = {"flux2_klein_kv": {}, "flux2_klein": {"guidance_scale": 1.0}, "flux2_dev": {"guidance_scale": 2.0}}[name]
     want = pipe(
         image=[to_image(r) for r in references], prompt="one person", height=64, width=64, num_inference_steps=4, latents=noise,
-        output_type="latent", max_sequence_length=32, text_encoder_out_layers=(1, 2, 3), **options,
+        output_type="latent", max_sequence_length=64 if name == "flux2_dev" else 32, text_encoder_out_layers=(1, 2, 3), **options,
     ).images  # fmt: skip
     rounded = [torch.from_numpy(np.array(to_image(r))).permute(2, 0, 1) / 255 for r in references]
     got = draw(pipe, ["one person"], noise.flatten(2).transpose(1, 2), rounded, 4)
+    if name == "flux2_dev":  # hands out its tokens as they are
+        assert torch.allclose(got, want, atol=1e-4)
+        return
     std = (pipe.vae.bn.running_var + pipe.vae.config.batch_norm_eps).sqrt()
     assert torch.allclose(unpack_latents(got * std + pipe.vae.bn.running_mean, (8, 8)), want, atol=1e-3)
 
@@ -171,7 +175,7 @@ def test_pictures_encode_and_decode_as_in_diffusers(name, pipes, pictures):
         assert torch.allclose(tokens * std + mean, pack_latents(latents[:, :, 0]), atol=1e-4)
         assert torch.allclose(backbone.decode_pictures(pipe, tokens, (8, 8)), (want / 2 + 0.5).clamp(0, 1), atol=1e-4)
         return
-    if "klein" in name:
+    if "flux2" in name:
         mean = pack_latents(pipe.vae.encode(pictures * 2 - 1).latent_dist.mode())
         want = pipe.vae.decode(pipe.vae.encode(pictures * 2 - 1).latent_dist.mode()).sample
         spread = (
@@ -253,6 +257,9 @@ CALLS = {  # the one pass that diffusers' own pipeline makes, with references th
     "flux1_kontext": {"height": 64, "width": 64, "max_area": 64 * 64, "_auto_resize": False, "guidance_scale": 2.0, "max_sequence_length": 16},
     "flux2_klein": {"height": 48, "width": 64, "guidance_scale": 1.0, "max_sequence_length": 32, "text_encoder_out_layers": (1, 2, 3)},
     "flux2_klein_kv": {"height": 48, "width": 64, "max_sequence_length": 32, "text_encoder_out_layers": (1, 2, 3)},
+    "flux2_dev": {
+        "height": 48, "width": 64, "guidance_scale": 2.0, "max_sequence_length": 64, "text_encoder_out_layers": (1, 2, 3),
+    },
     "qwen_image_edit": {"height": 48, "width": 64},
     "qwen_image_edit_2509": {"height": 48, "width": 64},
 }  # fmt: skip
@@ -353,6 +360,12 @@ FULL = {
     + 5 * (8 * W * W + 2 * (W * 2 * M + M * W) + 4 * 128)
     + 20 * (W * (3 * W + 2 * M) + (W + M) * W + 2 * 128)
     + 2 * W * W + W * 128,
+    "flux2_dev": (128 + 15360 + 256 + 2 * W) * 2 * W  # picture, text, time
+    + (256 + 2 * W) * 2 * W  # guidance
+    + (2 * 6 + 3) * 4 * W * W  # modulations, shared by all blocks
+    + 8 * (8 * 4 * W * W + 2 * (2 * W * 4 * M + 2 * M * 2 * W) + 4 * 128)
+    + 48 * (2 * W * (6 * W + 4 * M) + (2 * W + 2 * M) * 2 * W + 2 * 128)
+    + 2 * 4 * W * W + 2 * W * 128,
     "qwen_image_edit": linear(64, W) + 3584 + linear(3584, W) + linear(256, W) + linear(W, W)
     + 60 * (2 * linear(W, 6 * W) + 8 * linear(W, W) + 2 * (linear(W, 4 * W) + linear(4 * W, W)) + 4 * 128)
     + linear(W, 2 * W) + linear(W, 64),

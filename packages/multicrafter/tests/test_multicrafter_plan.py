@@ -101,7 +101,9 @@ def test_fake_tensors_answer_checks():
         assert bool((x > 0).any())
 
 
-@pytest.mark.parametrize("name", ["tiny_stage1", "tiny_stage2", "flux2_klein_stage1"])
+@pytest.mark.parametrize(
+    "name", ["tiny_stage1", "tiny_stage2", "flux2_klein_stage1", "flux2_dev_stage2", "qwen_image_edit_stage1"]
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_fake_tensors_need_what_real_ones_need(name, checkpointing):
     """To the byte and to the operation, on small networks."""
@@ -111,8 +113,9 @@ def test_fake_tensors_need_what_real_ones_need(name, checkpointing):
         get_recipe(name), [f"{prefix}.execution.gradient_checkpointing={str(checkpointing).lower()}", rank]
     )
     config = None
-    if "klein" in name:
-        config = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 64}
+    if "tiny" not in name:
+        config = {"num_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 64}
+        config |= {} if "qwen" in name else {"num_single_layers": 1}
     shape = Shape(16, (4, 4), (2, 2), 2)
     fake, real = (measure(run, rows=2, device="cpu", fake=f, config=config, shape=shape) for f in (True, False))
     assert fake.peak == pytest.approx(

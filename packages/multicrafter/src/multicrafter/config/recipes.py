@@ -200,6 +200,55 @@ def flux2_klein_stage2(*, seed: int = 0) -> Stage2:
     )
 
 
+ONE_CARD = replace(LEAN, parallel="ddp", quantization="nf4", optimizer="adamw8bit")
+
+
+def flux2_dev_stage1(*, seed: int = 0) -> Stage1:
+    """FLUX.2-dev (32B, non-commercial): the same method with rank 64 on NF4 weights, for one card of 40 GB."""
+    stage = flux1_dev_stage1(seed=seed)
+    return replace(
+        stage,
+        model=ModelConfig(path="black-forest-labs/FLUX.2-dev", backbone="flux2_dev"),
+        pretrain=replace(stage.pretrain, adapters=replace(PAPER_ADAPTERS, rank=64, alpha=64.0), execution=ONE_CARD),
+    )
+
+
+def flux2_dev_stage2(*, seed: int = 0) -> Stage2:
+    """FLUX.2-dev, stage 2, sampled at the guidance that is embedded in it."""
+    stage = flux1_dev_stage2(seed=seed)
+    return replace(
+        stage,
+        model=ModelConfig(path="black-forest-labs/FLUX.2-dev", backbone="flux2_dev"),
+        adapters=replace(PAPER_ADAPTERS, rank=64, alpha=64.0),
+        align=replace(stage.align, guidance=4.0, execution=ONE_CARD),
+    )
+
+
+def qwen_image_edit_stage1(*, seed: int = 0) -> Stage1:
+    """Qwen-Image-Edit-2511 (20B, Apache-2.0): the same method with rank 128, in bf16, for one card of 80 GB."""
+    stage = flux1_dev_stage1(seed=seed)
+    return replace(
+        stage,
+        model=ModelConfig(path="Qwen/Qwen-Image-Edit-2511", backbone="qwen_image_edit"),
+        pretrain=replace(
+            stage.pretrain,
+            adapters=replace(PAPER_ADAPTERS, rank=128, alpha=128.0),
+            execution=replace(LEAN, parallel="ddp"),
+        ),
+    )
+
+
+def qwen_image_edit_stage2(*, seed: int = 0) -> Stage2:
+    """Qwen-Image-Edit-2511, stage 2; rollouts are not guided."""
+    stage = flux1_dev_stage2(seed=seed)
+    return replace(
+        stage,
+        model=ModelConfig(path="Qwen/Qwen-Image-Edit-2511", backbone="qwen_image_edit"),
+        adapters=replace(PAPER_ADAPTERS, rank=128, alpha=128.0),
+        align=replace(stage.align, guidance=1.0, execution=replace(LEAN, parallel="ddp")),
+    )
+
+
 def tiny_stage1(*, seed: int = 0) -> Stage1:
     """Stage 1 of `tiny`."""
     return Stage1(model=ModelConfig(text_tokens=16), pretrain=tiny(seed=seed).pretrain)
@@ -212,7 +261,18 @@ def tiny_stage2(*, seed: int = 0) -> Stage2:
 
 RECIPES: dict[str, Callable[..., Run]] = {
     f.__name__: f
-    for f in (tiny_stage1, tiny_stage2, flux1_dev_stage1, flux1_dev_stage2, flux2_klein_stage1, flux2_klein_stage2)
+    for f in (
+        tiny_stage1,
+        tiny_stage2,
+        flux1_dev_stage1,
+        flux1_dev_stage2,
+        flux2_klein_stage1,
+        flux2_klein_stage2,
+        flux2_dev_stage1,
+        flux2_dev_stage2,
+        qwen_image_edit_stage1,
+        qwen_image_edit_stage2,
+    )
 }
 
 

@@ -16,6 +16,10 @@ CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+MISTRAL_CHAT = (
+    "<s>{% for message in messages %}{% if message['role'] == 'system' %}[SYSTEM]{{ message['content'][0]['text'] }}[/SYSTEM]"
+    "{% else %}[INST]{% for part in message['content'] %}{{ part['text'] }}{% endfor %}[/INST]{% endif %}{% endfor %}"
+)
 TEXT_TOKENS = 32
 
 
@@ -74,6 +78,64 @@ def build_qwen_tokenizer(
     return made
 
 
+def tiny_flux2_parts(
+    *, num_heads: int, head_dim: int, num_double: int, num_single: int, width: int, guidance_embeds: bool
+) -> dict[str, Any]:
+    """VAE (divides by 4), transformer and scheduler of a tiny FLUX.2, by the names of its pipelines; ``width`` is the text encoder's."""
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+
+    channels = 4
+    vae = AutoencoderKLFlux2(
+        in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(8, 8, 8), layers_per_block=1,
+        latent_channels=channels, norm_num_groups=8, sample_size=64, mid_block_add_attention=False,
+    )  # fmt: skip
+    vae.bn.running_mean.uniform_(-0.5, 0.5)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    transformer = Flux2Transformer2DModel(
+        in_channels=4 * channels, num_layers=num_double, num_single_layers=num_single, attention_head_dim=head_dim,
+        num_attention_heads=num_heads, joint_attention_dim=3 * width, timestep_guidance_channels=16,
+        axes_dims_rope=(head_dim // 4,) * 4, guidance_embeds=guidance_embeds,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    return {"vae": vae, "transformer": transformer, "scheduler": scheduler}
+
+
+def tiny_flux2_dev(
+    *, num_heads: int = 2, head_dim: int = 32, num_double: int = 1, num_single: int = 2, seed: int = 0
+) -> Any:
+    """A `Flux2Pipeline` with a Mistral 3 of four layers, whose pictures nobody uses, and a VAE that divides by 4."""
+    from diffusers import Flux2Pipeline
+    from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, PixtralImageProcessor, PixtralProcessor
+
+    marks = ["<s>", "</s>", "[SYSTEM]", "[/SYSTEM]", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    tokenizer = build_qwen_tokenizer(marks=marks, texts=[SYSTEM_MESSAGE] * 50, vocab_size=640, max_length=64)
+    width, patch = 16, 14
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = Mistral3Config(
+            text_config={
+                "model_type": "mistral", "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 2 * width,
+                "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+            },
+            vision_config={
+                "model_type": "pixtral", "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1,
+                "num_attention_heads": 2, "head_dim": 8, "patch_size": patch, "image_size": 4 * patch,
+            },
+            image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        )  # fmt: skip
+        encoder = Mistral3ForConditionalGeneration(config)
+        parts = tiny_flux2_parts(
+            num_heads=num_heads, head_dim=head_dim, num_double=num_double, num_single=num_single, width=width,
+            guidance_embeds=True,
+        )  # fmt: skip
+    processor = PixtralProcessor(
+        PixtralImageProcessor(patch_size=patch), tokenizer, patch_size=patch, chat_template=MISTRAL_CHAT
+    )
+    return Flux2Pipeline(text_encoder=encoder, tokenizer=processor, **parts)
+
+
 def tiny_klein(
     *,
     kv: bool = False,
@@ -85,26 +147,13 @@ def tiny_klein(
     seed: int = 0,
 ) -> Any:
     """A `Flux2KleinPipeline` (or `Flux2KleinKVPipeline`) with a Qwen3 of four layers and a VAE that divides by 4."""
-    from diffusers import (
-        AutoencoderKLFlux2,
-        FlowMatchEulerDiscreteScheduler,
-        Flux2KleinKVPipeline,
-        Flux2KleinPipeline,
-        Flux2Transformer2DModel,
-    )
+    from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = build_qwen_tokenizer()
-    width, channels = 16, 4
+    width = 16
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = AutoencoderKLFlux2(
-            in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(8, 8, 8), layers_per_block=1,
-            latent_channels=channels, norm_num_groups=8, sample_size=64, mid_block_add_attention=False,
-        )  # fmt: skip
-        vae.bn.running_mean.uniform_(-0.5, 0.5)
-        vae.bn.running_var.uniform_(0.5, 2.0)
         encoder = Qwen3ForCausalLM(
             Qwen3Config(
                 vocab_size=len(tokenizer),
@@ -117,18 +166,12 @@ def tiny_klein(
                 tie_word_embeddings=True,
             )
         )
-        transformer = Flux2Transformer2DModel(
-            in_channels=4 * channels, num_layers=num_double, num_single_layers=num_single, attention_head_dim=head_dim,
-            num_attention_heads=num_heads, joint_attention_dim=3 * width, timestep_guidance_channels=16,
-            axes_dims_rope=(head_dim // 4,) * 4, guidance_embeds=False,
+        parts = tiny_flux2_parts(
+            num_heads=num_heads, head_dim=head_dim, num_double=num_double, num_single=num_single, width=width,
+            guidance_embeds=False,
         )  # fmt: skip
-        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
-        parts = {
-            "scheduler": scheduler, "vae": vae, "text_encoder": encoder, "tokenizer": tokenizer, "transformer": transformer,
-        }  # fmt: skip
-        if kv:
-            return Flux2KleinKVPipeline(**parts)
-        return Flux2KleinPipeline(**parts, is_distilled=distilled)
+    parts = {"text_encoder": encoder, "tokenizer": tokenizer, **parts}
+    return Flux2KleinKVPipeline(**parts) if kv else Flux2KleinPipeline(**parts, is_distilled=distilled)
 
 
 def tiny_qwen(
@@ -192,5 +235,11 @@ def tiny_qwen(
         )  # fmt: skip
 
 
-TINY = {"flux1_dev": tiny_flux1, "flux1_kontext": tiny_kontext, "flux2_klein": tiny_klein, "qwen_image_edit": tiny_qwen}
+TINY = {
+    "flux1_dev": tiny_flux1,
+    "flux1_kontext": tiny_kontext,
+    "flux2_klein": tiny_klein,
+    "flux2_dev": tiny_flux2_dev,
+    "qwen_image_edit": tiny_qwen,
+}
 """Builders by backbone name; the KV variant is ``tiny_klein(kv=True)``."""

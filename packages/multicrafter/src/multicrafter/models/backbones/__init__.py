@@ -8,15 +8,16 @@ from typing import Any
 from multicrafter import UserError
 from multicrafter.models.backbones.base import Backbone, ReferenceCache
 from multicrafter.models.backbones.flux1 import Flux1, Flux1Kontext
+from multicrafter.models.backbones.flux2_dev import Flux2Dev
 from multicrafter.models.backbones.flux2_klein import Flux2Klein
 from multicrafter.models.backbones.flux2_klein_kv import Flux2KleinKV
 from multicrafter.models.backbones.qwen_image_edit import QwenImageEdit
 
-BACKBONES: tuple[Backbone, ...] = (Flux1(), Flux1Kontext(), Flux2Klein(), Flux2KleinKV(), QwenImageEdit())
+BACKBONES: tuple[Backbone, ...] = (Flux1(), Flux1Kontext(), Flux2Klein(), Flux2KleinKV(), Flux2Dev(), QwenImageEdit())
 
 
 def backbone_of(pipe_or_transformer: Any) -> Backbone:
-    """The backbone of a loaded pipeline, or of a bare transformer (then Kontext counts as FLUX.1-dev, KV as klein).
+    """The backbone of a loaded pipeline, or of a bare transformer (then Kontext counts as FLUX.1-dev, FLUX.2-dev and KV as klein).
 
     Raises:
         ValueError: None of the known ones.
@@ -57,6 +58,7 @@ __all__ = [
     "Backbone",
     "Flux1",
     "Flux1Kontext",
+    "Flux2Dev",
     "Flux2Klein",
     "Flux2KleinKV",
     "QwenImageEdit",

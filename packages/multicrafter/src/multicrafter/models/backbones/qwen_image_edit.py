@@ -36,7 +36,7 @@ class QwenImageEdit(Backbone):
     licence = "Apache-2.0"
     attention = r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
     ffn_linears = r"transformer_blocks\.\d+\.(img|txt)_mlp\.net\.(0\.proj|2)"
-    ffn_blocks = (r"transformer_blocks\.\d+\.img_mlp", r"transformer_blocks\.\d+\.txt_mlp")
+    ffn_blocks = (r"transformer_blocks\.\d+\.(img|txt)_mlp",)
     full_config: ClassVar[dict[str, Any]] = {
         "patch_size": 2,
         "in_channels": 64,
