@@ -17,8 +17,8 @@ import torch
 from idar import leakage, map_iou, peak_in_mask
 from idar.integrations.diffusers import capture_subject_attention
 from multicrafter.models.adapters import AdapterConfig
-from multicrafter.models.backbones import backbone_of
 from multicrafter.models.flux.model import add_noise
+from multicrafter.models.loaded import LoadedModel
 from multicrafter.pipeline import load_flux
 from multicrafter.training.attention import layout_of
 from multicrafter.training.pretrain import IDARConfig, Pretrain, PretrainConfig
@@ -47,7 +47,7 @@ def measure(pipe, scenes, batch: int = 64) -> dict[str, object]:
     found: dict[str, dict[str, list[float]]] = {
         d: {"leakage": [], "map_iou": [], "peak_in_mask": []} for d in (R2I, I2R)
     }
-    losses, backbone = [], backbone_of(pipe)
+    losses, model = [], LoadedModel.of(pipe)
     for sigma in SIGMAS:
         generator = torch.Generator().manual_seed(5)
         rows: dict[str, list[torch.Tensor]] = {R2I: [], I2R: []}
@@ -57,15 +57,13 @@ def measure(pipe, scenes, batch: int = 64) -> dict[str, object]:
             latents = scenes.tokens[part]
             noise = torch.randn(latents.shape, generator=generator)
             level = torch.full((len(latents),), sigma)
-            text = scenes.encode_text(pipe, backbone, part)
-            layout = layout_of(backbone, scenes, text.embeds.shape[1])
+            text = scenes.encode_text(model, part)
+            layout = layout_of(model.backbone, scenes, text.embeds.shape[1])
             with (
                 capture_subject_attention(pipe.transformer, layout, direction=R2I) as looks,
                 capture_subject_attention(pipe.transformer, layout, direction=I2R) as takes,
             ):
-                velocity = backbone.velocity(
-                    pipe.transformer, add_noise(latents, noise, level), level, text, **scenes.context(part)
-                )
+                velocity = model.velocity(add_noise(latents, noise, level), level, text, **scenes.context(part))
             rows[R2I].append(looks.maps)
             rows[I2R].append(takes.maps)
             total += (velocity - (noise - latents)).square().mean((1, 2)).sum().item()

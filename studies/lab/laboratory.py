@@ -222,7 +222,7 @@ class Laboratory:
             reward = tiny_reward(experiment.align.reward, folder=self.judges_folder(experiment.base.family))
             options = {"num_references": number, "family": experiment.base.family, "reward": reward}
             curves["stage 2"] = run_align(
-                loaded.pipe, loaded.adapters, experiment.align, out, resume=out.exists(), **options
+                loaded.model, loaded.adapters, experiment.align, out, resume=out.exists(), **options
             )
             seconds["stage 2"] = time.monotonic() - clock
         clock = time.monotonic()
@@ -242,9 +242,9 @@ class Laboratory:
     @torch.no_grad()
     def measure(self, loaded: MultiCrafterPipeline, base: Base, test: EvaluateConfig) -> dict[str, Any]:
         """All metrics by case, pose against reference, and routing where there are experts."""
-        pipe, family = loaded.pipe, self.judges(test.family)
-        (scenes,) = self.scenes(pipe, base, test.world(), test.num_cases, test.seed)
-        drawn = draw_cases(pipe, scenes, test, finder=IdentityFinder(backend=family.people))
+        model, family = loaded.model, self.judges(test.family)
+        (scenes,) = self.scenes(model, base, test.world(), test.num_cases, test.seed)
+        drawn = draw_cases(model, scenes, test, finder=IdentityFinder(backend=family.people))
         pictures, plain = drawn.pictures, test.separation is None
         judged = scenes if test.size == 64 else _shrunk(scenes)
         pictures = _shrink(pictures, 64)
@@ -256,7 +256,7 @@ class Laboratory:
         if test.num_references > 1 and plain:
             groups = {"leakage": None, "leakage_single": probes.is_single}
             seed = test.seed + 2
-            leaks = measure_leakages(pipe, scenes, groups, direction="image_to_reference", seed=seed)
+            leaks = measure_leakages(model, scenes, groups, direction="image_to_reference", seed=seed)
             metrics |= {name: value.numpy() for name, value in leaks.items()}
         found: dict[str, Any] = {"metrics": {k: np.round(v.astype(float), DIGITS).tolist() for k, v in metrics.items()}}
         if plain and test.family == "people" and test.split == "test" and test.num_cases <= COPIES:

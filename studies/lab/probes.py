@@ -62,7 +62,7 @@ def routing(loaded: MultiCrafterPipeline, scenes: EncodedScenes, *, seed: int, b
     log, names = None, ()
     for start in range(0, len(scenes), batch):
         part = slice(start, min(start + batch, len(scenes)))
-        text = scenes.encode_text(loaded.pipe, loaded.backbone, part)
+        text = scenes.encode_text(loaded.model, part)
         kinds, names = token_kinds(scenes.masks[part], scenes.references.shape[2], text.embeds.shape[1])
         with collect(experts, kinds, names) as found:
             found.layout = [arrangement(c, number) for c in scenes.captions[part]]

@@ -72,9 +72,11 @@ def test_a_rollout_in_parts_notes_the_same_experts(pipe, scenes, size, monkeypat
     online = replace(ONLINE, policy=PolicyConfig(micro_batch_size=size))
     small = {"online": online, "execution": ExecutionConfig(micro_batch=size)}
     parts = stage_with(pipe, scenes, routing_replay=True, routing_jitter=True, **small)
-    sizes, decode = [], parts.backbone.decode_pictures
+    sizes, decode = [], parts.model.backbone.decode_pictures
     monkeypatch.setattr(
-        type(parts.backbone), "decode_pictures", lambda self, p, x, grid: sizes.append(len(x)) or decode(p, x, grid)
+        type(parts.model.backbone),
+        "decode_pictures",
+        lambda self, p, x, grid: sizes.append(len(x)) or decode(p, x, grid),
     )
     hook = pipe.transformer.register_forward_hook(
         lambda module, args, kwargs, out: sizes.append(len(out[0])), with_kwargs=True

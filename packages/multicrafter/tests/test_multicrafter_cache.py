@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from multicrafter.models.backbones import backbone_of
+from multicrafter.models.loaded import LoadedModel
 from multicrafter.training import distributed
 from multicrafter.training.checkpoint import CheckpointError
 from multicrafter.training.encoding_cache import (
@@ -81,17 +82,17 @@ def test_text_that_sees_references_is_kept_with_its_scenes(tmp_path, monkeypatch
             backbone, pipe, [memory.captions[2], memory.captions[0]], [list(memory.reference_images[r]) for r in rows]
         )
     for scenes in (memory, disk):
-        text = scenes.encode_text(pipe, backbone, rows)
+        text = scenes.encode_text(LoadedModel.of(pipe), rows)
         assert torch.equal(text.embeds, fresh.embeds)
         assert (text.mask is None) == (fresh.mask is None) and (text.mask is None or torch.equal(text.mask, fresh.mask))
         assert torch.equal(
-            scenes.encode_text(pipe, backbone, slice(0, 1)).embeds,
+            scenes.encode_text(LoadedModel.of(pipe), slice(0, 1)).embeds,
             text.embeds[1:, : (scenes.text([0]).embeds.shape[1])],
         )
     stage = CachedText(pipe, [], tmp_path)
     assert stage.num_tokens == 0, "nothing else is encoded"
     with pytest.raises(ValueError, match="scenes must hold their text for qwen_image_edit"):
-        replace(memory, text=None).encode_text(pipe, backbone, rows)
+        replace(memory, text=None).encode_text(LoadedModel.of(pipe), rows)
 
 
 def test_a_damaged_entry_is_made_anew_and_a_lost_one_is_named(tmp_path):
@@ -134,7 +135,7 @@ def test_a_stage_trains_from_the_cache_without_text_encoders(number, tmp_path):
     plain = workers.make_stage(number)
     cached = workers.make_stage(number, execution={"cache": str(tmp_path)})
     if number == 2:
-        free_encoders(cached.pipe)
+        free_encoders(cached.model.pipe)
     for stage in (plain, cached):
         for index in range(2):
             stage.step(index)

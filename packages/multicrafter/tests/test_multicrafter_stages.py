@@ -460,7 +460,7 @@ class TestDistillation:
         with (
             torch.no_grad(),
             watch_outputs(pipe.transformer) as outputs,
-            separate_subjects(pipe.transformer, layout_of(stage.backbone, scenes, text.embeds.shape[1]), masks),
+            separate_subjects(pipe.transformer, layout_of(stage.model.backbone, scenes, text.embeds.shape[1]), masks),
         ):
             expected = stage.trainee.predict(x, sigma, text, **scenes.context(rows))
         assert torch.equal(teacher.velocity, expected) and not teacher.velocity.requires_grad

@@ -19,7 +19,7 @@ from torch import Tensor
 from multicrafter import UserError
 from multicrafter.models import foreign_loras
 from multicrafter.models.adapters import Adapters
-from multicrafter.models.backbones import Backbone, ReferenceCache, backbone_of
+from multicrafter.models.backbones import Backbone, ReferenceCache
 from multicrafter.models.binding import (
     Binding,
     BindingConfig,
@@ -34,7 +34,8 @@ from multicrafter.models.checks import finite, whole
 from multicrafter.models.export import check_base
 from multicrafter.models.flux.model import Text
 from multicrafter.models.flux.packing import Grid
-from multicrafter.models.loading import get_device, load_flux, resolve_adapter
+from multicrafter.models.loaded import LoadedModel
+from multicrafter.models.loading import get_device, load_flux, load_model, resolve_adapter
 from multicrafter.models.needs import drawing_bytes, require_drawing
 from multicrafter.models.pictures import coverage, is_picture, lists_of, open_picture
 from multicrafter.models.publish import base_of, push_to_hub, save_pretrained
@@ -65,7 +66,7 @@ class MultiCrafterPipeline:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: LoadedModel | Any,
         adapters: Adapters | None = None,
         notes: dict[str, Any] | None = None,
         *,
@@ -76,7 +77,7 @@ class MultiCrafterPipeline:
         """Takes a loaded pipeline, with adapters already attached.
 
         Args:
-            pipe: Of diffusers.
+            pipe: Of diffusers, or what `load_model` made.
             adapters: On its transformer.
             notes: Of the adapter.
             backbone: Yours, if it is none of `multicrafter.models.backbones.BACKBONES`.
@@ -88,8 +89,9 @@ class MultiCrafterPipeline:
         Raises:
             ValueError: The separation is unknown.
         """
-        self.pipe, self.adapters, self.notes = pipe, adapters, notes or {}
-        self.backbone = backbone or backbone_of(pipe)
+        self.model = LoadedModel.of(pipe, backbone)
+        self.pipe, self.backbone = self.model.pipe, self.model.backbone
+        self.adapters, self.notes = adapters, notes or {}
         self.separation = binding_config(self.sampling.get("separation", "none") if separation is None else separation)
         self.finder: Finder = finder or MapFinder()
         self.bindings: list[Binding] = []
@@ -125,22 +127,21 @@ class MultiCrafterPipeline:
             options: For ``from_pretrained`` of diffusers: ``revision``, ``token``, ``quantization_config``, ...
 
         Raises:
-            ValueError: See `load_flux` and `Adapters.load`.
+            ValueError: See `load_model` and `Adapters.load`.
         """
         if model is not None and adapter is None and (base := base_of(model)) is not None:
             adapter, model = model, base
         where = None if device is None else get_device(device)
-        pipe = load_flux(model, dtype=dtype, backbone=backbone, **options)
+        loaded = load_model(model, dtype=dtype, backbone=backbone, **options)
         if where is not None:
-            pipe.to(where)
+            loaded.to(where)
         kept_apart: dict[str, Any] = {"separation": separation, "finder": finder}
         if adapter is None:
-            return cls(pipe, backbone=backbone, **kept_apart)
-        backbone = backbone or backbone_of(pipe)
+            return cls(loaded, **kept_apart)
         folder = resolve_adapter(adapter)
-        adapters, notes = Adapters.load(pipe.transformer, folder, backbone=backbone)
+        adapters, notes = Adapters.load(loaded.transformer, folder, backbone=loaded.backbone)
         notes = {**notes, "folder": str(folder), "base_model": str(model) if model is not None else None}
-        return cls(pipe, adapters, notes, backbone=backbone, **kept_apart)
+        return cls(loaded, adapters, notes, **kept_apart)
 
     def save_pretrained(self, folder: str | Path, *, base: bool = False) -> Path:
         """Writes adapter and model card into ``folder``, with ``base`` also the pipeline itself; see `multicrafter.models.publish`."""

@@ -40,16 +40,16 @@ def _align(arguments: argparse.Namespace) -> int:
     }
     run = chosen(arguments, Stage2(model=ModelConfig(path=arguments.model, text_tokens=16), align=config), flags)
     assert isinstance(run, Stage2)
-    pipe, backbone = load(run, arguments)
-    adapters, notes = Adapters.load(pipe.transformer, arguments.adapter, backbone=backbone)
+    model = load(run, arguments)
+    adapters, notes = Adapters.load(model.transformer, arguments.adapter, backbone=model.backbone)
     number = int(notes.get("num_references", 1))
     world = replace(run.world, numbers=(number,), **_sizes(run, notes, arguments))
     run = replace(run, world=world, adapters=adapters.config)
     if is_main() and not (arguments.resume and (arguments.out / "recipe.yaml").exists()):
         recipes.save(arguments.out / "recipe.yaml", run)
-    scenes = encode_scenes(pipe, world, run.num_scenes, seed=run.align.online.seed + 10_000, cache=run.execution.cache)
+    scenes = encode_scenes(model, world, run.num_scenes, seed=run.align.online.seed + 10_000, cache=run.execution.cache)
     run_align(
-        pipe, adapters, run.align, arguments.out, num_references=number, scenes=scenes, resume=arguments.resume, sampling=notes.get("sampling"),
+        model, adapters, run.align, arguments.out, num_references=number, scenes=scenes, resume=arguments.resume, sampling=notes.get("sampling"),
         tracker=tracker(arguments, run),
     )  # fmt: skip
     if is_main():

@@ -41,10 +41,10 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     assert isinstance(run, Stage1)
     if arguments.data is not None:
         run = replace(run, pretrain=_with_photos(run.pretrain, arguments))
-    pipe, _ = load(run, arguments)
+    model = load(run, arguments)
     if is_main() and not (arguments.resume and (arguments.out / "recipe.yaml").exists()):
         recipes.save(arguments.out / "recipe.yaml", run)
-    run_pretrain(pipe, run.pretrain, arguments.out, resume=arguments.resume, tracker=tracker(arguments, run))
+    run_pretrain(model, run.pretrain, arguments.out, resume=arguments.resume, tracker=tracker(arguments, run))
     if is_main():
         world = run.world
         annotate(arguments.out, size=world.size, reference_size=world.reference_size, base_model=run.model.path)

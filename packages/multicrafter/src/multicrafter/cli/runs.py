@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from multicrafter.models.loaded import LoadedModel
 
 
-def load(run: Any, arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The base of a run, after a look at whether it fits into memory, and its backbone."""
-    from multicrafter.models.backbones import backbone_of, get_backbone
-    from multicrafter.models.loading import get_device, load_flux
+def load(run: Any, arguments: argparse.Namespace) -> LoadedModel:
+    """The base of a run, after a look at whether it fits into memory."""
+    from multicrafter.models.backbones import get_backbone
+    from multicrafter.models.loading import get_device, load_model
     from multicrafter.plan import require_memory
     from multicrafter.training.distributed import world_size
 
@@ -19,10 +22,8 @@ def load(run: Any, arguments: argparse.Namespace) -> tuple[Any, Any]:
         require_memory(run, device=arguments.device, gpus=world_size())
     if arguments.device is not None:
         get_device(arguments.device)
-    pipe = load_flux(run.model.path, dtype=run.execution.torch_dtype, backbone=own)
-    if arguments.device is not None:
-        pipe.to(arguments.device)
-    return pipe, own or backbone_of(pipe)
+    loaded = load_model(run.model.path, dtype=run.execution.torch_dtype, backbone=own)
+    return loaded if arguments.device is None else loaded.to(arguments.device)
 
 
 def tracker(arguments: argparse.Namespace, run: Any) -> Any:

@@ -20,7 +20,9 @@ from multicrafter.demo.report import write_report
 from multicrafter.files import write_json
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.checks import check_finite
-from multicrafter.pipeline import MultiCrafterPipeline, load_flux
+from multicrafter.models.loaded import LoadedModel
+from multicrafter.models.loading import load_model
+from multicrafter.pipeline import MultiCrafterPipeline
 from multicrafter.scoring.evaluate import METRICS, EvaluateConfig, Judges, cases, difference, evaluate, summarise, table
 from multicrafter.training.runs import run_align, run_pretrain
 from multicrafter.training.scenes import encode_scenes
@@ -124,35 +126,35 @@ def run(out: Path, config: DemoConfig, *, model: str | None = None, resume: bool
     everyone = Judges.load()
     reward = tiny_reward(RewardConfig())
 
-    def score(pipe: Any, evaluation: EvaluateConfig) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
-        metrics, pictures = evaluate(pipe, unseen, everyone, evaluation)
+    def score(base: LoadedModel, evaluation: EvaluateConfig) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+        metrics, pictures = evaluate(base, unseen, everyone, evaluation)
         metrics["swaps_above_chance"] = metrics["swaps"] - metrics["swaps_by_chance"]
         metrics["reward"] = reward(list(pictures), unseen.captions, [list(x) for x in unseen.reference_images]).totals
-        return metrics, pictures, figures.subject_maps(pipe, unseen, shown, blocks=lambda _: True)
+        return metrics, pictures, figures.subject_maps(base, unseen, shown, blocks=lambda _: True)
 
     with clock.measure("draw scenes"):
-        pipe = load_flux(model)
+        base = load_model(model)
         first = stage1["baseline"]
-        training = encode_scenes(pipe, first.world, first.num_scenes, seed=first.data_seed)
-        unseen = cases(pipe, evaluation)
+        training = encode_scenes(base, first.world, first.num_scenes, seed=first.data_seed)
+        unseen = cases(base, evaluation)
     shown = list(range(min(10, config.cases)))
     metrics, pictures, maps, histories = {}, {}, {}, {}
     for name, folder in (("baseline", "baseline"), ("stage 1", "stage1")):
-        pipe = load_flux(model)
+        base = load_model(model)
         with clock.measure(f"train {name}"):
-            run_pretrain(pipe, stage1[name], out / folder, scenes=training, resume=resume)
+            run_pretrain(base, stage1[name], out / folder, scenes=training, resume=resume)
         with clock.measure(f"evaluate {name}"):
             bound = evaluation if stage1[name].separation is not None else replace(evaluation, separation=None)
-            metrics[name], pictures[name], maps[name] = score(pipe, bound)
+            metrics[name], pictures[name], maps[name] = score(base, bound)
         histories[name] = [json.loads(line) for line in (out / folder / "metrics.jsonl").read_text().splitlines()]
     loaded = MultiCrafterPipeline.from_pretrained(model, adapter=out / "stage1" / "adapter")
     assert isinstance(loaded.adapters, Adapters)
     with clock.measure("train stage 2"):
         history = run_align(
-            loaded.pipe, loaded.adapters, stage2, out / "stage2", resume=resume, sampling=loaded.sampling
+            loaded.model, loaded.adapters, stage2, out / "stage2", resume=resume, sampling=loaded.sampling
         )
     with clock.measure("evaluate stage 2"):
-        metrics["stage 2"], pictures["stage 2"], maps["stage 2"] = score(loaded.pipe, evaluation)
+        metrics["stage 2"], pictures["stage 2"], maps["stage 2"] = score(loaded.model, evaluation)
     differences = {
         f"{a} - {b}": difference(metrics[a], metrics[b]) for a, b in (("stage 1", "baseline"), ("stage 2", "stage 1"))
     }

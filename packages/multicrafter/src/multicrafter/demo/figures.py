@@ -5,16 +5,19 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from multicrafter.files import write_whole
-from multicrafter.models.backbones import backbone_of
+from multicrafter.models.loaded import LoadedModel
 from multicrafter.training.attention import attention_shares, watch_attention
 from multicrafter.training.scenes import EncodedScenes
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 def _figure(rows: int, columns: int, *, cell: float = 1.15) -> tuple[Any, Any]:
@@ -99,7 +102,7 @@ def picture_grid(path: Path, scenes: EncodedScenes, pictures: Mapping[str, Tenso
 
 @torch.no_grad()
 def subject_maps(
-    pipe: Any,
+    model: LoadedModel | DiffusionPipeline,
     scenes: EncodedScenes,
     cases: Sequence[int],
     *,
@@ -112,11 +115,11 @@ def subject_maps(
     The mean over ``blocks``, chosen as in `idar.integrations.diffusers.attention_blocks`.
     """
     rows = torch.tensor(list(cases))
-    backbone = backbone_of(pipe)
-    text = scenes.encode_text(pipe, backbone, rows)
+    model = LoadedModel.of(model)
+    text = scenes.encode_text(model, rows)
     generator = torch.Generator().manual_seed(seed)
     captured = watch_attention(
-        pipe.transformer, backbone, scenes, rows, text, sigma=sigma, generator=generator, blocks=blocks
+        model.transformer, model.backbone, scenes, rows, text, sigma=sigma, generator=generator, blocks=blocks
     )
     return attention_shares(captured.maps, scenes.grid)
 

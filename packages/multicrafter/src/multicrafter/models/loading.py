@@ -12,7 +12,8 @@ import torch
 from multicrafter import UserError
 from multicrafter.models import flux
 from multicrafter.models.adapters import Adapters
-from multicrafter.models.backbones import BACKBONES, Backbone, backbone_of
+from multicrafter.models.backbones import BACKBONES, Backbone
+from multicrafter.models.loaded import LoadedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,14 +46,19 @@ def get_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def load_flux(
+def load_flux(model: str | Path | None = None, **options: Any) -> Any:
+    """The pipeline of `load_model`, alone."""
+    return load_model(model, **options).pipe
+
+
+def load_model(
     model: str | Path | None = None,
     *,
     dtype: str | torch.dtype = torch.float32,
     backbone: Backbone | None = None,
     **options: Any,
-) -> Any:
-    """A frozen pipeline of any backbone from a folder or hub id; the shipped tiny FLUX by default.
+) -> LoadedModel:
+    """A frozen pipeline with its backbone, from a folder or hub id; the shipped tiny FLUX by default.
 
     Args:
         model: Folder in diffusers format, or hub id.
@@ -83,12 +89,11 @@ def load_flux(
         raise UserError(_reason(name, error)) from error
     finally:
         logging.enable_progress_bar()
-    if backbone is None:
-        backbone_of(pipe)
+    loaded = LoadedModel.of(pipe, backbone)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
-    return pipe
+    return loaded
 
 
 def _check_folder(source: Path, backbone: Backbone | None) -> None:
@@ -169,4 +174,4 @@ def load_into(pipe: Any, adapter: str | Path) -> Adapters:
         raise UserError(
             f"pipe must have no adapter yet, got {sorted(pipe.transformer.peft_config)}: load this one first"
         )
-    return Adapters.load(pipe.transformer, resolve_adapter(adapter), backbone=backbone_of(pipe))[0]
+    return Adapters.load(pipe.transformer, resolve_adapter(adapter), backbone=LoadedModel.of(pipe).backbone)[0]

@@ -15,9 +15,9 @@ from idar import owner_masks
 from torch import Tensor
 
 from multicrafter import UserError
-from multicrafter.models.backbones import backbone_of
 from multicrafter.models.binding import BindingConfig, Finder, IdentityFinder, sample_bound, separable
 from multicrafter.models.checks import check_finite
+from multicrafter.models.loaded import LoadedModel
 from multicrafter.scoring.statistics import bootstrap_interval
 from multicrafter.training.pretrain import measure_leakage
 from multicrafter.training.scenes import EncodedScenes, encode_scenes
@@ -169,7 +169,7 @@ def case_noise(scenes: EncodedScenes, seed: int) -> Tensor:
 
 @torch.no_grad()
 def draw_cases(
-    pipe: DiffusionPipeline,
+    model: LoadedModel | DiffusionPipeline,
     scenes: EncodedScenes,
     config: EvaluateConfig,
     *,
@@ -177,7 +177,7 @@ def draw_cases(
     batch: int = 32,
 ) -> Drawn:
     """One picture per case, by any backbone, with subjects kept apart as ``config.separation`` says."""
-    backbone, binding_config = backbone_of(pipe), config.separation or BindingConfig()
+    model, binding_config = LoadedModel.of(model), config.separation or BindingConfig()
     noise = case_noise(scenes, config.seed + 1)
     count = scenes.tokens.shape[1]
     grids = [scenes.reference_grid] * scenes.references.shape[1]
@@ -185,28 +185,27 @@ def draw_cases(
     for start in range(0, len(scenes), batch):
         part = slice(start, min(start + batch, len(scenes)))
         velocity = partial(
-            backbone.velocity,
-            pipe.transformer,
-            text=scenes.encode_text(pipe, backbone, part),
+            model.velocity,
+            text=scenes.encode_text(model, part),
             guidance=config.guidance,
             **scenes.context(part),
         )
-        with separable(pipe.transformer, backbone, scenes.grid, grids, binding_config) as separation:
+        with separable(model.transformer, model.backbone, scenes.grid, grids, binding_config) as separation:
             tokens, binding = sample_bound(
-                velocity, noise[part], lambda steps: backbone.sigmas(pipe, steps, count), config.num_sampling_steps,
+                velocity, noise[part], lambda steps: model.sigmas(steps, count), config.num_sampling_steps,
                 config=binding_config, separation=separation, finder=finder, grid=scenes.grid,
-                decode=lambda x: backbone.decode_pictures(pipe, x, scenes.grid),
+                decode=lambda x: model.decode_pictures(x, scenes.grid),
                 references=[list(row) for row in scenes.reference_images[part]], masks=owner_masks(scenes.masks[part]),
-                watch=(pipe.transformer, backbone, grids),
+                watch=(model.transformer, model.backbone, grids),
             )  # fmt: skip
-        pictures.append(backbone.decode_pictures(pipe, tokens, scenes.grid))
+        pictures.append(model.decode_pictures(tokens, scenes.grid))
         complete.append(binding.complete)
         calls = binding.num_function_evaluations
     return Drawn(torch.cat(pictures), torch.cat(complete), calls)
 
 
 def generate_cases(
-    pipe: DiffusionPipeline,
+    model: LoadedModel | DiffusionPipeline,
     scenes: EncodedScenes,
     config: EvaluateConfig,
     *,
@@ -214,7 +213,7 @@ def generate_cases(
     batch: int = 32,
 ) -> Tensor:
     """The pictures of `draw_cases`."""
-    return draw_cases(pipe, scenes, config, finder=finder, batch=batch).pictures
+    return draw_cases(model, scenes, config, finder=finder, batch=batch).pictures
 
 
 def score_pictures(
@@ -247,26 +246,26 @@ def score_pictures(
 
 
 def evaluate(
-    pipe: DiffusionPipeline, scenes: EncodedScenes, judges: Judges, config: EvaluateConfig
+    model: LoadedModel | DiffusionPipeline, scenes: EncodedScenes, judges: Judges, config: EvaluateConfig
 ) -> tuple[dict[str, np.ndarray], Tensor]:
     """Generates and scores every case; returns metrics per case and the pictures.
 
     Places of subjects are found by the people judge; the reader of truth only scores.
     """
-    pictures, complete, _ = draw_cases(pipe, scenes, config, finder=IdentityFinder(backend=judges.people))
+    pictures, complete, _ = draw_cases(model, scenes, config, finder=IdentityFinder(backend=judges.people))
     metrics = score_pictures(pictures, scenes, judges, family=config.family)
     if config.separation is not None and config.separation.mode in ("draft", "in-flight"):
         metrics["found"] = complete.double().numpy()
     if scenes.references.shape[1] > 1:
         metrics["leakage"] = (
-            measure_leakage(pipe, scenes, direction="image_to_reference", seed=config.seed + 2).double().numpy()
+            measure_leakage(model, scenes, direction="image_to_reference", seed=config.seed + 2).double().numpy()
         )
     return metrics, pictures
 
 
-def cases(pipe: DiffusionPipeline, config: EvaluateConfig) -> EncodedScenes:
+def cases(model: LoadedModel | DiffusionPipeline, config: EvaluateConfig) -> EncodedScenes:
     """The cases of a configuration, encoded. A case does not depend on how many there are."""
-    return encode_scenes(pipe, config.world(), config.num_cases, seed=config.seed, one_by_one=True)
+    return encode_scenes(model, config.world(), config.num_cases, seed=config.seed, one_by_one=True)
 
 
 class Interval(NamedTuple):

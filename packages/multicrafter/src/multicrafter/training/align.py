@@ -19,8 +19,8 @@ from torch import Tensor
 
 from multicrafter import UserError, user_input
 from multicrafter.models.adapters import Adapters
-from multicrafter.models.backbones import backbone_of
 from multicrafter.models.flux.model import Text
+from multicrafter.models.loaded import LoadedModel
 from multicrafter.training.align_config import AlignConfig as AlignConfig
 from multicrafter.training.checkpoint import Section
 from multicrafter.training.distributed import active, all_sum, rank, world_size
@@ -49,32 +49,31 @@ class Align:
 
     def __init__(
         self,
-        pipe: DiffusionPipeline,
+        model: LoadedModel | DiffusionPipeline,
         adapters: Adapters,
         config: AlignConfig,
         scenes: EncodedScenes,
         reward: Reward,
     ) -> None:
-        """Trains ``adapters``, which sit on the pipeline's transformer; only prompts and references of ``scenes`` are used.
+        """Trains ``adapters``, which sit on the model's transformer; only prompts and references of ``scenes`` are used.
 
         Raises:
             ValueError: Experts are to be replayed that there are not, or the batch does not spread evenly over the ranks.
         """
         if adapters.experts is None and (config.routing_replay or config.routing_jitter):
             raise UserError("routing_replay and routing_jitter need an adapter with experts, got a plain one")
-        self.config, self.scenes, self.pipe, self.adapters = config, scenes, pipe, adapters
+        self.config, self.scenes, self.model, self.adapters = config, scenes, LoadedModel.of(model), adapters
         self.online = online_config(config)
         with user_input():
             self.share = share_groups(config.prompts, self.online.group_size, rank=rank(), num_ranks=world_size())
-        self.backbone = backbone_of(pipe)
         cache = config.execution.cache
-        self.text = CachedText(pipe, scenes.captions, cache, backbone=self.backbone) if cache else None
+        self.text = CachedText(self.model, scenes.captions, cache) if cache else None
         self.trainee = Trainee(
             adapters, config.execution, lr=config.lr, adamw=config.adamw, seed=self.online.seed, sync_in_backward=False
         )
         self.optimizer, self.generator = self.trainee.optimizer, self.trainee.generator
         self.trainer = PolicyTrainer(list(adapters.parameters()), self.optimizer, self.online.policy)
-        self.sigmas = self.backbone.sigmas(pipe, self.online.window.num_steps, scenes.tokens.shape[1])
+        self.sigmas = self.model.sigmas(self.online.window.num_steps, scenes.tokens.shape[1])
         self.reference_pictures = [list(pictures) for pictures in scenes.reference_images]
         self.reward = RobustReward(_single(reward), retries=config.reward_retries, wait_s=config.reward_wait_s)
         self.routes: dict[int, RouteRecord] = {}
@@ -84,7 +83,7 @@ class Align:
     def encode(self, rows: Tensor) -> Text:
         """The prompts of the scenes ``rows``."""
         if self.text is None or self.scenes.text is not None:
-            text = self.scenes.encode_text(self.pipe, self.backbone, rows)
+            text = self.scenes.encode_text(self.model, rows)
         else:
             text = self.text([self.scenes.captions[r] for r in rows.tolist()])
         return text.to(self.trainee.device)
@@ -109,7 +108,7 @@ class Align:
     @torch.no_grad()
     def score(self, latents: Tensor, members: Sequence[int]) -> Any:
         """Rewards of finished latents, which belong to the scenes ``members``."""
-        decoded = [self.backbone.decode_pictures(self.pipe, part, self.scenes.grid) for part in self.parts(latents)]
+        decoded = [self.model.decode_pictures(part, self.scenes.grid) for part in self.parts(latents)]
         self.last_pictures = torch.cat(decoded)
         captions = [self.scenes.captions[r] for r in members]
         return self.reward(list(self.last_pictures), captions, [self.reference_pictures[r] for r in members])

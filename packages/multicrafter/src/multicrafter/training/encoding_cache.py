@@ -10,7 +10,7 @@ import gc
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -19,11 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from multicrafter.files import appearing
-from multicrafter.models.backbones import Backbone, backbone_of
 from multicrafter.models.backbones.base import pad_texts
 from multicrafter.models.flux.model import Text
+from multicrafter.models.loaded import LoadedModel
 from multicrafter.training import distributed
 from multicrafter.training.checkpoint import CheckpointError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 def content_key(content: str | Tensor) -> str:
@@ -125,21 +128,21 @@ class ScenesText:
     From disk with a folder, else in memory. Batches are padded to their longest prompt.
     """
 
-    def __init__(self, pipe: Any, folder: str | Path | None = None, *, backbone: Backbone | None = None) -> None:
-        """Takes the pipeline whose text encoder encodes."""
-        self._backbone = backbone or backbone_of(pipe)
+    def __init__(self, model: LoadedModel | DiffusionPipeline, folder: str | Path | None = None) -> None:
+        """Takes the model whose text encoder encodes; with a folder it is needed no more once all is there."""
+        self._model = model = LoadedModel.of(model)
         self._cache: TensorCache | None = None
         if folder is not None:
-            key = model_key(*self._backbone.text_encoders(pipe), note=_tokenizers(pipe))
+            key = model_key(*model.text_encoders, note=_tokenizers(model.pipe))
             self._cache = TensorCache(folder, key)
         self._kept: list[Text | str] = []
 
     @torch.no_grad()
-    def add(self, pipe: Any, captions: Sequence[str], references: Float[Tensor, "b m 3 h w"]) -> None:
+    def add(self, captions: Sequence[str], references: Float[Tensor, "b m 3 h w"]) -> None:
         """Encodes the next scenes."""
 
         def compute(items: list[tuple[str, Tensor]]) -> list[Text]:
-            return [self._backbone.encode_prompts_with(pipe, [text], [list(pictures)]) for text, pictures in items]
+            return [self._model.encode_prompts_with([text], [list(pictures)]) for text, pictures in items]
 
         items = list(zip(captions, references, strict=True))
         if self._cache is None:
@@ -165,14 +168,12 @@ class CachedText:
 
     def __init__(
         self,
-        pipe: Any,
+        model: LoadedModel | DiffusionPipeline,
         captions: Sequence[str],
         folder: str | Path | None = None,
-        *,
-        backbone: Backbone | None = None,
     ) -> None:
         """Encodes every caption once. None are given where all scenes hold their text (`ScenesText`)."""
-        backbone, unique = backbone or backbone_of(pipe), sorted(set(captions))
+        model, unique = LoadedModel.of(model), sorted(set(captions))
         self._cache: TensorCache | None = None
         self.num_tokens = 0
         if not unique:
@@ -180,14 +181,14 @@ class CachedText:
 
         @torch.no_grad()
         def compute(texts: list[str]) -> Text:
-            return backbone.encode_prompts(pipe, texts)
+            return model.encode_prompts(texts)
 
         if folder is None:
             self._text = compute(unique)
             self._row = {caption: row for row, caption in enumerate(unique)}
             self.num_tokens = int(self._text.embeds.shape[1])
             return
-        self._cache = TensorCache(folder, model_key(*backbone.text_encoders(pipe), note=_tokenizers(pipe)))
+        self._cache = TensorCache(folder, model_key(*model.text_encoders, note=_tokenizers(model.pipe)))
         self._cache.fill({content_key(c): c for c in unique}, lambda texts: _entries(compute(texts)))
         self.num_tokens = int(self(unique[:1]).embeds.shape[1])
 
@@ -219,20 +220,22 @@ def _tokenizers(pipe: Any) -> str:
 class CachedPictures:
     """Encoded pictures, by their pixels: each is encoded once where there is a folder, each time without one."""
 
-    def __init__(self, pipe: Any, folder: str | Path | None = None, *, backbone: Backbone | None = None) -> None:
-        """Takes the pipeline whose VAE encodes."""
-        self._pipe, self._backbone = pipe, backbone or backbone_of(pipe)
-        self._cache = None if folder is None else TensorCache(folder, model_key(pipe.vae, note=self._backbone.name))
+    def __init__(self, model: LoadedModel | DiffusionPipeline, folder: str | Path | None = None) -> None:
+        """Takes the model whose VAE encodes."""
+        self._model = model = LoadedModel.of(model)
+        self._cache = (
+            None if folder is None else TensorCache(folder, model_key(model.pipe.vae, note=model.backbone.name))
+        )
 
     @torch.no_grad()
     def __call__(self, pictures: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b n d"]:
         """Tokens of pictures in [0, 1]."""
         if self._cache is None:
-            return self._backbone.encode_pictures(self._pipe, pictures)
+            return self._model.encode_pictures(pictures)
         keys = [content_key(p) for p in pictures]
         self._cache.fill(
             dict(zip(keys, pictures, strict=True)),
-            lambda batch: {"tokens": self._backbone.encode_pictures(self._pipe, torch.stack(batch))},
+            lambda batch: {"tokens": self._model.encode_pictures(torch.stack(batch))},
         )
         return self._cache.stack(keys)["tokens"]
 

@@ -14,14 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from multicrafter import UserError
-from multicrafter.models.backbones import backbone_of
+from multicrafter.models.loaded import LoadedModel
 from multicrafter.photos.loader import LoaderConfig, PhotoLoader
 from multicrafter.photos.store import open_split
 from multicrafter.photos.write import Record
 from multicrafter.training.encoding_cache import CachedPictures, ScenesText
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from diffusers import DiffusionPipeline
 
     from multicrafter.training.scenes import EncodedScenes
 
@@ -30,7 +30,7 @@ CHUNK = 16
 
 @torch.no_grad()
 def encode_photos(
-    pipe: FluxPipeline,
+    model: LoadedModel | DiffusionPipeline,
     folder: str | Path,
     *,
     num_subjects: int = 2,
@@ -47,7 +47,7 @@ def encode_photos(
     """Encodes records with exactly ``num_subjects`` subjects, as `scenes.encode_scenes` does drawn scenes.
 
     Args:
-        pipe: The FLUX whose VAE encodes.
+        model: Whose VAE encodes.
         folder: A dataset of `multicrafter data build`.
         num_subjects: Subjects of a record.
         size: Side of a picture in pixels; None takes the VAE's own.
@@ -65,10 +65,10 @@ def encode_photos(
     """
     from multicrafter.training.scenes import EncodedScenes
 
-    backbone = backbone_of(pipe)
-    size = size or backbone.picture_size(pipe)
+    model = LoadedModel.of(model)
+    size = size or model.picture_size
     reference_size = reference_size or size // 2
-    factor = backbone.token_side(pipe)
+    factor = model.token_side
     if size % factor or reference_size % factor:
         raise UserError(f"size and reference_size must be multiples of {factor}, got {size} and {reference_size}")
     config = LoaderConfig(
@@ -83,8 +83,8 @@ def encode_photos(
     loader = PhotoLoader(folder, config, split=split)
     count = count or len(loader.rows)
     grid, reference_grid = (size // factor,) * 2, (reference_size // factor,) * 2
-    encode = CachedPictures(pipe, cache, backbone=backbone)
-    text = ScenesText(pipe, cache, backbone=backbone) if backbone.text_sees_references else None
+    encode = CachedPictures(model, cache)
+    text = ScenesText(model, cache) if model.backbone.text_sees_references else None
     parts: list[tuple[Tensor, ...]] = []
     pictures: list[tuple[Tensor, Tensor]] = []
     captions: list[str] = []
@@ -101,7 +101,7 @@ def encode_photos(
             pictures.append((images[:left], references[:left]))
             captions += batch.captions[kept]
             if text is not None:
-                text.add(pipe, batch.captions[kept], references)
+                text.add(batch.captions[kept], references)
             people += batch.identities[kept]
             bar.update(len(images))
             if len(captions) == count:
@@ -124,7 +124,7 @@ def encode_photos(
 
 
 def encode_by_number(
-    pipe: FluxPipeline,
+    model: LoadedModel | DiffusionPipeline,
     folder: str | Path,
     count: int,
     *,
@@ -142,7 +142,7 @@ def encode_by_number(
     shares = share_out(count, Counter(len(r["subjects"]) for r in training_records(folder)))
     return [
         encode_photos(
-            pipe, folder, num_subjects=number, size=size, reference_size=reference_size, count=samples, seed=seed,
+            model, folder, num_subjects=number, size=size, reference_size=reference_size, count=samples, seed=seed,
             cache=cache, keep_pictures=CHUNK, progress=progress,
         )
         for number, samples in shares.items()

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from multicrafter import UserError
 from multicrafter.models.adapters import AdapterConfig, Adapters
-from multicrafter.models.backbones import backbone_of
 from multicrafter.models.checks import check_finite
 from multicrafter.models.flux.model import Text
+from multicrafter.models.loaded import LoadedModel
 from multicrafter.training.attention import layout_of, noised_velocity, watch_attention
 from multicrafter.training.distillation import DistillationConfig, Pass, distillation_loss, watch_outputs
 from multicrafter.training.distributed import active, all_sum, my_slice, world_size
@@ -360,15 +360,18 @@ class Pretrain:
     """Stage 1 as a `loop.Stage`, on one process or many (`multicrafter.training.distributed`)."""
 
     def __init__(
-        self, pipe: DiffusionPipeline, config: PretrainConfig, scenes: EncodedScenes | Sequence[EncodedScenes]
+        self,
+        model: LoadedModel | DiffusionPipeline,
+        config: PretrainConfig,
+        scenes: EncodedScenes | Sequence[EncodedScenes],
     ) -> None:
         """Attaches adapters to the pipeline's transformer; several `EncodedScenes` are buckets of different layouts."""
         my_slice(config.batch)  # says early that a batch is too small for the processes
-        self.config, self.buckets, self.transformer = config, Buckets(scenes), pipe.transformer
-        self.backbone = backbone_of(pipe)
-        self.text = CachedText(pipe, self.buckets.captions, config.execution.cache, backbone=self.backbone)
-        prepare_transformer(pipe.transformer, config.execution)
-        self.adapters = Adapters(pipe.transformer, config.adapters, seed=config.seed, backbone=self.backbone)
+        self.config, self.buckets, self.model = config, Buckets(scenes), LoadedModel.of(model)
+        self.transformer, backbone = self.model.transformer, self.model.backbone
+        self.text = CachedText(self.model, self.buckets.captions, config.execution.cache)
+        prepare_transformer(self.transformer, config.execution)
+        self.adapters = Adapters(self.transformer, config.adapters, seed=config.seed, backbone=backbone)
         self.trainee = Trainee(self.adapters, config.execution, lr=config.lr, adamw=config.adamw, seed=config.seed)
         self.optimizer, self.generator = self.trainee.optimizer, self.trainee.generator
         self.objective = Objective(config, self.trainee)
@@ -451,7 +454,7 @@ class Pretrain:
 
 @torch.no_grad()
 def measure_leakage(
-    pipe: DiffusionPipeline,
+    model: LoadedModel | DiffusionPipeline,
     scenes: EncodedScenes,
     *,
     direction: Direction,
@@ -461,12 +464,12 @@ def measure_leakage(
     batch: int = 64,
 ) -> Tensor:
     """Attention leakage (n,), mean over subjects, blocks (the double-stream ones by default) and sigmas; NaN where masks hide each other."""
-    return measure_leakages(pipe, scenes, {"": blocks}, direction=direction, sigmas=sigmas, seed=seed, batch=batch)[""]
+    return measure_leakages(model, scenes, {"": blocks}, direction=direction, sigmas=sigmas, seed=seed, batch=batch)[""]
 
 
 @torch.no_grad()
 def measure_leakages(
-    pipe: DiffusionPipeline,
+    model: LoadedModel | DiffusionPipeline,
     scenes: EncodedScenes,
     groups: Mapping[str, Callable[[str], bool] | None],
     *,
@@ -477,14 +480,15 @@ def measure_leakages(
 ) -> dict[str, Tensor]:
     """`measure_leakage` of several groups of blocks, by name, in the same passes."""
     generator = torch.Generator().manual_seed(seed)
-    names = {group: list(attention_blocks(pipe.transformer, blocks)) for group, blocks in groups.items()}
+    model = LoadedModel.of(model)
+    names = {group: list(attention_blocks(model.transformer, blocks)) for group, blocks in groups.items()}
     together = list(dict.fromkeys(name for chosen in names.values() for name in chosen))
-    total, backbone = {group: torch.zeros(len(scenes)) for group in groups}, backbone_of(pipe)
+    total = {group: torch.zeros(len(scenes)) for group in groups}
     for sigma in sigmas:
         for start in range(0, len(scenes), batch):
             part = slice(start, min(start + batch, len(scenes)))
             captured = watch_attention(
-                pipe.transformer, backbone, scenes, part, scenes.encode_text(pipe, backbone, part),
+                model.transformer, model.backbone, scenes, part, scenes.encode_text(model, part),
                 sigma=sigma, generator=generator, direction=direction, blocks=together, keep_blocks=True,
             )  # fmt: skip
             for group, chosen in names.items():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from multicrafter import UserError
 from multicrafter.models.adapters import Adapters
+from multicrafter.models.loaded import LoadedModel
 from multicrafter.training import loop
 from multicrafter.training.align import Align
 from multicrafter.training.align_config import AlignConfig, filled, modern
@@ -66,19 +67,21 @@ def _check_resume(out: Path, run: PretrainConfig | AlignConfig, resume: loop.Res
         raise UserError(f"--resume needs the configuration of {path}, but {', '.join(changed)} changed")
 
 
-def training_scenes(pipe: DiffusionPipeline, config: PretrainConfig) -> EncodedScenes | Sequence[EncodedScenes]:
+def training_scenes(
+    model: LoadedModel | DiffusionPipeline, config: PretrainConfig
+) -> EncodedScenes | Sequence[EncodedScenes]:
     """What stage 1 trains on: drawn scenes, or the photos of ``config.data``."""
     world, cache = config.world, config.execution.cache
     if config.data is None:
-        return encode_scenes(pipe, world, config.num_scenes, seed=config.data_seed, cache=cache)
+        return encode_scenes(model, world, config.num_scenes, seed=config.data_seed, cache=cache)
     return encode_by_number(
-        pipe, config.data, config.num_scenes, size=world.size, reference_size=world.reference_size, seed=config.data_seed,
+        model, config.data, config.num_scenes, size=world.size, reference_size=world.reference_size, seed=config.data_seed,
         cache=cache, progress=is_main() and sys.stderr.isatty(),
     )  # fmt: skip
 
 
 def run_pretrain(
-    pipe: DiffusionPipeline,
+    model: LoadedModel | DiffusionPipeline,
     config: PretrainConfig,
     out: Path,
     *,
@@ -93,8 +96,8 @@ def run_pretrain(
     """
     if resume:
         _check_resume(out, config, resume)
-    scenes = scenes or training_scenes(pipe, config)
-    stage = Pretrain(pipe, config, scenes)
+    scenes = scenes or training_scenes(model, config)
+    stage = Pretrain(model, config, scenes)
     loop.run(
         stage,
         num_steps=config.num_steps,
@@ -108,13 +111,13 @@ def run_pretrain(
     references = max(b.references.shape[1] for b in stage.buckets.buckets)
     stage.trainee.save(
         out, stage=1, num_references=references, steps=config.num_steps, sampling=sampling_notes(config),
-        **sides_of(stage.buckets.buckets[0], stage.backbone.token_side(pipe)),
+        **sides_of(stage.buckets.buckets[0], stage.model.token_side),
     )  # fmt: skip
     return stage.adapters
 
 
 def run_align(
-    pipe: DiffusionPipeline,
+    model: LoadedModel | DiffusionPipeline,
     adapters: Adapters,
     config: AlignConfig,
     out: Path,
@@ -138,8 +141,8 @@ def run_align(
         _check_resume(out, config, resume)
     sizes: dict[str, Any] = {**trained_sizes(adapters.notes)}
     world = WorldConfig(family=family, numbers=(num_references,), shared_attributes=4, **sizes)
-    scenes = scenes or encode_scenes(pipe, world, 512, seed=config.online.seed + 10_000, cache=config.execution.cache)
-    stage = Align(pipe, adapters, config, scenes, reward or tiny_reward(config.reward))
+    scenes = scenes or encode_scenes(model, world, 512, seed=config.online.seed + 10_000, cache=config.execution.cache)
+    stage = Align(model, adapters, config, scenes, reward or tiny_reward(config.reward))
     history = loop.run(
         stage,
         num_steps=config.num_steps,
@@ -152,7 +155,7 @@ def run_align(
     )
     stage.trainee.save(
         out, stage=2, num_references=num_references, steps=config.num_steps, sampling=dict(sampling or {}),
-        **sides_of(scenes, stage.backbone.token_side(pipe)),
+        **sides_of(scenes, stage.model.token_side),
     )  # fmt: skip
     return history
 

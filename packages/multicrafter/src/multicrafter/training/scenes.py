@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from multicrafter import UserError
-from multicrafter.models.backbones import Backbone, backbone_of
 from multicrafter.models.flux.model import Text
+from multicrafter.models.loaded import LoadedModel
 from multicrafter.training.encoding_cache import CachedPictures, ScenesText
 from multicrafter.world import FAMILIES, Scenes, WorldConfig, make_scenes
 
@@ -94,16 +94,16 @@ class EncodedScenes:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def encode_text(self, pipe: Any, backbone: Backbone, rows: Tensor | slice) -> Text:
+    def encode_text(self, model: LoadedModel, rows: Tensor | slice) -> Text:
         """Encoded prompts of some rows: those that are kept, else encoded now."""
         if self.text is not None:
             return self.text(rows)
-        if backbone.text_sees_references:
+        if model.backbone.text_sees_references:
             raise ValueError(
-                f"scenes must hold their text for {backbone.name}, whose prompts are encoded with references"
+                f"scenes must hold their text for {model.backbone.name}, whose prompts are encoded with references"
             )
         captions = self.captions[rows] if isinstance(rows, slice) else [self.captions[int(row)] for row in rows]
-        return backbone.encode_prompts(pipe, captions)
+        return model.encode_prompts(captions)
 
     def context(self, rows: Tensor | slice, device: torch.device | None = None) -> dict[str, Any]:
         """References and grids of some rows, as `Backbone.velocity` takes them."""
@@ -141,7 +141,7 @@ def draw_scenes(
 
 
 def encode_scenes(
-    pipe: DiffusionPipeline,
+    model: LoadedModel | DiffusionPipeline,
     world: WorldConfig,
     count: int,
     *,
@@ -156,10 +156,10 @@ def encode_scenes(
     """
     if len(world.numbers) != 1:
         raise UserError(f"numbers must hold one number of subjects, got {world.numbers}")
-    backbone = backbone_of(pipe)
-    encode = CachedPictures(pipe, cache, backbone=backbone)
-    text = ScenesText(pipe, cache, backbone=backbone) if backbone.text_sees_references else None
-    factor = backbone.token_side(pipe)
+    model = LoadedModel.of(model)
+    encode = CachedPictures(model, cache)
+    text = ScenesText(model, cache) if model.backbone.text_sees_references else None
+    factor = model.token_side
     grid, reference_grid = (world.size // factor,) * 2, (world.reference_size // factor,) * 2
     parts: list[tuple[Tensor, ...]] = []
     captions: list[str] = []
@@ -170,7 +170,7 @@ def encode_scenes(
         described = scenes.captions(FAMILIES[world.family])
         captions += described
         if text is not None:
-            text.add(pipe, described, scenes.references)
+            text.add(described, scenes.references)
         references = encode(scenes.references.flatten(0, 1))
         tokens = encode(scenes.images)
         parts.append(

@@ -1,0 +1,95 @@
+"""A loaded model: one object, made once, in place of a pipeline whose kind everybody guesses anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from multicrafter.models.backbones import Backbone, backbone_of
+from multicrafter.models.flux.model import Text
+from multicrafter.models.flux.packing import Grid
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A pipeline of diffusers and the backbone that knows its parts.
+
+    Attributes:
+        pipe: The pipeline; adapters may sit on its transformer.
+        backbone: How it encodes, decodes, and is asked for a velocity.
+    """
+
+    pipe: Any
+    backbone: Backbone
+
+    @classmethod
+    def of(cls, model: LoadedModel | DiffusionPipeline, backbone: Backbone | None = None) -> LoadedModel:
+        """A loaded model as it is; a bare pipeline with ``backbone``, by default the one known for its class.
+
+        Raises:
+            ValueError: None is known for it.
+        """
+        if isinstance(model, LoadedModel):
+            return model if backbone is None else cls(model.pipe, backbone)
+        return cls(model, backbone or backbone_of(model))
+
+    @property
+    def transformer(self) -> Any:
+        """What velocities come from, and what adapters sit on."""
+        return self.pipe.transformer
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        """Modules that only prompts need."""
+        return self.backbone.text_encoders(self.pipe)
+
+    @property
+    def token_side(self) -> int:
+        """Pixels of a token's side."""
+        return self.backbone.token_side(self.pipe)
+
+    @property
+    def picture_size(self) -> int:
+        """Side of a picture in pixels that the pipeline was made for."""
+        return self.backbone.picture_size(self.pipe)
+
+    def to(self, device: torch.device | str) -> LoadedModel:
+        """Moves the pipeline, and returns itself."""
+        self.pipe.to(device)
+        return self
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Text:
+        """See `Backbone.encode_prompts`, as for the methods below."""
+        return self.backbone.encode_prompts(self.pipe, prompts)
+
+    def encode_prompts_with(
+        self, prompts: Sequence[str], references: Sequence[Sequence[Float[Tensor, "3 h w"]]]
+    ) -> Text:
+        """Encoded prompts, each with its references."""
+        return self.backbone.encode_prompts_with(self.pipe, prompts, references)
+
+    def encode_pictures(self, pictures: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b n d"]:
+        """Tokens of pictures in [0, 1]."""
+        return self.backbone.encode_pictures(self.pipe, pictures)
+
+    def decode_pictures(self, tokens: Float[Tensor, "b n d"], grid: Grid) -> Float[Tensor, "b 3 H W"]:
+        """Pictures in [0, 1] of tokens."""
+        return self.backbone.decode_pictures(self.pipe, tokens, grid)
+
+    def sigmas(self, num_steps: int, num_tokens: int) -> Float[Tensor, " t"]:
+        """Noise levels from 1 to 0, one more than steps."""
+        return self.backbone.sigmas(self.pipe, num_steps, num_tokens)
+
+    def velocity(
+        self, tokens: Float[Tensor, "b n d"], sigma: Float[Tensor, " b"], text: Text, **context: Any
+    ) -> Float[Tensor, "b n d"]:
+        """``noise - latents`` of the image tokens."""
+        return self.backbone.velocity(self.transformer, tokens, sigma, text, **context)
