@@ -1,9 +1,10 @@
-"""Every objective in worlds whose optimum is known, at equal function evaluations, each tuned on the same budget.
+"""Which objective comes nearest to the best policy where that is known on paper, at the same number of function evaluations?
 
-    nice -n 15 python packages/gspo/benchmarks/study_gspo_objectives.py --out benchmarks/results/gspo_objectives.json
-    python packages/gspo/benchmarks/study_gspo_objectives.py --page benchmarks/results/gspo_objectives.json
+    python -m studies.objectives run     # some minutes of one core; goes on where it was interrupted
+    python -m studies.objectives page    # docs/results/objectives.md
 
-A study that is interrupted goes on where it stopped. The page is docs/results/objectives.md.
+Two worlds (`gspo.examples.closed_form`): a Gaussian, and a mixture in the plane. Every method is tuned with the same budget on seeds that the
+tables do not show. Results: benchmarks/results/objectives.json.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from gspo.examples.closed_form import GROUPS, MEMBERS, METHODS, NUM_STEPS, TASKS, Setting, train
+from gspo.examples.closed_form import METHODS, NUM_STEPS, TASKS, Setting, train
+from multicrafter.files import write_whole
 
-sys.path.insert(0, str(Path(__file__).parent))
-from gspo_circumstances import circumstances
+from benchmarks.run import ROOT, circumstances
+from studies import objectives_page
+
+OUT = ROOT / "benchmarks" / "results" / "objectives.json"
 
 LEARNING_RATES = (0.01, 0.03, 0.1)
 CHOICES: dict[str, list[dict[str, object]]] = {
@@ -34,7 +38,7 @@ CHOICES: dict[str, list[dict[str, object]]] = {
     "refl": [{"refl_from": 0.0}, {"refl_from": 0.5}],
     "draft": [{"last_steps": 1}, {"last_steps": NUM_STEPS}],
 }
-TUNING_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
+TUNING_SEED, SEEDS = objectives_page.TUNING_SEED, (0, 1, 2, 3, 4)
 BUDGET = 300_000
 
 
@@ -51,7 +55,7 @@ def record(task_name: str, setting: Setting, seed: int, budget: int) -> dict:
     tail = max(1, len(run.regrets) // 10)
     return {
         "task": task_name, "setting": asdict(setting), "seed": seed, "budget": budget,
-        "evaluations": run.evaluations[::every], "regrets": run.regrets[::every],
+        "evaluations": run.evaluations[::every], "regrets": [float(f"{r:.5g}") for r in run.regrets[::every]],
         "last_regret": run.regrets[-1], "score": statistics.fmean(run.regrets[-tail:]),
         "first_regret": run.regrets[0], "iterations": len(run.regrets) - 1, "seconds": run.seconds,
         "error": (run.policy.coordinates() - task.optimum.coordinates()).tolist(),
@@ -73,13 +77,13 @@ def measure(out: Path, budget: int, seeds: tuple[int, ...]) -> None:
     if out.exists():
         runs = {key(r["task"], r["setting"], r["seed"], r["budget"]): r for r in json.loads(out.read_text())["runs"]}
 
+    here = circumstances()
+
     def get(task: str, setting: Setting, seed: int) -> dict:
         name = key(task, asdict(setting), seed, budget)
         if name not in runs:
             runs[name] = record(task, setting, seed, budget)
-            temporary = out.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"circumstances": circumstances(), "runs": list(runs.values())}))
-            os.replace(temporary, out)
+            write_whole(out, json.dumps({"circumstances": here, "runs": list(runs.values())}))
             print(
                 f"{task} {setting.method} lr {setting.lr:g} seed {seed}: {runs[name]['score']:.2e}, "
                 f"{runs[name]['seconds']:.1f} s of processor time",
@@ -95,24 +99,29 @@ def measure(out: Path, budget: int, seeds: tuple[int, ...]) -> None:
                 get(task, best, seed)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="runs are added to this file")
-    parser.add_argument("--page", type=Path, help="write the page from this file")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m studies.objectives", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("run", "page"))
+    parser.add_argument(
+        "--out", type=Path, default=OUT, help="runs are added to this file, and the page is made from it"
+    )
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "results", help="folder of the page")
     parser.add_argument("--budget", type=int, default=BUDGET, help=f"function evaluations of a run (default {BUDGET})")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="seeds of the comparison")
-    options = parser.parse_args()
-    if options.out is None and options.page is None:
-        parser.error("give --out to measure or --page to write the page")
+    options = parser.parse_args(arguments)
+    for name, least in (("budget", 1), ("seeds", 2)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
+    if options.what == "page" and not options.out.is_file():
+        parser.error(f"--out must be a file that `run` has written, got {options.out}")
     torch.set_num_threads(1)
-    if options.out:
+    if options.what == "run":
         measure(options.out, options.budget, tuple(range(options.seeds)))
-    if options.page:
-        from gspo_objectives_page import write
-
-        write(options.page, groups=GROUPS, members=MEMBERS)
+    else:
+        objectives_page.write(options.out, options.docs)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""The study of objectives in miniature: it tunes, goes on where it stopped, and its page says what was found."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+
+import pytest
+import torch
+from gspo.examples.closed_form import METHODS, TASKS
+
+from studies import objectives, objectives_page
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    out = tmp_path_factory.mktemp("objectives") / "objectives.json"
+    before = objectives.LEARNING_RATES
+    objectives.LEARNING_RATES = (0.03, 0.1)
+    try:
+        threads = torch.get_num_threads()
+        assert objectives.main(["run", "--out", str(out), "--budget", "2100", "--seeds", "2"]) == 0
+        torch.set_num_threads(threads)
+    finally:
+        objectives.LEARNING_RATES = before
+    return out
+
+
+def test_every_method_is_tuned_alike_on_another_seed(recorded):
+    runs = json.loads(recorded.read_text())["runs"]
+    for task in TASKS:
+        for method in METHODS:
+            mine = [r for r in runs if (r["task"], r["setting"]["method"]) == (task, method)]
+            tuning = [r for r in mine if r["seed"] == objectives.TUNING_SEED]
+            assert len(tuning) == 4 and len({json.dumps(r["setting"]) for r in tuning}) == 4
+            shown = [r for r in mine if r["seed"] != objectives.TUNING_SEED]
+            assert sorted(r["seed"] for r in shown) == [0, 1]
+            assert all(r["setting"] == min(tuning, key=lambda r: r["score"])["setting"] for r in shown)
+            assert all(r["evaluations"][0] == 0 and r["budget"] == 2100 for r in mine)
+
+
+def test_what_is_recorded_is_not_done_again(recorded, monkeypatch):
+    monkeypatch.setattr(objectives, "LEARNING_RATES", (0.03, 0.1))
+    monkeypatch.setattr(objectives, "record", lambda *arguments: pytest.fail("done again"))
+    before = recorded.read_bytes()
+    objectives.measure(recorded, 2100, (0, 1))
+    assert recorded.read_bytes() == before
+
+
+def test_page_says_what_the_records_say(recorded, tmp_path):
+    assert objectives.main(["page", "--out", str(recorded), "--docs", str(tmp_path)]) == 0
+    page = (tmp_path / "objectives.md").read_text()
+    assert (tmp_path / "objectives.png").stat().st_size > 10_000
+    assert all(page.count(f"| {name} |") >= 2 for name in objectives_page.NAMES.values())
+    for task in TASKS:
+        assert f"In the {task} world" in page
+    assert set(objectives_page.NAMES) == set(METHODS)
+
+
+def test_distance_is_that_of_the_mean_in_its_standard_errors():
+    errors = [[0.1, 0.0, 0.2, 0.1], [0.3, 0.2, 0.2, -0.1], [0.2, 0.1, 0.5, 0.0]]
+    found = objectives_page.distance([{"error": e} for e in errors], "gaussian")
+    columns = list(zip(*errors, strict=True))
+    means = [statistics.fmean(c) for c in columns]
+    spread = [statistics.variance(c) / 3 for c in columns]
+    assert found.mean == pytest.approx(math.sqrt(statistics.fmean(m * m for m in means)))
+    assert found.deviation == pytest.approx(found.mean / math.sqrt(statistics.fmean(spread)))
+
+
+def test_a_method_that_stopped_half_way_is_told_from_one_that_is_off():
+    task = TASKS["gaussian"]()
+    back = task.start().coordinates() - task.optimum.coordinates()
+    jitter = torch.tensor([1e-3, -1e-3, 1e-3, -1e-3])
+    half = [{"error": (0.5 * back + s * jitter).tolist()} for s in (-1, 0, 1)]
+    found = objectives_page.distance(half, "gaussian")
+    assert (found.left, found.along) == (pytest.approx(0.5), pytest.approx(1.0)) and found.deviation > 2
+    aside = torch.tensor([0.0, 0.0, 0.0, 1.0])  # across the way
+    off = objectives_page.distance([{"error": (aside + s * jitter).tolist()} for s in (-1, 0, 1)], "gaussian")
+    assert abs(off.along) < 1e-6 and off.deviation > 2
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run", "--budget", "0"], ["run", "--seeds", "1"], ["page", "--out", "/nowhere/x.json"]]
+)
+def test_wrong_arguments_end_with_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        objectives.main(arguments)
+    assert stop.value.code == 2 and arguments[1] in capsys.readouterr().err
