@@ -1,4 +1,4 @@
-# make demo | test | test-all | fuzz | check | wheels | lowest | bench | docs | clean
+# make demo | test | test-all | test-serve | fuzz | check | wheels | lowest | bench | docs | clean
 # Needs python3 >= 3.11 and a package index. Everything is installed inside this folder: hatch into .hatch/, the
 # environment into .venv/ (some 7 GB); the system Python is never touched. `make clean` removes both.
 SHELL := /bin/bash
@@ -14,13 +14,14 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 HATCH := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	HATCH_CONFIG=.hatch/config.toml HATCH_DATA_DIR=.hatch/data HATCH_CACHE_DIR=.hatch/cache .hatch/bin/python -m hatch
 
-.PHONY: demo test test-all fuzz check wheels lowest bench bench-science bench-science-smoke docs clean environment help
+.PHONY: demo test test-all test-serve fuzz check wheels lowest bench bench-science bench-science-smoke docs clean environment help
 .PHONY: check-style check-types check-imports check-fragments check-doctests
 
 help:
 	@echo "make demo      train both stages on the shipped tiny model, evaluate, write a report into runs/demo"
 	@echo "make test      the tests that take seconds ($(WORKERS) workers; WORKERS=4 for more)"
 	@echo "make test-all  the slow ones as well"
+	@echo "make test-serve  the web page in a Chromium (apt-get install chromium), in an environment of its own"
 	@echo "make fuzz      wrong input of every kind, FUZZ=1000 examples of each"
 	@echo "make check     ruff, mypy, import rules, changelog fragments, doctests, docs"
 	@echo "make wheels    wheels and source archives into dist/ (PACKAGES=gspo for one), and their tests"
@@ -39,6 +40,17 @@ test: environment
 
 test-all: environment
 	$(RUN) -m pytest -m "not gpu"
+
+# gradio asks for older versions of two packages than constraints.txt has, so it sits in an environment on top of .venv.
+test-serve: .venv-serve/.ready
+	$(ONE_THREAD) .venv-serve/bin/python -m pytest packages/multicrafter/tests/test_multicrafter_serve*.py tests/test_repo_space.py
+
+.venv-serve/.ready: constraints-serve.txt $(READY)
+	rm -rf .venv-serve && $(RUN) -m venv .venv-serve
+	echo "import site; site.addsitedir('$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	  > $$(.venv-serve/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	.venv-serve/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-serve.txt
+	@touch $@
 
 fuzz: environment
 	FUZZ=$${FUZZ:-1000} $(ONE_THREAD) $(RUN) -m pytest packages/multicrafter/tests/test_multicrafter_fuzz.py
@@ -118,4 +130,4 @@ $(READY): $(INPUTS) | .hatch/.ready
 	@touch $@
 
 clean:
-	rm -rf .venv .hatch .lowest dist runs site .benchmarks .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-serve .hatch .lowest dist runs site .benchmarks .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -23,6 +23,7 @@ from multicrafter.cli import (
     plan,
     pretrain,
     report,
+    serve,
 )
 
 ROWS = (
@@ -58,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
         leaderboard,
         report,
         plan,
+        serve,
     ):
         command.add_parser(commands)
     return top

@@ -9,32 +9,23 @@ from typing import Any
 from multicrafter import UserError
 from multicrafter.cli.options import add_command, positive
 
-SIDE = 128
-
 
 def draw_references(arguments: argparse.Namespace) -> int:
     """References and a caption of the drawn world, of people that no model has seen: something to try generate with."""
-    import torch
-
     from multicrafter.files import write_whole
     from multicrafter.pipeline import to_image
-    from multicrafter.world import FAMILIES, WorldConfig, make_references, make_scenes
+    from multicrafter.world.strangers import strangers
 
     out: Path = arguments.out
     names = [out / f"{chr(97 + i)}.png" for i in range(arguments.number)]
     there = [path for path in [*names, out / "caption.txt"] if path.exists()]
     if there:
         raise UserError(f"--out must not hold {there[0].name} yet, but {out} does; name another folder")
-    generator = torch.Generator().manual_seed(arguments.seed)
-    world = WorldConfig(family="people", split="test", numbers=(arguments.number,), shared_attributes=2)
-    scene = make_scenes(1, world, generator)
-    family = FAMILIES["people"]
-    portraits = make_references(family, scene.identities[0], SIDE, generator)
+    portraits, text = strangers(arguments.number, arguments.seed)
     out.mkdir(parents=True, exist_ok=True)
     for path, portrait in zip(names, portraits, strict=True):
         to_image(portrait).save(path)
         print(path)
-    text = scene.captions(family)[0]
     print(write_whole(out / "caption.txt", text + "\n"))
     given = " ".join(f"--reference {path}" for path in names)
     print(

@@ -12,8 +12,8 @@ from multicrafter import UserError, user_input
 from multicrafter.cli.options import (
     add_command,
     binding,
-    finder,
     force_option,
+    loaded_pipeline,
     positive,
     real,
     separation_options,
@@ -50,10 +50,7 @@ def generate(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from multicrafter.files import appearing
-    from multicrafter.models.backbones import get_backbone
     from multicrafter.models.loading import get_device, get_dtype
-    from multicrafter.pipeline import MultiCrafterPipeline
-    from multicrafter.world import shipped_adapter
 
     if not arguments.reference:
         raise UserError("--reference must be given at least once, got none")
@@ -85,16 +82,7 @@ def generate(arguments: argparse.Namespace) -> int:
             pictures=arguments.num_images, device=arguments.device,
         )  # fmt: skip
         require_weights(arguments.model, dtype, device=arguments.device)
-    adapter = arguments.adapter
-    if adapter is None and arguments.model is None:
-        adapter = shipped_adapter()
-    elif str(adapter) == "none":
-        adapter = None
-    pipeline = MultiCrafterPipeline.from_pretrained(
-        arguments.model, adapter=adapter, dtype=arguments.dtype, device=arguments.device,
-        backbone=get_backbone(arguments.backbone) if arguments.backbone else None,
-        finder=finder(arguments.finder, arguments.model),
-    )  # fmt: skip
+    pipeline = loaded_pipeline(arguments)
     kept_apart = binding(arguments, pipeline.notes)
     if masks is not None and kept_apart.mode != "masks":
         raise UserError(f"--mask is for --separation masks, got --separation {kept_apart.mode}")
@@ -102,7 +90,7 @@ def generate(arguments: argparse.Namespace) -> int:
     for source, weight in loras:
         pipeline.load_lora(source, weight=weight)
     if len(references) > pipeline.max_references:
-        what = "the adapter was" if adapter else "a base without adapter is"
+        what = "the adapter was" if pipeline.adapters is not None else "a base without adapter is"
         logger.warning(
             f"{len(references)} references, but {what} trained for {pipeline.max_references}; expect blending"
         )

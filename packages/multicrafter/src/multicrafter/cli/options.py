@@ -104,6 +104,11 @@ def separation_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--bind-at", type=real, help="noise level at which --separation in-flight looks for places; default: 0.95"
     )
+    finder_option(sub)
+
+
+def finder_option(sub: argparse.ArgumentParser) -> None:
+    """``--finder``."""
     sub.add_argument(
         "--finder", choices=("auto", "people", "maps", "dlib", "insightface"), default="auto",
         help="what finds subjects in a draft: the drawn world's people, the attention maps alone, or a face detector; auto: people for "
@@ -138,3 +143,21 @@ def finder(name: str, model: str | None) -> Any:
     face_of_a_person = (1.5, 0.8, 1.5, 5.0)  # a standing person round a face, in faces
     with user_input("--finder"):
         return IdentityFinder(backend=get_face_backend(name), grow=face_of_a_person)  # type: ignore[arg-type]
+
+
+def loaded_pipeline(arguments: argparse.Namespace) -> Any:
+    """The pipeline of --model, --adapter, --finder, --dtype, --device and --backbone; without a model, the tiny one with its adapter."""
+    from multicrafter.models.backbones import get_backbone
+    from multicrafter.pipeline import MultiCrafterPipeline
+    from multicrafter.world import shipped_adapter
+
+    adapter = arguments.adapter
+    if adapter is None and arguments.model is None:
+        adapter = shipped_adapter()
+    elif str(adapter) == "none":
+        adapter = None
+    return MultiCrafterPipeline.from_pretrained(
+        arguments.model, adapter=adapter, dtype=arguments.dtype, device=arguments.device,
+        backbone=get_backbone(arguments.backbone) if arguments.backbone else None,
+        finder=finder(arguments.finder, arguments.model),
+    )  # fmt: skip
