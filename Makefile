@@ -130,4 +130,4 @@ $(READY): $(INPUTS) | .hatch/.ready
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-serve .hatch .lowest dist runs site .benchmarks .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-serve .hatch .lowest dist runs site .benchmarks .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .cache .hypothesis
