@@ -259,6 +259,26 @@ def test_leaf_in_a_clean_environment(wheels, name, tmp_path):
     subprocess.run([python, "-c", "\n".join(snippets)], cwd=tmp_path, check=True)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEAVES)
+def test_a_source_archive_is_tested_alone(sdists, name, tmp_path):
+    """Unpacked, in an environment with what `[test]` brings and nothing else: its tests pass, and those left out say what they need."""
+    with tarfile.open(sdists[name]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    venv.create(tmp_path / "env", with_pip=True)
+    python = str(tmp_path / "env" / "bin" / "python")
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), ".[test]"], cwd=folder, check=True
+    )
+    clean = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [python, "-m", "pytest", "-q", "-rs", "-m", "not slow", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    skipped = re.findall(r"^SKIPPED .*", done.stdout, re.M)
+    assert skipped and [line for line in skipped if "needs" not in line] == []
+
+
 def everything_but_ours(folder: Path) -> Path:
     """A folder with what is installed here except our five packages, for an environment that must not find them."""
     folder.mkdir()

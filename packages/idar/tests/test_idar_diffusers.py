@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="needs idar[diffusers]")
 
 from diffusers import FluxTransformer2DModel
 from idar import SubjectLayout, idar_loss

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("numpy")
-pytest.importorskip("PIL")
-pytest.importorskip("diffusers")
+pytest.importorskip("numpy", reason="needs idar[diffusers]")
+pytest.importorskip("PIL", reason="needs idar[diffusers]")
+pytest.importorskip("diffusers", reason="needs idar[diffusers]")
 
 import numpy as np
 from hypothesis import given, settings

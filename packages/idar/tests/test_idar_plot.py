@@ -9,7 +9,7 @@ import torch
 from idar import attention_profile
 from idar.plot import plot_blocks, plot_maps, plot_profile, short_names
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason="needs idar[plot]")
 GRID = (4, 6)
 
 

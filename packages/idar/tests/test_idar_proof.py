@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="needs idar[diffusers]")
 
 from diffusers import FluxTransformer2DModel
 from idar import SubjectLayout, idar_loss, leakage, peak_in_mask

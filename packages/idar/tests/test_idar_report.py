@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
-pytest.importorskip("transformers")
-pytest.importorskip("matplotlib")
+pytest.importorskip("diffusers", reason="needs idar[diffusers]")
+pytest.importorskip("transformers", reason="needs idar[diffusers]")
+pytest.importorskip("matplotlib", reason="needs idar[plot]")
 
 from diffusers import (
     AutoencoderKL,

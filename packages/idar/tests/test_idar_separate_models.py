@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="needs idar[diffusers]")
 
 from diffusers import (
     Flux2Transformer2DModel,

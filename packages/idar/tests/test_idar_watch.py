@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
-pytest.importorskip("PIL")
+pytest.importorskip("diffusers", reason="needs idar[diffusers]")
+pytest.importorskip("PIL", reason="needs idar[diffusers]")
 
 from diffusers import (
     AutoencoderKLFlux2,
@@ -62,7 +62,7 @@ def test_one_call_gives_maps_leakage_and_a_figure(pipeline: type, tmp_path: Path
     torch.testing.assert_close(found.leakage, leakage(maps[None], truth)[0])
     torch.testing.assert_close(found.overlap, map_overlap(maps[None])[0])
     assert found.masks_given and str(found).startswith(f"Ann: leakage {found.leakage[0]:.3f}, overlap")
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs idar[plot]")
     assert found._repr_png_()[:4] == b"\x89PNG"
     found.figure(tmp_path / "watch.png")
     assert (tmp_path / "watch.png").stat().st_size > 1000
