@@ -30,7 +30,7 @@ from gspo.sde import Kernel
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.photos import BuildConfig, FilterConfig, ReferenceConfig, WriteConfig, build
 from multicrafter.pipeline import MultiCrafterPipeline
-from multicrafter.scoring.evaluate import EvaluateConfig, Judges, evaluate
+from multicrafter.scoring.evaluate import EvaluateConfig, WorldJudges, evaluate
 from multicrafter.training.align import Align
 from multicrafter.training.align_config import AlignConfig
 from multicrafter.training.precision import ExecutionConfig
@@ -185,7 +185,7 @@ def steps(stage: Any, number: int, names: tuple[str, ...]) -> Trace:
     from multicrafter.training import distributed
 
     history = [stage.step(index) for index in range(number)]
-    state = {name: distributed.whole(t.detach()) for name, t in stage.adapters.named_parameters()}
+    state = {name: distributed.unsharded(t.detach()) for name, t in stage.adapters.named_parameters()}
     norms = [float(torch.stack([t.double().norm() for t in state.values()]).norm())]
     return {
         **{name: [float(metrics[name]) for metrics in history if name in metrics] for name in names},
@@ -262,7 +262,7 @@ def trace_evaluation(folder: Path) -> Trace:
         num_sampling_steps=4, guidance=2.5, seed=1000,
     )  # fmt: skip
     scenes = encode_scenes(pipe, config.world(), config.num_cases, seed=config.seed)
-    metrics, pictures = evaluate(pipe, scenes, Judges.load(), config)
+    metrics, pictures = evaluate(pipe, scenes, WorldJudges.load(), config)
     return {
         **{name: [float(v) for v in values] for name, values in sorted(metrics.items())},
         "mean": [float(pictures.mean())],

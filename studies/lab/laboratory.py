@@ -31,7 +31,7 @@ from multicrafter.models.adapters import fingerprint
 from multicrafter.models.binding import IdentityFinder
 from multicrafter.models.loading import load_flux
 from multicrafter.pipeline import MultiCrafterPipeline
-from multicrafter.scoring.evaluate import EvaluateConfig, Judges, draw_cases, score_pictures
+from multicrafter.scoring.evaluate import EvaluateConfig, WorldJudges, draw_cases, score_pictures
 from multicrafter.training.pretrain import measure_leakages
 from multicrafter.training.runs import run_align, run_pretrain
 from multicrafter.training.scenes import EncodedScenes, encode_scenes
@@ -96,7 +96,7 @@ class Laboratory:
     patience: float = -1
     _scenes: dict[str, EncodedScenes] = field(default_factory=dict)
     _prints: dict[Base, str] = field(default_factory=dict)
-    _judges: dict[str, Judges] = field(default_factory=dict)
+    _judges: dict[str, WorldJudges] = field(default_factory=dict)
 
     @classmethod
     def full(cls) -> Laboratory:
@@ -128,10 +128,10 @@ class Laboratory:
                     RECIPES[name](folder, minutes=minutes * self.judge_share, seed=seed, family=FAMILIES[family])
         return folder
 
-    def judges(self, family: str) -> Judges:
+    def judges(self, family: str) -> WorldJudges:
         """Readers and judges of a family."""
         if family not in self._judges:
-            self._judges[family] = Judges.load(self.judges_folder(family))
+            self._judges[family] = WorldJudges.load(self.judges_folder(family))
         return self._judges[family]
 
     def base_folder(self, base: Base) -> Path:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from id_reward import match
 from jaxtyping import Float
-from multicrafter.scoring.evaluate import Interval, Judges, bootstrap
+from multicrafter.scoring.evaluate import Interval, WorldJudges, bootstrap
 from multicrafter.training.scenes import EncodedScenes
 from multicrafter.world import FAMILIES, Scenes, WorldConfig, make_scenes
 from multicrafter.world.judges.train import soften
@@ -80,7 +80,7 @@ class PoseReader:
 
     @classmethod
     @torch.enable_grad()
-    def train(cls, judges: Judges, *, steps: int = STEPS, seed: int = 0) -> PoseReader:
+    def train(cls, judges: WorldJudges, *, steps: int = STEPS, seed: int = 0) -> PoseReader:
         """Trains on drawn people, and measures R^2 on those of the test split, found by the reader of truth."""
         torch.manual_seed(seed)
         generator, network = torch.Generator().manual_seed(seed), build()
@@ -105,7 +105,7 @@ class PoseReader:
         )
         return reader
 
-    def measure(self, judges: Judges, scenes: Scenes) -> dict[str, float]:
+    def measure(self, judges: WorldJudges, scenes: Scenes) -> dict[str, float]:
         """R^2 = 1 - residual / variance, by name, of people that the reader of truth finds in drawn scenes; and of the heights of its boxes."""
         got, want = [], []
         for number, reading in enumerate(judges.reader.read(scenes.images)):
@@ -149,7 +149,7 @@ def people(truth: Tensor, read: Tensor) -> Sequence[tuple[int, int]]:
     return match(((truth[:, None] == read[None]) & visible[:, None]).sum(-1).double().numpy()).pairs
 
 
-def copy_scores(pictures: Tensor, scenes: EncodedScenes, judges: Judges, reader: PoseReader) -> Copies:
+def copy_scores(pictures: Tensor, scenes: EncodedScenes, judges: WorldJudges, reader: PoseReader) -> Copies:
     """Pose, height and brightness of generated people, and of the references that they come from."""
     assert (
         scenes.reference_poses is not None
@@ -201,7 +201,7 @@ def slopes(
     return found
 
 
-def reader_at(path: Path, judges: Judges, *, steps: int = STEPS) -> Any:
+def reader_at(path: Path, judges: WorldJudges, *, steps: int = STEPS) -> Any:
     """The reader kept at ``path``, trained first if it is not there."""
     if not path.is_file():
         PoseReader.train(judges, steps=steps).save(path)

@@ -85,7 +85,7 @@ def save_state(stage, path):
     state = {f"ema.{n}": t for n, t in stage.trainee.ema.items()}
     for name, parameter in stage.adapters.named_parameters():
         state |= {name: parameter} if parameter.grad is None else {name: parameter, f"grad.{name}": parameter.grad}
-    whole = {n: distributed.whole(t.detach()).contiguous() for n, t in state.items()}
+    whole = {n: distributed.unsharded(t.detach()).contiguous() for n, t in state.items()}
     if distributed.is_main():
         save_file(whole, path)
 

@@ -12,7 +12,7 @@ from multicrafter.demo.figures import subject_maps
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.binding import BindingConfig
-from multicrafter.scoring.evaluate import METRICS, EvaluateConfig, Judges, cases, evaluate, generate_cases
+from multicrafter.scoring.evaluate import METRICS, EvaluateConfig, WorldJudges, cases, evaluate, generate_cases
 from multicrafter.training.align import Align
 from multicrafter.training.align_config import AlignConfig
 from multicrafter.training.precision import ExecutionConfig
@@ -124,11 +124,11 @@ def test_every_backbone_can_be_evaluated_and_looked_at(name):
     pipe = make(name)
     config = EvaluateConfig(num_cases=2, num_sampling_steps=2)
     scenes = cases(pipe, config)
-    metrics, pictures = evaluate(pipe, scenes, Judges.load(), config)
+    metrics, pictures = evaluate(pipe, scenes, WorldJudges.load(), config)
     assert pictures.shape == scenes.images.shape
     assert metrics.keys() == METRICS.keys() - {"found"}
     bound = replace(config, separation=BindingConfig(mode="draft", draft_steps=1))
-    kept_apart, other_pictures = evaluate(pipe, scenes, Judges.load(), bound)
+    kept_apart, other_pictures = evaluate(pipe, scenes, WorldJudges.load(), bound)
     assert kept_apart.keys() == METRICS.keys()
     given = generate_cases(pipe, scenes, replace(config, separation=BindingConfig(mode="masks")))
     assert not torch.equal(given, pictures) and other_pictures.shape == pictures.shape

@@ -17,6 +17,7 @@ from multicrafter import UserError
 from multicrafter.training import checkpoint, distributed
 from multicrafter.training.checkpoint import find_checkpoint
 from multicrafter.training.distributed import my_groups, my_slice
+from multicrafter.training.noise import SlicedNoise
 from multicrafter.training.scenes import Buckets
 from multicrafter.training.trainee import global_aux_loss
 from safetensors.torch import load_file
@@ -261,6 +262,18 @@ def test_the_old_name_of_shared_groups_is_gspos_and_says_so():
     with pytest.warns(DeprecationWarning, match=r"my_groups is now gspo.share_groups"):
         share = my_groups(2, 6, rank_=3, ranks=4)
     assert share == gspo.share_groups(2, 6, rank=3, num_ranks=4) and share.num_members == 3
+
+
+@pytest.mark.parametrize("rows", [range(6), [1, 4]])
+def test_the_old_name_of_shared_noise_draws_the_same_and_says_so(rows):
+    x, v, mine = torch.randn(6, 4, 3), torch.randn(6, 4, 3), torch.tensor(list(rows))
+    whole = gspo.FlowSDE().step(x, v, 0.8, 0.6, generator=torch.Generator().manual_seed(5))
+    with pytest.warns(DeprecationWarning, match=r"SlicedNoise is now gspo.shared_noise"):
+        sliced = SlicedNoise(gspo.FlowSDE(), mine, 6)
+    part = sliced.step(x[mine], v[mine], 0.8, 0.6, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(part.next_latents, whole.next_latents[mine])
+    again = sliced.step(x[mine], v[mine], 0.8, 0.6, next_latents=part.next_latents)
+    torch.testing.assert_close(again.log_prob_mean, whole.log_prob_mean[mine])
 
 
 def test_a_batch_that_does_not_spread_over_the_processes_is_refused_in_one_sentence(monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from multicrafter.files import write_json
-from multicrafter.scoring.evaluate import Interval, Judges, bootstrap, difference, score_attributes, score_pictures
+from multicrafter.scoring.evaluate import Interval, WorldJudges, bootstrap, difference, score_attributes, score_pictures
 from multicrafter.training.scenes import EncodedScenes
 from multicrafter.world import PEOPLE, WorldConfig, make_scenes
 from multicrafter.world.judges.aesthetics import aesthetics, colourfulness, sharpness
@@ -21,7 +21,7 @@ STRANGER = torch.tensor([1, 5, 0, 6, 7, 3, 1, 2])
 
 @pytest.fixture(scope="module")
 def judges():
-    return Judges.load()
+    return WorldJudges.load()
 
 
 @pytest.fixture(scope="module")

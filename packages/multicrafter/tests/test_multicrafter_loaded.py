@@ -14,7 +14,7 @@ from multicrafter.models.backbones import Flux1, backbone_of
 from multicrafter.models.loaded import LoadedModel
 from multicrafter.models.loading import load_flux, load_model
 from multicrafter.pipeline import MultiCrafterPipeline
-from multicrafter.scoring.evaluate import EvaluateConfig, Judges, cases, evaluate
+from multicrafter.scoring.evaluate import EvaluateConfig, WorldJudges, cases, evaluate
 from multicrafter.training.align_config import AlignConfig
 from multicrafter.training.pretrain import PretrainConfig
 from multicrafter.training.runs import run_align, run_pretrain
@@ -79,7 +79,7 @@ def test_a_backbone_of_ones_own_trains_both_stages_draws_and_is_scored(pipe, tmp
     run_align(model, adapters, AlignConfig(num_steps=1, prompts=1, online=online), tmp_path / "two")
     config = EvaluateConfig(num_cases=2, num_sampling_steps=2)
     scenes = cases(model, config)
-    metrics, pictures = evaluate(model, scenes, Judges.load(), config)
+    metrics, pictures = evaluate(model, scenes, WorldJudges.load(), config)
     assert len(metrics["identity"]) == 2
-    upright = evaluate(replace(model, backbone=Flux1()), scenes, Judges.load(), config)[1]
+    upright = evaluate(replace(model, backbone=Flux1()), scenes, WorldJudges.load(), config)[1]
     assert torch.equal(pictures, upright.flip(2)), "its own decoder drew them"

@@ -18,7 +18,7 @@ from multicrafter.models.backbones import get_backbone
 from multicrafter.plan import CARDS, Card, card_for, measure, predict, require_memory, require_weights
 from multicrafter.plan.estimate import rows_of, shape_of, transformer_config, with_cache
 from multicrafter.plan.steps import Shape
-from multicrafter.plan.tracker import Answers, Tracker
+from multicrafter.plan.tracker import Answers, MemoryTracker
 from multicrafter.training.precision import ExecutionConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -31,7 +31,7 @@ BIG = Card(name="big", memory=1e15, tflops=100.0, bandwidth=1000.0, link=10.0)
 
 
 def test_live_bytes_by_hand():
-    tracker = Tracker()
+    tracker = MemoryTracker()
     outside = torch.ones(1000)
     assert tracker.track([outside, outside[:10], outside.view(10, 100)]) == 4000
     with tracker.phase():
@@ -53,7 +53,7 @@ def test_live_bytes_by_hand():
 
 def test_what_autograd_keeps_is_live():
     x, w = torch.ones(8, 16, requires_grad=True), torch.ones(16, 16, requires_grad=True)
-    tracker = Tracker()
+    tracker = MemoryTracker()
     tracker.track([x, w])
     with tracker.phase():
         loss = (x @ w).square().sum()
@@ -67,7 +67,7 @@ def test_what_autograd_keeps_is_live():
 
 def test_operations_by_hand():
     """Matrix products 2 m n k, attention 4 n^2 d a head forward and 2.5 times that backward, experts 2 n k r (d + o)."""
-    tracker = Tracker()
+    tracker = MemoryTracker()
     with tracker.phase():
         torch.ones(3, 4) @ torch.ones(4, 5)
     assert tracker.flops == 2 * 3 * 4 * 5

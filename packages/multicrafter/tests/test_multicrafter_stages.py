@@ -20,7 +20,7 @@ from multicrafter.training import loop
 from multicrafter.training.align import Align
 from multicrafter.training.align_config import AlignConfig
 from multicrafter.training.attention import layout_of
-from multicrafter.training.distillation import DistillationConfig, Pass, distillation_loss, watch_outputs
+from multicrafter.training.distillation import DistillationConfig, PassOutputs, distillation_loss, watch_outputs
 from multicrafter.training.pretrain import (
     IDARConfig,
     Objective,
@@ -433,7 +433,7 @@ class TestDistillation:
 
     def test_the_loss_is_the_formula(self):
         g = torch.Generator().manual_seed(0)
-        student, teacher = Pass(), Pass()
+        student, teacher = PassOutputs(), PassOutputs()
         for one in (student, teacher):
             one.velocity = torch.randn(3, 5, 2, generator=g)
             one.attention = [torch.randn(3, n, 4, generator=g) for n in (5, 7)]

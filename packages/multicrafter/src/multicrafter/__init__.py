@@ -5,7 +5,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
@@ -123,14 +123,32 @@ def _warn(old: str, new: str) -> None:
     warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
-def _moved_out(module: str, name: str) -> Any:
-    """What moved out of a module that had this old name."""
+def _moved_out(module: str, otherwise: Callable[[str], Any] | None, name: str) -> Any:
+    """What moved out of a module that had this old name, or is called otherwise in it."""
     new = _MOVED_OUT.get(f"{module}.{name}")
+    if new is None and otherwise is not None:
+        return otherwise(name)
     if new is None:
         raise AttributeError(f"module 'multicrafter.{_today(module)}' has no attribute {name!r}")
     _warn(f"{module}.{name}", new)
     home, _, now = new.rpartition(".")
     return getattr(importlib.import_module(f"multicrafter.{home}"), now)
+
+
+def renamed(module: str, names: Mapping[str, str]) -> None:
+    """Says of a module which names in it are called otherwise now; the old ones work until 0.3, with a warning."""
+    otherwise = vars(sys.modules[module]).get("__getattr__")
+
+    def find(name: str) -> Any:
+        if name not in names and otherwise is not None:
+            return otherwise(name)
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        inside = module.removeprefix("multicrafter.")
+        _warn(f"{inside}.{name}", f"{inside}.{names[name]}")
+        return getattr(sys.modules[module], names[name])
+
+    vars(sys.modules[module])["__getattr__"] = find
 
 
 class _OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -148,7 +166,9 @@ class _OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             _warn(old, new)
             found = sys.modules[module.__name__] = importlib.import_module(f"multicrafter.{new}")
             if any(name.rpartition(".")[0] == old for name in _MOVED_OUT):
-                vars(found).setdefault("__getattr__", partial(_moved_out, old))
+                before = vars(found).get("__getattr__")
+                if not isinstance(before, partial):
+                    vars(found)["__getattr__"] = partial(_moved_out, old, before)
 
 
 sys.meta_path.insert(0, _OldNames())

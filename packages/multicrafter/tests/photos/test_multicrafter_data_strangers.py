@@ -91,7 +91,7 @@ def test_everybody_found_is_a_target_as_before(few, make_config, tmp_path, monke
 
 def test_a_face_that_is_found_but_too_small_is_a_stranger_too(few, make_config, tmp_path):
     from multicrafter.photos.people import Face
-    from multicrafter.photos.run import Run
+    from multicrafter.photos.run import BuildRun
     from multicrafter.photos.scan import PhotoNote
     from multicrafter.photos.select import Photo, sort_faces
 
@@ -99,7 +99,7 @@ def test_a_face_that_is_found_but_too_small_is_a_stranger_too(few, make_config, 
     faces = [Face(i, box, box, 1.0, np.ones(2)) for i, box in enumerate([(0, 0, 20, 20), (40, 0, 44, 4)])]
     photo = Photo("a.png", "a", 64, 64, 0, 1.0, PhotoNote(), "", faces=faces)
     sort_faces(photo, config.filter, config.privacy)
-    run = Run.__new__(Run)
+    run = BuildRun.__new__(BuildRun)
     run.photos, run.config, run.drops, run.timing = few, config, [], {}
     run.stage = lambda stage, jobs: ({job.key: {"boxes": []} for job in jobs}, "")
     assert run.without_strangers([photo]) == []

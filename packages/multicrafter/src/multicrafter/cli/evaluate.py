@@ -20,7 +20,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         return score(arguments)
     from multicrafter.files import write_json
     from multicrafter.pipeline import MultiCrafterPipeline
-    from multicrafter.scoring.evaluate import METRICS, EvaluateConfig, Judges, cases, summarise, table
+    from multicrafter.scoring.evaluate import METRICS, EvaluateConfig, WorldJudges, cases, summarise, table
     from multicrafter.scoring.evaluate import evaluate as run
     from multicrafter.world import judges
 
@@ -34,7 +34,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         num_sampling_steps=arguments.steps or loaded.num_steps, guidance=arguments.guidance or loaded.guidance,
         separation=binding(arguments, loaded.notes), size=loaded.size, reference_size=loaded.reference_size,
     )  # fmt: skip
-    metrics, _ = run(loaded.model, cases(loaded.model, config), Judges.load(), config)
+    metrics, _ = run(loaded.model, cases(loaded.model, config), WorldJudges.load(), config)
     summary = summarise(metrics)
     print(table({str(arguments.adapter or "base"): summary}))
     for judge, measured in judges.accuracy().items():

@@ -10,7 +10,7 @@ from typing import Any
 
 from multicrafter.files import write_json
 from multicrafter.pipeline import load_flux
-from multicrafter.scoring.evaluate import EvaluateConfig, Judges, cases, generate_cases, score_pictures, summarise
+from multicrafter.scoring.evaluate import EvaluateConfig, WorldJudges, cases, generate_cases, score_pictures, summarise
 
 GUIDANCE = 3.5  # what FLUX pipelines sample with by default
 
@@ -54,7 +54,7 @@ Do not use it for anything but tests and experiments: it knows six places and pe
 
 def measure(folder: Path, *, num_cases: int = 300) -> dict[str, Any]:
     """Single-reference quality on unseen identities, without and with guidance, and the reader's own accuracy on the same scenes."""
-    pipe, judges = load_flux(folder), Judges.load()
+    pipe, judges = load_flux(folder), WorldJudges.load()
     config = EvaluateConfig(
         num_cases=num_cases, num_references=1, shared_attributes=0, num_sampling_steps=20, seed=5000
     )

@@ -23,7 +23,16 @@ from multicrafter.models.checks import check_finite
 from multicrafter.models.loaded import LoadedModel
 from multicrafter.models.loading import load_model
 from multicrafter.pipeline import MultiCrafterPipeline
-from multicrafter.scoring.evaluate import METRICS, EvaluateConfig, Judges, cases, difference, evaluate, summarise, table
+from multicrafter.scoring.evaluate import (
+    METRICS,
+    EvaluateConfig,
+    WorldJudges,
+    cases,
+    difference,
+    evaluate,
+    summarise,
+    table,
+)
 from multicrafter.training.runs import run_align, run_pretrain
 from multicrafter.training.scenes import encode_scenes
 from multicrafter.world import judges
@@ -123,7 +132,7 @@ def run(out: Path, config: DemoConfig, *, model: str | None = None, resume: bool
     assert stage2 is not None
     stage2 = replace(stage2, num_steps=config.stage2_steps)
     evaluation = replace(recipes["full"].evaluate, num_cases=config.cases)
-    everyone = Judges.load()
+    everyone = WorldJudges.load()
     reward = tiny_reward(RewardConfig())
 
     def score(base: LoadedModel, evaluation: EvaluateConfig) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:

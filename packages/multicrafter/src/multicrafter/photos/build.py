@@ -17,8 +17,8 @@ from multicrafter.files import write_whole
 from multicrafter.photos import select, stages, write
 from multicrafter.photos.cache import Cache
 from multicrafter.photos.config import BuildConfig
-from multicrafter.photos.engines import Engine, InProcess, Stage
-from multicrafter.photos.run import Run
+from multicrafter.photos.engines import BatchFunction, Engine, InProcess
+from multicrafter.photos.run import BuildRun
 from multicrafter.photos.scan import printable
 from multicrafter.photos.select import Drop
 
@@ -37,7 +37,7 @@ class Summary:
 def prepare(config: BuildConfig) -> None:
     """Loads every model once, so that one that is missing is found before the first photo and not after hours."""
     side = config.detect_side
-    wanted: list[Stage] = [
+    wanted: list[BatchFunction] = [
         stages.Detect(config.faces, config.people, side),
         stages.Count(config.means, side),
         stages.Aesthetics(config.aesthetics, side),
@@ -81,7 +81,7 @@ def build(
         (out / ".build").mkdir(parents=True, exist_ok=True)
     files = out / ".build" / "files" if config.write.format == "webdataset" else out
     with Cache(out / ".build" / "cache.sqlite") as cache:
-        run = Run(photos, out, config, engine or InProcess(), cache, progress)
+        run = BuildRun(photos, out, config, engine or InProcess(), cache, progress)
         scanned = run.scan()
         kept, detector = run.detect(run.first_of_each(scanned))
         kept = run.rate(kept)

@@ -6,8 +6,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from multicrafter import UserError
+from multicrafter import UserError, renamed
 from multicrafter.photos.cache import Result
+
+renamed(__name__, {"Stage": "BatchFunction"})
 
 
 class Job(NamedTuple):
@@ -18,7 +20,7 @@ class Job(NamedTuple):
     inputs: Mapping[str, Any]
 
 
-class Stage(Protocol):
+class BatchFunction(Protocol):
     """A function on batches. Instances hold configuration only: models are loaded in the process that runs them, once."""
 
     @property
@@ -42,12 +44,14 @@ class Stage(Protocol):
 class Engine(Protocol):
     """Runs a stage."""
 
-    def run(self, stage: Stage, batches: Iterable[Sequence[Job]]) -> Iterator[tuple[Sequence[Job], list[Result]]]:
+    def run(
+        self, stage: BatchFunction, batches: Iterable[Sequence[Job]]
+    ) -> Iterator[tuple[Sequence[Job], list[Result]]]:
         """Yields every batch with its results, in any order."""
         ...
 
 
-def run_batch(stage: Stage, jobs: Sequence[Job]) -> list[Result]:
+def run_batch(stage: BatchFunction, jobs: Sequence[Job]) -> list[Result]:
     """The stage on a batch; if it fails, on one photo after the other, so that a broken one spoils only its own result (``error``)."""
     try:
         return stage(jobs)
@@ -60,7 +64,9 @@ def run_batch(stage: Stage, jobs: Sequence[Job]) -> list[Result]:
 class InProcess:
     """One batch after the other, here."""
 
-    def run(self, stage: Stage, batches: Iterable[Sequence[Job]]) -> Iterator[tuple[Sequence[Job], list[Result]]]:
+    def run(
+        self, stage: BatchFunction, batches: Iterable[Sequence[Job]]
+    ) -> Iterator[tuple[Sequence[Job], list[Result]]]:
         """See `Engine`."""
         stage.prepare()
         for batch in batches:
@@ -70,7 +76,7 @@ class InProcess:
 class _Worker:
     """What a Ray actor runs: a row is a whole batch, so that batches, and with them rounding, are those of `InProcess`."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: BatchFunction) -> None:
         stage.prepare()
         self.stage = stage
 
@@ -103,7 +109,9 @@ class RayData:
         self.workers = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         self.gpus = gpus_per_worker
 
-    def run(self, stage: Stage, batches: Iterable[Sequence[Job]]) -> Iterator[tuple[Sequence[Job], list[Result]]]:
+    def run(
+        self, stage: BatchFunction, batches: Iterable[Sequence[Job]]
+    ) -> Iterator[tuple[Sequence[Job], list[Result]]]:
         """See `Engine`."""
         import ray.data
 

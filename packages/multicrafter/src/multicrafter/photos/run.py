@@ -13,19 +13,21 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from multicrafter import UserError
+from multicrafter import UserError, renamed
 from multicrafter.files import content_digest
 from multicrafter.photos import captions, counting, identities, people, pictures, select, stages
 from multicrafter.photos.cache import Cache, Result
 from multicrafter.photos.config import BuildConfig
-from multicrafter.photos.engines import Engine, Job, Stage
+from multicrafter.photos.engines import BatchFunction, Engine, Job
 from multicrafter.photos.notes import PhotoNote, is_metadata, match_notes, read_notes
 from multicrafter.photos.scan import Found, Skipped, printable, walk
 from multicrafter.photos.select import Crop, Drop, Photo
 
+renamed(__name__, {"Run": "BuildRun"})
+
 
 @dataclass
-class Run:
+class BuildRun:
     """One build: folders, cache, engine, and what was learned so far."""
 
     photos: Path
@@ -38,7 +40,7 @@ class Run:
     timing: dict[str, dict[str, float]] = field(default_factory=dict)
     used: dict[str, set[str]] = field(default_factory=dict)
 
-    def stage(self, stage: Stage, jobs: Sequence[Job], *, upstream: str = "") -> tuple[dict[str, Result], str]:
+    def stage(self, stage: BatchFunction, jobs: Sequence[Job], *, upstream: str = "") -> tuple[dict[str, Result], str]:
         """Results by key, computed where the cache has none; failures are dropped and not cached. Also the stage's fingerprint."""
         name = f"{stage.name}:{content_digest([stage.settings(), upstream])}"
         known = self.cache.known(name)
@@ -283,7 +285,7 @@ class Run:
         results, _ = self.stage(stage, list(jobs.values()))
         return {stem: results[job.key] for stem, job in jobs.items() if job.key in results}
 
-    def _forget_missing(self, stage: Stage, jobs: Any, files: Path) -> None:
+    def _forget_missing(self, stage: BatchFunction, jobs: Any, files: Path) -> None:
         """A cached result whose files are gone or cut short is no result."""
         name = f"{stage.name}:{content_digest([stage.settings(), ''])}"
         for key, result in self.cache.items(name, [j.key for j in jobs]):

@@ -27,14 +27,14 @@ class Fingerprint:
     name: str = "fingerprint"
 
     def settings(self) -> dict[str, Any]:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
         return {"version": 1}
 
     def prepare(self) -> None:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
 
     def __call__(self, jobs: Sequence[Job]) -> list[Result]:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
         return [self._one(Path(job.path)) for job in jobs]
 
     def _one(self, path: Path) -> Result:
@@ -69,17 +69,17 @@ class Detect:
     name: str = "detect"
 
     def settings(self) -> dict[str, Any]:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
         return {"version": 1, "faces": self.faces, "bodies": self.bodies, "side": self.side}
 
     def prepare(self) -> None:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
         people.face_backend(self.faces)
         if self.bodies.startswith("detector:"):
             people.body_detector(self.bodies.partition(":")[2])
 
     def __call__(self, jobs: Sequence[Job]) -> list[Result]:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
         opened = [pictures.open_photo(job.path) for job in jobs]
         shrunk = [people.shrink(picture, self.side) for picture in opened]
         found = people.face_backend(self.faces).detect_and_embed([p for p, _ in shrunk])
@@ -117,15 +117,15 @@ class Count:
     name: str = "count"
 
     def settings(self) -> dict[str, Any]:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
         return {"version": 1, "means": self.means, "side": self.side}
 
     def prepare(self) -> None:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
         counting.people_counter(self.means)
 
     def __call__(self, jobs: Sequence[Job]) -> list[Result]:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
         count = counting.people_counter(self.means)
         if count is None:
             return [{"boxes": []} for _ in jobs]
@@ -155,15 +155,15 @@ class Aesthetics:
     name: str = "aesthetics"
 
     def settings(self) -> dict[str, Any]:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
         return {"version": 1, "scorer": self.scorer, "side": self.side}
 
     def prepare(self) -> None:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
         quality.aesthetics_scorer(self.scorer)
 
     def __call__(self, jobs: Sequence[Job]) -> list[Result]:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
         score = quality.aesthetics_scorer(self.scorer)
         if score is None:
             return [{"aesthetics": None}] * len(jobs)
@@ -182,15 +182,15 @@ class Masks:
     name: str = "masks"
 
     def settings(self) -> dict[str, Any]:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
         return {"version": 1, "masker": self.masker, "side": self.side}
 
     def prepare(self) -> None:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
         masks.masker(self.masker)
 
     def __call__(self, jobs: Sequence[Job]) -> list[Result]:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
         results = []
         for job in jobs:
             picture, scale = people.shrink(pictures.open_photo(job.path), self.side)
@@ -226,15 +226,15 @@ class Captions:
     name: str = "captions"
 
     def settings(self) -> dict[str, Any]:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
         return {"version": 1, "model": self.model, "side": self.side, "prompt": captions.PROMPT}
 
     def prepare(self) -> None:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
         captions.captioner(self.model.partition(":")[2])
 
     def __call__(self, jobs: Sequence[Job]) -> list[Result]:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
         shown = [people.shrink(pictures.open_photo(job.path), self.side)[0] for job in jobs]
         return [{"caption": text} for text in captions.captioner(self.model.partition(":")[2])(shown)]
 
@@ -249,15 +249,15 @@ class Render:
     name: str = "render"
 
     def settings(self) -> dict[str, Any]:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
         kept = (self.write.max_side, self.write.quality, self.references.scale, self.references.size)
         return {"version": 1, "settings": kept}
 
     def prepare(self) -> None:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
 
     def __call__(self, jobs: Sequence[Job]) -> list[Result]:
-        """See `engines.Stage`."""
+        """See `engines.BatchFunction`."""
         return [self._one(job) for job in jobs]
 
     def _one(self, job: Job) -> Result:

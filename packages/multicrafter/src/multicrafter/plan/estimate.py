@@ -1,6 +1,6 @@
 """How much memory, arithmetic, traffic and time a run takes, before it starts and without weights.
 
-The stage's own code runs on fake tensors under a `Tracker`; what fake tensors cannot show (sharding, quantised weights, 8-bit states) is
+The stage's own code runs on fake tensors under a `MemoryTracker`; what fake tensors cannot show (sharding, quantised weights, 8-bit states) is
 arithmetic on top. Checked against measured peaks: docs/results/plan.md.
 """
 
@@ -20,7 +20,7 @@ from multicrafter.config.recipes import Run, Stage1, Stage2
 from multicrafter.models.backbones import BACKBONES, Backbone, get_backbone
 from multicrafter.plan.hardware import EFFICIENCY, FRAGMENTATION, FUSION, RESERVED, Card
 from multicrafter.plan.steps import PlannedPolicy, PlannedPretrain, Shape, build
-from multicrafter.plan.tracker import Answers, Tracker, bytes_of
+from multicrafter.plan.tracker import Answers, MemoryTracker, bytes_of
 from multicrafter.training.distributed import transformer_blocks
 
 NF4_BYTES = 0.5 + 4 / 64  # half a byte a weight and an fp32 scale per 64
@@ -144,7 +144,7 @@ def measure(
     shape: Shape | None = None,
     around: AbstractContextManager[Any] | None = None,
 ) -> Pass:
-    """One pass of a run under a `Tracker`.
+    """One pass of a run under a `MemoryTracker`.
 
     Args:
         run: Stage 1 or 2.
@@ -175,7 +175,7 @@ def measure(
         own = list(stage.adapters.parameters())
         states = [t for s in stage.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
         ema = list(stage.trainee.ema.values())
-        tracker = Tracker()
+        tracker = MemoryTracker()
         tracker.track([*frozen, *own, *states, *ema])
         blocks = [block for _, block in transformer_blocks(transformer)]
         sizes = [bytes_of(p for p in b.parameters() if id(p) not in trained) for b in blocks]
@@ -198,7 +198,7 @@ def measure(
     )  # fmt: skip
 
 
-def _count_forward(stage: PlannedPretrain | PlannedPolicy, tracker: Tracker) -> list[float]:
+def _count_forward(stage: PlannedPretrain | PlannedPolicy, tracker: MemoryTracker) -> list[float]:
     """Operations and traffic of the function evaluation inside the pass, filled in when it has run."""
     counted, predict_ = [0.0, 0.0], stage.trainee.predict
 

@@ -13,6 +13,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
+from multicrafter import renamed
+
+renamed(__name__, {"Tracker": "MemoryTracker"})
+
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(query.shape, key.shape, value.shape))
@@ -41,7 +45,7 @@ def _extra_formulas() -> dict[str, Any]:
     }
 
 
-class Tracker(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Counts the storages that operations inside the context make, until they are freed.
 
     Attributes:
@@ -82,7 +86,7 @@ class Tracker(TorchDispatchMode):
         self.peak = self.live
 
     @contextmanager
-    def phase(self) -> Iterator[Tracker]:
+    def phase(self) -> Iterator[MemoryTracker]:
         """Peak, operations and traffic of a block alone."""
         self.reset_peak()
         self.flops = self.moved = 0
@@ -141,4 +145,4 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-__all__ = ["Answers", "Tracker", "bytes_of"]
+__all__ = ["Answers", "MemoryTracker", "bytes_of"]

@@ -14,7 +14,7 @@ from id_reward import IdentityScorer, match
 from idar import owner_masks
 from torch import Tensor
 
-from multicrafter import UserError
+from multicrafter import UserError, renamed
 from multicrafter.models.binding import BindingConfig, Finder, IdentityFinder, sample_bound, separable
 from multicrafter.models.checks import check_finite
 from multicrafter.models.loaded import LoadedModel
@@ -29,6 +29,8 @@ from multicrafter.world.judges.reader import Reader, Reading
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+renamed(__name__, {"Judges": "WorldJudges"})
 
 METRICS = {
     "identity": "cosine of each reference with the face matched to it (people judge)",
@@ -92,7 +94,7 @@ class EvaluateConfig:
         )
 
 
-class Judges(NamedTuple):
+class WorldJudges(NamedTuple):
     """Everything that scores a picture."""
 
     reader: Reader
@@ -100,7 +102,7 @@ class Judges(NamedTuple):
     clip: ClipScorer
 
     @classmethod
-    def load(cls, folder: Path | None = None) -> Judges:
+    def load(cls, folder: Path | None = None) -> WorldJudges:
         """From ``folder``, the shipped ones by default."""
         folder = folder or judges.shipped()
         return cls(
@@ -217,7 +219,7 @@ def generate_cases(
 
 
 def score_pictures(
-    pictures: Tensor, scenes: EncodedScenes, judges: Judges, *, family: str = "people"
+    pictures: Tensor, scenes: EncodedScenes, judges: WorldJudges, *, family: str = "people"
 ) -> dict[str, np.ndarray]:
     """Metrics per case, all but leakage; see `METRICS`."""
     readings: list[Reading] = judges.reader.read(pictures)
@@ -246,7 +248,7 @@ def score_pictures(
 
 
 def evaluate(
-    model: LoadedModel | DiffusionPipeline, scenes: EncodedScenes, judges: Judges, config: EvaluateConfig
+    model: LoadedModel | DiffusionPipeline, scenes: EncodedScenes, judges: WorldJudges, config: EvaluateConfig
 ) -> tuple[dict[str, np.ndarray], Tensor]:
     """Generates and scores every case; returns metrics per case and the pictures.
 

@@ -26,7 +26,7 @@ from multicrafter.training.checkpoint import Section
 from multicrafter.training.distributed import active, all_sum, rank, world_size
 from multicrafter.training.encoding_cache import CachedText
 from multicrafter.training.optimization import learning_rate
-from multicrafter.training.previews import Look, look_at, row_of
+from multicrafter.training.previews import Preview, make_preview, row_of
 from multicrafter.training.rewarding import Reward
 from multicrafter.training.scenes import EncodedScenes
 from multicrafter.training.trainee import Trainee
@@ -167,14 +167,14 @@ class Align:
         ).tolist()
         return float(moved / count)
 
-    def look(self) -> Look:
+    def preview(self) -> Preview:
         """Attention and routing on the first prompts, and the pictures drawn last."""
         rows = torch.arange(min(3, len(self.scenes)))
-        look = look_at(self.trainee, self.scenes, self.encode(rows), rows)
+        drawn = make_preview(self.trainee, self.scenes, self.encode(rows), rows)
         if self.last_pictures is None:
-            return look
+            return drawn
         shown = [p.float().cpu() for p in self.last_pictures[: min(8, self.share.num_members)]]
-        return Look({**look.pictures, "group": row_of(shown, size=shown[0].shape[-1])}, look.metrics)
+        return Preview({**drawn.pictures, "group": row_of(shown, size=shown[0].shape[-1])}, drawn.metrics)
 
     def tensors(self) -> dict[str, Tensor]:
         """Adapters, optimizer, moving average, generator, clip range."""

@@ -44,7 +44,7 @@ class DistillationConfig:
             raise UserError("velocity or attention must be positive in a distillation, got 0 for both")
 
 
-class Pass:
+class PassOutputs:
     """What a pass of the model leaves for the other: its velocity, and the outputs of its attention layers in order."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ def watch_outputs(transformer: Any) -> Iterator[list[Tensor]]:
 
 
 def distillation_loss(
-    student: Pass, teacher: Pass, config: DistillationConfig, weight: Float[Tensor, " b"]
+    student: PassOutputs, teacher: PassOutputs, config: DistillationConfig, weight: Float[Tensor, " b"]
 ) -> Float[Tensor, ""]:
     """The loss of the module's first lines: of each row times its weight, and the mean over the rows.
 

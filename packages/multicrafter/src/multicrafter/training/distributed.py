@@ -18,7 +18,9 @@ from gspo import GroupShare, share_groups
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from multicrafter import UserError
+from multicrafter import UserError, renamed
+
+renamed(__name__, {"whole": "unsharded"})
 
 Parallel = Literal["ddp", "fsdp"]
 
@@ -208,7 +210,7 @@ def _placement(parameter: nn.Parameter) -> Any:
     return Shard(0)
 
 
-def whole(value: Tensor) -> Tensor:
+def unsharded(value: Tensor) -> Tensor:
     """A sharded tensor put together (on every rank; all must call it), any other as it is."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 

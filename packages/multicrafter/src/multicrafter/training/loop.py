@@ -53,7 +53,7 @@ class Stage(Protocol):
     """What the loop drives.
 
     A stage may also have ``notes() -> dict`` (JSON for the checkpoint: routing, window, ...), ``check_notes(dict)`` (raises ValueError
-    if a checkpoint does not fit) and ``look() -> Look`` (pictures and scalars for the tracker).
+    if a checkpoint does not fit) and ``preview() -> Preview`` (pictures and scalars for the tracker).
     """
 
     def step(self, index: int) -> dict[str, float]:
@@ -151,7 +151,7 @@ def run(
     """
     settings = loop or LoopConfig()
     every = save_every or settings.save_every
-    watched = tracker is not None and not isinstance(tracker, NoTracker) and hasattr(stage, "look")
+    watched = tracker is not None and not isinstance(tracker, NoTracker) and hasattr(stage, "preview")
     tracker = tracker if tracker is not None and distributed.is_main() else NoTracker()
     checkpoints, log = out / "checkpoints", _Log(out / "metrics.jsonl")
     with alone(out):
@@ -186,9 +186,9 @@ def _train(
             log.write(metrics)
             tracker.metrics(index + 1, metrics)
             if settings.picture_every and watched and (index + 1) % settings.picture_every == 0:
-                look = stage.look()  # type: ignore[attr-defined]
-                tracker.metrics(index + 1, look.metrics)
-                tracker.pictures(index + 1, look.pictures)
+                preview = stage.preview()  # type: ignore[attr-defined]
+                tracker.metrics(index + 1, preview.metrics)
+                tracker.pictures(index + 1, preview.pictures)
             bar.update()
             bar.set_postfix(_shown(metrics), refresh=False)
             stopping, last = distributed.any_rank(bool(stop)), index + 1 == num_steps

@@ -30,7 +30,7 @@ from multicrafter.models.checks import check_finite
 from multicrafter.models.flux.model import Text
 from multicrafter.models.loaded import LoadedModel
 from multicrafter.training.attention import layout_of, noised_velocity, watch_attention
-from multicrafter.training.distillation import DistillationConfig, Pass, distillation_loss, watch_outputs
+from multicrafter.training.distillation import DistillationConfig, PassOutputs, distillation_loss, watch_outputs
 from multicrafter.training.distributed import active, all_sum, my_slice, world_size
 from multicrafter.training.encoding_cache import CachedText
 from multicrafter.training.loop import LoopConfig
@@ -42,7 +42,7 @@ from multicrafter.training.optimization import (
     sample_sigma,
 )
 from multicrafter.training.precision import ExecutionConfig, prepare_transformer
-from multicrafter.training.previews import Look, look_at
+from multicrafter.training.previews import Preview, make_preview
 from multicrafter.training.scenes import Buckets, EncodedScenes
 from multicrafter.training.trainee import Trainee
 from multicrafter.world import WorldConfig
@@ -283,9 +283,9 @@ class Objective:
 
     def _pass(
         self, scenes: EncodedScenes, rows: Tensor | slice, noise: Tensor, sigma: Tensor, text: Text, *, watched: bool
-    ) -> Pass:
+    ) -> PassOutputs:
         """One pass of the model, its attention layers watched or not."""
-        found = Pass()
+        found = PassOutputs()
         transformer = self.trainee.adapters.transformer
         watching: AbstractContextManager[list[Tensor]] = watch_outputs(transformer) if watched else nullcontext([])
         with watching as outputs:
@@ -301,7 +301,7 @@ class Objective:
         sigma: Tensor,
         text: Text,
         separated: Tensor | None,
-    ) -> Pass | None:
+    ) -> PassOutputs | None:
         """The teacher's pass: the same model, separated in every row, without a gradient; None where nobody learns from it."""
         if self.config.distillation is None or separated is None or bool((separated == 1).all()):
             return None
@@ -334,7 +334,13 @@ class Objective:
         )
 
     def _losses(
-        self, scenes: EncodedScenes, rows: Tensor | slice, noise: Tensor, sigma: Tensor, found: Pass, captured: Any
+        self,
+        scenes: EncodedScenes,
+        rows: Tensor | slice,
+        noise: Tensor,
+        sigma: Tensor,
+        found: PassOutputs,
+        captured: Any,
     ) -> dict[str, Tensor]:
         config, device = self.config, self.trainee.device
         latents, velocity = scenes.tokens[rows].to(device), found.velocity
@@ -427,11 +433,11 @@ class Pretrain:
         chosen = torch.rand(len(sigma), generator=self.generator) < config.share
         return (chosen & (sigma >= config.sigma_min)).float()
 
-    def look(self) -> Look:
+    def preview(self) -> Preview:
         """Attention and routing on the first scenes."""
         scenes = self.buckets.buckets[0]
         rows = torch.arange(min(3, len(scenes)))
-        return look_at(self.trainee, scenes, self._text(scenes, rows), rows)
+        return make_preview(self.trainee, scenes, self._text(scenes, rows), rows)
 
     def tensors(self) -> dict[str, Tensor]:
         """See `Trainee.tensors`."""

@@ -8,13 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from multicrafter import renamed
 from multicrafter.models.flux.model import Text
 from multicrafter.training.attention import attention_shares, watch_attention
 from multicrafter.training.scenes import EncodedScenes
 from multicrafter.training.trainee import Trainee
 
+renamed(__name__, {"Look": "Preview", "look_at": "make_preview"})
 
-class Look(NamedTuple):
+
+class Preview(NamedTuple):
     """Pictures (3, H, W) in [0, 1] and scalars, by name, for a tracker."""
 
     pictures: dict[str, Tensor]
@@ -42,9 +45,9 @@ def routing_picture(loads: Float[Tensor, "l e"], *, cell: int = 12) -> Float[Ten
 
 
 @torch.no_grad()
-def look_at(
+def make_preview(
     trainee: Trainee, scenes: EncodedScenes, text: Text, rows: Tensor, *, sigma: float = 0.6, seed: int = 0
-) -> Look:
+) -> Preview:
     """Attention and routing on some scenes: each row shows the target, the references, and the share of attention on each of them.
 
     All ranks call it (a sharded model computes together). The training's random numbers are not touched.
@@ -68,4 +71,4 @@ def look_at(
             for expert, load in enumerate(statistics.load.tolist()):
                 metrics[f"routing/{name}/load_{expert}"] = load
         pictures["routing"] = routing_picture(torch.stack([s.load for s in found.values()]))
-    return Look(pictures, metrics)
+    return Preview(pictures, metrics)

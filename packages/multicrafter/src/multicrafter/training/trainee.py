@@ -123,7 +123,7 @@ class Trainee:
     def apply(self, max_grad_norm: float) -> float:
         """Clips, steps and averages; returns the gradients' norm over all ranks. Nothing happens if it is not finite."""
         norm = torch.nn.utils.clip_grad_norm_(list(self.adapters.parameters()), max_grad_norm)
-        value = float(distributed.whole(norm))
+        value = float(distributed.unsharded(norm))
         if value == value and abs(value) != float("inf"):
             self.optimizer.step()
             self.update_ema()
@@ -182,7 +182,7 @@ class Trainee:
         for folder, state in (("adapter", dict(self.adapters.named_parameters())), ("adapter_ema", self.ema)):
             if not state:
                 continue
-            tensors = {n: distributed.whole(t.detach()).cpu() for n, t in state.items()}
+            tensors = {n: distributed.unsharded(t.detach()).cpu() for n, t in state.items()}
             check_tensors(f"{folder} after training", tensors)  # on every rank, so that none waits for the other
             if distributed.is_main():
                 self.adapters.save(out / folder, state=tensors, **notes)

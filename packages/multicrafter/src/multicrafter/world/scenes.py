@@ -12,10 +12,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from multicrafter import UserError
+from multicrafter import UserError, renamed
 from multicrafter.models.checks import check_finite
 from multicrafter.world.attributes import FAMILIES, PEOPLE, Family, Split
 from multicrafter.world.render import POSE_SIZE, box, circle, draw
+
+renamed(__name__, {"References": "DrawnReferences"})
 
 SETTINGS = ("park", "beach", "room", "street", "desert", "snow")
 TIMES = ("day", "sunset", "night")
@@ -291,7 +293,7 @@ def make_scenes(
             )
             _paste(images, masks, subject, sprite.rgb * light[here][:, :, None, None], sprite.alpha, left, top, here)
             boxes[here, subject] = torch.stack([fx - 0.31 * ht, fy - 1.02 * ht, fx + 0.31 * ht, fy], 1)
-    portraits = References(
+    portraits = DrawnReferences(
         *(
             part.unflatten(0, (count, most))
             for part in draw_references(family, identities.flatten(0, 1), config.reference_size, generator)
@@ -317,7 +319,7 @@ def make_scenes(
     )
 
 
-class References(NamedTuple):
+class DrawnReferences(NamedTuple):
     """images (n, 3, h, w) in [0, 1]; poses (n, p); heights (n,) in pixels; light (n, 3), a factor on the person's colours."""
 
     images: Float[Tensor, "*n 3 h w"]
@@ -335,7 +337,7 @@ def make_references(
 
 def draw_references(
     family: Family, identities: Int[Tensor, "n a"], size: int, generator: torch.Generator
-) -> References:
+) -> DrawnReferences:
     """Portraits (n, 3, size, size) on plain grounds, each with a pose, a scale and a light of its own."""
     n = len(identities)
     pose = _uniform(generator, n, POSE_SIZE, low=-1.0)
@@ -346,4 +348,4 @@ def draw_references(
     ground = _uniform(generator, n, 1, low=0.45, high=0.8) * (1 + _uniform(generator, n, 3, low=-0.06, high=0.06))
     light = _uniform(generator, n, 1, low=0.85, high=1.05) * (1 + _uniform(generator, n, 3, low=-0.04, high=0.04))
     picture = ground[:, :, None, None].lerp(sprite.rgb * light[:, :, None, None], sprite.alpha[:, None])
-    return References(picture.clamp(0, 1), pose, height, light)
+    return DrawnReferences(picture.clamp(0, 1), pose, height, light)

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from multicrafter import UserError
+from multicrafter import UserError, renamed
 from multicrafter.models.checks import check_finite
 from multicrafter.models.flux.model import add_noise, encode_images, encode_prompts, predict_velocity
 from multicrafter.models.flux.packing import pack_latents
@@ -32,6 +32,8 @@ from multicrafter.world.tiny_flux import TinyFluxConfig, build_pipeline
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FluxPipeline
+
+renamed(__name__, {"Batch": "BaseBatch"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,7 @@ class BaseConfig:
             raise UserError(f"weights must not be negative and guidance_max at least 1, got {self}")
 
 
-class Batch(NamedTuple):
+class BaseBatch(NamedTuple):
     """images (b, 64, d) and references (b, 16, d) as tokens, coverage (b, 64, 2) by subjects and by their upper halves in [0, 1], captions."""
 
     images: Tensor
@@ -143,13 +145,13 @@ class LatentPool:
                 )
                 self.cursor = (at + 1) % self.capacity
 
-    def draw(self, count: int) -> Batch:
+    def draw(self, count: int) -> BaseBatch:
         """A random batch."""
         rows = torch.randint(len(self.images), (count,), generator=self.generator).tolist()
         images, references, coverage = (
             torch.stack([part[i] for i in rows]).float() for part in (self.images, self.references, self.coverage)
         )
-        return Batch(images, references, coverage, [self.captions[i] for i in rows])
+        return BaseBatch(images, references, coverage, [self.captions[i] for i in rows])
 
 
 def _optimizers(pipe: FluxPipeline, config: BaseConfig) -> list[tuple[torch.optim.Optimizer, float]]:
@@ -172,7 +174,9 @@ def _optimizers(pipe: FluxPipeline, config: BaseConfig) -> list[tuple[torch.opti
     return found
 
 
-def _batches(pools: list[tuple[LatentPool, float]], config: BaseConfig, generator: torch.Generator) -> Iterator[Batch]:
+def _batches(
+    pools: list[tuple[LatentPool, float]], config: BaseConfig, generator: torch.Generator
+) -> Iterator[BaseBatch]:
     shares = torch.tensor([share for _, share in pools])
     while True:
         index = int(torch.multinomial(shares, 1, generator=generator))
@@ -214,7 +218,7 @@ def guided_target(
 
 
 def _loss(
-    pipe: FluxPipeline, teacher: torch.nn.Module, batch: Batch, config: BaseConfig, generator: torch.Generator
+    pipe: FluxPipeline, teacher: torch.nn.Module, batch: BaseBatch, config: BaseConfig, generator: torch.Generator
 ) -> Tensor:
     """Flow matching with weight on the subjects; half of the rows with a reference aim at a guided velocity."""
     images, references, coverage, captions = batch

@@ -8,6 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from multicrafter import renamed
+
+renamed(__name__, {"Found": "Detections"})
+
 STRIDE = 4
 
 
@@ -64,7 +68,7 @@ class SubjectNetwork(nn.Module):
         return Maps(centre[:, 0], centre[:, 1:], self.features(x), self.scene(pooled))
 
 
-class Found(NamedTuple):
+class Detections(NamedTuple):
     """Subjects found in a batch: picture (n,), boxes (n, 4) in pixels, scores (n,), features (n, c)."""
 
     picture: Tensor
@@ -73,14 +77,14 @@ class Found(NamedTuple):
     features: Tensor
 
 
-def find(maps: Maps, *, threshold: float = 0.5) -> Found:
+def find(maps: Maps, *, threshold: float = 0.5) -> Detections:
     """Peaks of the heat map above ``threshold`` (probability) that are the largest in their 3x3 neighbourhood."""
     heat = maps.heat.float().sigmoid()
     peak = heat == nn.functional.max_pool2d(heat[:, None], 3, stride=1, padding=1)[:, 0]
     picture, row, column = torch.where(peak & (heat > threshold))
     offsets = maps.boxes.float()[picture, :, row, column]
     cells = torch.stack([column, row, column, row], 1) + 0.5
-    return Found(
+    return Detections(
         picture, (cells + offsets) * STRIDE, heat[picture, row, column], maps.features.float()[picture, :, row, column]
     )
 

@@ -1,0 +1,62 @@
+"""One name, one thing: no two classes of multicrafter share a name, and names from when they did still work and say so."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import multicrafter
+import pytest
+
+SOURCE = Path(multicrafter.__file__).parent
+OLD = {
+    "scoring.evaluate.Judges": "WorldJudges",
+    "plan.tracker.Tracker": "MemoryTracker",
+    "plan.Tracker": "MemoryTracker",
+    "photos.run.Run": "BuildRun",
+    "photos.engines.Stage": "BatchFunction",
+    "training.previews.Look": "Preview",
+    "training.previews.look_at": "make_preview",
+    "training.distributed.whole": "unsharded",
+    "world.scenes.References": "DrawnReferences",
+    "world.judges.network.Found": "Detections",
+    "world.train_base.Batch": "BaseBatch",
+}
+
+
+def test_no_two_classes_share_a_name():
+    homes = defaultdict(list)
+    for path in sorted(SOURCE.rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes[node.name].append(path.relative_to(SOURCE).as_posix())
+    assert len(homes) > 100
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
+@pytest.mark.parametrize("old", OLD)
+def test_a_name_that_meant_two_things_works_and_says_what_it_is_now(old):
+    home, _, name = old.rpartition(".")
+    module = importlib.import_module(f"multicrafter.{home}")
+    assert name not in vars(module)
+    with pytest.warns(
+        DeprecationWarning, match=rf"multicrafter\.{old} is now multicrafter\.{home}\.{OLD[old]}; the old name"
+    ):
+        found = getattr(module, name)
+    assert found is getattr(module, OLD[old])
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = module.nothing
+
+
+def test_old_modules_have_what_moved_out_of_them_and_what_is_called_otherwise_in_them(monkeypatch):
+    """Both ways of being old at once: `multicrafter.evaluate` is `scoring.evaluate`, which has renamed one of its names."""
+    monkeypatch.delitem(sys.modules, "multicrafter.evaluate", raising=False)
+    with pytest.warns(DeprecationWarning, match=r"multicrafter\.evaluate is now"):
+        was = importlib.import_module("multicrafter.evaluate")
+    with pytest.warns(DeprecationWarning, match=r"evaluate\.Judges is now"):
+        assert was.Judges is was.WorldJudges
+    with pytest.warns(DeprecationWarning, match=r"evaluate\.write_json is now multicrafter\.files\.write_json"):
+        assert was.write_json is not None
