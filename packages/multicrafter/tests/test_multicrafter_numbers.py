@@ -35,7 +35,8 @@ BAD = (math.nan, math.inf, -math.inf)
 RED = Image.new("RGB", (40, 60), (200, 40, 40))
 CONFIGS = [
     Stage1(), Stage2(), tiny(seed=0).pretrain, tiny(seed=0).align, BuildConfig(), LoaderConfig(), EvaluateConfig(), BindingConfig(),
-    LoopConfig(), SamplingConfig(guidance=2.0), SeparationConfig(), DistillationConfig(), AdapterConfig(), BaseConfig(), DemoConfig(),
+    LoopConfig(), SamplingConfig(guidance=2.0), SeparationConfig(),
+    DistillationConfig(velocity=1.0, attention=0.1), AdapterConfig(), BaseConfig(), DemoConfig(),
 ]  # fmt: skip
 
 

@@ -417,7 +417,10 @@ class TestDistillation:
     """The model with separated attention teaches the same model without."""
 
     CONFIG = replace(
-        STAGE1, separation=SeparationConfig(), distillation=DistillationConfig(), idar=replace(STAGE1.idar, coef=0.0)
+        STAGE1,
+        separation=SeparationConfig(),
+        distillation=DistillationConfig(velocity=1.0, attention=0.1),
+        idar=replace(STAGE1.idar, coef=0.0),
     )
 
     def step(self, pipe, scenes, config, separated, rows=4):
@@ -510,10 +513,10 @@ class TestDistillation:
     @pytest.mark.parametrize(
         ("make", "word"),
         [
-            (lambda: DistillationConfig(velocity=-1.0), "velocity"),
-            (lambda: DistillationConfig(attention=float("nan")), "attention"),
+            (lambda: DistillationConfig(velocity=-1.0, attention=0.1), "velocity"),
+            (lambda: DistillationConfig(velocity=1.0, attention=float("nan")), "attention"),
             (lambda: DistillationConfig(velocity=0.0, attention=0.0), "positive"),
-            (lambda: replace(STAGE1, distillation=DistillationConfig()), "separation"),
+            (lambda: replace(STAGE1, distillation=DistillationConfig(velocity=1.0, attention=0.1)), "separation"),
             (lambda: replace(TestDistillation.CONFIG, separation=SeparationConfig(share=1.0)), "some of the samples"),
             (
                 lambda: replace(

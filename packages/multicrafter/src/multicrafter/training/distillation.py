@@ -27,13 +27,15 @@ from multicrafter.models.checks import check_finite
 class DistillationConfig:
     """Weights of the two targets. The teacher is the model itself, trained with separated attention in some samples (`SeparationConfig`).
 
+    Neither has a default, because none has been found to help (docs/adr/0055-a-model-does-not-teach-itself.md).
+
     Attributes:
         velocity: w_v.
         attention: w_a.
     """
 
-    velocity: float = 1.0
-    attention: float = 0.1
+    velocity: float
+    attention: float
 
     def __post_init__(self) -> None:
         check_finite(self)
