@@ -1,6 +1,8 @@
 """The changelog check finds what it is there for."""
 
 import subprocess
+import sys
+from pathlib import Path
 
 import check_fragments
 import pytest
@@ -61,3 +63,18 @@ def test_misnamed_fragments_are_found(checkout, name):
 def test_empty_fragments_are_found(checkout):
     (checkout / "packages/thing/changelog.d/2.feature.md").write_text("\n")
     assert "empty" in check_fragments.problems(checkout)[0]
+
+
+PACKAGES = sorted(p.parent for p in Path(check_fragments.ROOT).glob("packages/*/pyproject.toml"))
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.name)
+def test_a_release_would_have_every_fragment(package):
+    """towncrier renders them all, under headings, with a title and without numbers of issues."""
+    command = [sys.executable, "-m", "towncrier", "build", "--draft", "--version", "9.9.9"]
+    done = subprocess.run(command, cwd=package, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\n## 9.9.9 (" in f"\n{done.stdout}"
+    fragments = [path.read_text().strip() for path in (package / "changelog.d").glob("[!.]*.md")]
+    assert [text for text in fragments if f"- {text.splitlines()[0]}" not in done.stdout] == []
+    assert "(issue" not in done.stdout and "===" not in done.stdout
