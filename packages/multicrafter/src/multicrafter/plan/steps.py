@@ -56,6 +56,9 @@ def build(
             for name, tensor in kind.items():
                 if tensor is not None and tensor.is_meta:
                     kind[name] = _materialise(tensor)
+        for name, value in list(vars(module).items()):  # tables that are neither, such as Qwen-Image's rotations
+            if isinstance(value, Tensor) and value.is_meta:
+                setattr(module, name, _materialise(value))
     return transformer, attached
 
 
@@ -63,6 +66,8 @@ def _materialise(tensor: Tensor) -> Tensor:
     """Small random numbers on the CPU; what is trained in fp32."""
     dtype = torch.float32 if tensor.requires_grad else tensor.dtype
     made = torch.empty(tensor.shape, dtype=dtype, device="cpu")
+    if made.is_complex():
+        made.fill_(1)
     if made.is_floating_point():
         made.uniform_(-0.02, 0.02)
     return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
