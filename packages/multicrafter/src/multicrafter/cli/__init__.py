@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from multicrafter import UserError
 from multicrafter.cli import (
     align,
+    check_real,
     compare,
     data,
     demo,
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
         report,
         plan,
         serve,
+        check_real,
     ):
         command.add_parser(commands)
     return top

@@ -231,7 +231,7 @@ class CachedPictures:
     def __call__(self, pictures: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b n d"]:
         """Tokens of pictures in [0, 1]."""
         if self._cache is None:
-            return self._model.encode_pictures(pictures)
+            return self._model.encode_pictures(pictures).cpu()  # all scenes wait in the machine's memory
         keys = [content_key(p) for p in pictures]
         self._cache.fill(
             dict(zip(keys, pictures, strict=True)),

@@ -88,7 +88,7 @@ class Flux2Klein(Backbone):
     def encode_pictures(self, pipe: Any, pictures: Tensor) -> Tensor:
         """Packed posterior modes, normalised per channel."""
         mean, std = self._statistics(pipe.vae)
-        latents = pipe.vae.encode(pictures.to(pipe.vae.dtype) * 2 - 1).latent_dist.mode()
+        latents = pipe.vae.encode(pictures.to(pipe.vae.device, pipe.vae.dtype) * 2 - 1).latent_dist.mode()
         tokens = pack_latents(latents)
         return (tokens - mean.to(tokens.dtype)) / std.to(tokens.dtype)
 

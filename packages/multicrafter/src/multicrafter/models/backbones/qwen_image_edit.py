@@ -108,7 +108,7 @@ class QwenImageEdit(Backbone):
 
     def encode_pictures(self, pipe: Any, pictures: Tensor) -> Tensor:
         """Posterior modes of a video of one frame, normalised per channel, then packed."""
-        latents = pipe.vae.encode((pictures.to(pipe.vae.dtype) * 2 - 1)[:, :, None]).latent_dist.mode()
+        latents = pipe.vae.encode((pictures.to(pipe.vae.device, pipe.vae.dtype) * 2 - 1)[:, :, None]).latent_dist.mode()
         mean, std = self._statistics(pipe.vae, latents)
         return pack_latents(((latents - mean) / std)[:, :, 0])
 

@@ -69,7 +69,7 @@ def encode_prompts(pipe: FluxPipeline, prompts: Sequence[str]) -> Text:
 
 def encode_images(vae: AutoencoderKL, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
     """Latents of pictures in [0, 1]: the posterior's mean, shifted and scaled as FLUX does."""
-    mean = vae.encode(images.to(vae.dtype) * 2 - 1).latent_dist.mean
+    mean = vae.encode(images.to(vae.device, vae.dtype) * 2 - 1).latent_dist.mean
     found: Tensor = (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
     return found
 

@@ -1,0 +1,96 @@
+"""`multicrafter check-real` runs whole on tiny checkpoints, notes what fails and goes on, and gives nothing away."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from multicrafter.cli import check_real, main
+from multicrafter.world.tiny_backbones import tiny_klein
+
+SMALL = ["--set", "pretrain.adapters.rank=2", "--set", "pretrain.adapters.num_experts=2", "--set", "pretrain.batch=2"]
+QUICK = [*SMALL, "--set", "pretrain.execution.dtype=float32", "--set", "align.execution.dtype=float32"]
+NAMES = ["load", "draw with two references", "capture attention", "stage 1, 10 steps", "stage 2, one iteration"]
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    """Exit code, report and page of FLUX.2-klein's recipes on a tiny pipeline of its class."""
+    home = tmp_path_factory.mktemp("somebodys_home")
+    tiny_klein().save_pretrained(home / "secret_weights")
+    out = home / "out"
+    code = main(
+        ["check-real", "--backbone", "flux2_klein", "--model", str(home / "secret_weights"), "--out", str(out), *QUICK]
+    )
+    return code, json.loads((out / "report.json").read_text()), (out / "report.html").read_text(), home
+
+
+def test_everything_runs_on_a_tiny_checkpoint(checked):
+    code, report, page, _ = checked
+    assert [(p["name"], p["ok"], p["error"]) for p in report["parts"]] == [(name, True, None) for name in NAMES]
+    assert code == 0
+    draw, attention, one, two = (part["facts"] for part in report["parts"][1:])
+    assert draw["passes"] == 2 * draw["steps"], "guided, as the backbone says"
+    assert 0 < attention["leakage of the base (1/2 is blind)"] < 1
+    assert one["skipped steps"] == 0 and one["loss, first and last"][0] != one["loss, first and last"][1]
+    assert two["initial_log_ratio"] == pytest.approx(0, abs=1e-4), "the policy is the one that drew"
+    assert two["reward_spread"] > 0
+    assert all(part["predicted_bytes"] > 0 for part in report["parts"][3:])
+    assert all(part["peak_bytes"] is None and part["predicted_seconds"] is None for part in report["parts"]), "no card"
+    assert page.count("<img") == 2 + 1 + 1 + 2
+
+
+def test_the_report_gives_nothing_away(checked):
+    _, report, page, home = checked
+    text = json.dumps(report) + re.sub(r"data:image/png;base64,[\w+/=]+", "", page)
+    for private in ("somebodys_home", "secret_weights", str(home), "/home/", "/tmp/"):
+        assert private not in text
+    assert report["model"] == "a local folder"
+
+
+def test_a_part_that_fails_is_noted_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    def broken(self, part):
+        raise RuntimeError(f"no room in {tmp_path / 'here'}")
+
+    monkeypatch.setattr(check_real.Check, "_attention", broken)
+    monkeypatch.setattr(check_real.Check, "_stage1", broken)
+    assert main(["check-real", "--out", str(tmp_path / "out"), *SMALL]) == 1
+    assert "failed: capture attention, stage 1, 10 steps" in capsys.readouterr().err
+    text = (tmp_path / "out" / "report.json").read_text()
+    parts = json.loads(text)["parts"]
+    assert [p["ok"] for p in parts] == [True, True, False, False], "stage 2 needs what stage 1 makes, and is left out"
+    assert "no room in .../here" in parts[2]["error"] and str(tmp_path) not in text
+    assert "capture attention failed" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--backbone", "flux9"], "must be one that has a recipe, one of flux1_dev, flux1_kontext"),
+        (["--backbone", "flux2_klein_kv"], "must be one that has a recipe"),
+        (["--model", "somewhere"], "--backbone must be given with --model"),
+        (["--set", "rank=3"], "--set must begin with"),
+        (["--device", "cuda:77"], "device must be one of"),
+    ],
+)
+def test_bad_input_is_one_sentence(words, sentence, tmp_path, capsys):
+    assert main(["check-real", "--out", str(tmp_path / "out"), *words]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_report_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "report.json").write_text("{}")
+    assert main(["check-real", "--out", str(tmp_path)]) == 2
+    assert "holds report.json" in capsys.readouterr().err
+    assert (tmp_path / "report.json").read_text() == "{}"
+
+
+def test_paths_are_cut_and_addresses_kept():
+    cut = check_real.without_paths
+    assert cut("cannot open C:\\Users\\ada\\w.bin or '/srv/a b/w.bin'") == "cannot open .../w.bin or '.../w.bin'"
+    assert cut("black-forest-labs/FLUX.1-dev at https://huggingface.co/black-forest-labs/FLUX.1-dev") == (
+        "black-forest-labs/FLUX.1-dev at https://huggingface.co/black-forest-labs/FLUX.1-dev"
+    )
+    assert cut("1/2 of 3 / 4") == "1/2 of 3 / 4"
