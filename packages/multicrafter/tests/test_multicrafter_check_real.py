@@ -10,7 +10,10 @@ from multicrafter.cli import check_real, main
 from multicrafter.world.tiny_backbones import tiny_klein
 
 SMALL = ["--set", "pretrain.adapters.rank=2", "--set", "pretrain.adapters.num_experts=2", "--set", "pretrain.batch=2"]
-QUICK = [*SMALL, "--set", "align.online.window.num_steps=6", "--set", "pretrain.execution.dtype=float32", "--set", "align.execution.dtype=float32"]
+QUICK = [
+    *SMALL, "--set", "align.online.window.num_steps=6", "--set", "pretrain.execution.dtype=float32",
+    "--set", "align.execution.dtype=float32",
+]  # fmt: skip
 NAMES = ["load", "draw with two references", "capture attention", "stage 1, 10 steps", "stage 2, one iteration"]
 
 
