@@ -161,6 +161,14 @@ def test_a_config_as_trl_makes_it_is_translated(tmp_path) -> None:  # type: igno
         surprise: float = 0.0
 
     assert from_grpo_config(Newer(**cpu)).online["seed"] == 42
+
+    @dataclasses.dataclass
+    class Older(trl.GRPOConfig):  # type: ignore[name-defined,misc]
+        router_aux_loss_coef: float = 0.001  # the default of trl 1.10: nobody asked for it
+
+    assert from_grpo_config(Older(**cpu)).online["seed"] == 42
+    with pytest.raises(ValueError, match="router_aux_loss_coef"):
+        from_grpo_config(Older(**cpu, router_aux_loss_coef=0.01))
     with pytest.raises(ValueError, match="surprise"):
         from_grpo_config(Newer(**cpu, surprise=1.0))
 

@@ -129,7 +129,7 @@ def translate(config: Any, reward_names: Sequence[str]) -> GRPOSettings:
     for name, value in fields.items():
         if name in REFUSED:
             neutral, why = REFUSED[name]
-            if not any(value == ok for ok in neutral):
+            if not any(value == ok for ok in neutral) and not _is_default(config, name):
                 raise ValueError(f"{name} must be {' or '.join(map(repr, neutral))} ({why}), got {value!r}")
         elif name not in MAPPED and name not in INERT and name not in LOOP and not _is_default(config, name):
             raise ValueError(f"{name} must be left out (gspo does not know what it means), got {value!r}")
