@@ -79,7 +79,7 @@ def measure(out: Path, budget: int, seeds: tuple[int, ...]) -> None:
 
     here = circumstances()
 
-    def get(task: str, setting: Setting, seed: int) -> dict:
+    def get(task: str, setting: Setting, seed: int, budget: int = budget) -> dict:
         name = key(task, asdict(setting), seed, budget)
         if name not in runs:
             runs[name] = record(task, setting, seed, budget)
@@ -95,8 +95,10 @@ def measure(out: Path, budget: int, seeds: tuple[int, ...]) -> None:
         for method in METHODS:
             tried = [(get(task, setting, TUNING_SEED)["score"], setting) for setting in settings(method)]
             best = min(tried, key=lambda pair: pair[0] if math.isfinite(pair[0]) else math.inf)[1]
-            for seed in seeds:
-                get(task, best, seed)
+            found = [get(task, best, seed) for seed in seeds]
+            if objectives_page.distance(found).deviation > objectives_page.OFF:  # is it off, or has it not arrived?
+                for seed in seeds:
+                    get(task, best, seed, objectives_page.LONGER * budget)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
