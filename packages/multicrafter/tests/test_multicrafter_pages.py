@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import jinja2
@@ -12,6 +13,10 @@ import pytest
 from multicrafter import files, pages
 from multicrafter.demo.report import write_report
 from multicrafter.pages import Cell, render
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent))
+from multicrafter_looks import check_page, needs_chromium, overflow
 
 ROOMS = Path(multicrafter.__file__).parent
 TEMPLATES = sorted(p for p in ROOMS.glob("*/*.html") if p.parent.name != "pages")
@@ -76,6 +81,54 @@ def test_the_demo_marks_differences_that_exclude_zero(tmp_path):
     assert '<td class="sure">a &lt; b</td>' in page and '<td class="worse">c</td>' in page
     assert "attributes &lt;swapped&gt;" in page and "seed 3" in page and "12 s of compute" in page
     assert page.count("<img") == 1 and pages.embedded(b"png") in page
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """The report of a demo with every figure that it may have, and numbers of the usual width."""
+    found = {"mean": -0.1234, "low": -0.2345, "high": -0.0123}
+    names = ("identity", "attributes", "swaps_above_chance", "aesthetics")
+    models = ("baseline", "stage 1", "stage 2")
+    results = {
+        "summary": {model: dict.fromkeys(names, found) for model in models},
+        "differences": {f"{b} - {a}": dict.fromkeys(names, found) for a, b in zip(models, models[1:], strict=False)},
+        "claims": {"The method shows people more like their references than plain LoRA (identity)": {"holds": False}},
+        "metrics": dict.fromkeys(names, "what it is"), "judges": {"people": {"same_cosine": 0.9475, "path": "x" * 90}},
+        "seconds": {"total": 512.0}, "config": {"seed": 3, "cases": 7},
+    }  # fmt: skip
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    for name in ("side_by_side", "pictures", "attention", "training", "reward"):
+        Image.new("RGB", (1200, 500)).save(tmp_path / f"{name}.png")
+    return write_report(tmp_path)
+
+
+def test_the_demo_opens_with_the_side_by_side_picture(demo):
+    page, text = check_page(demo), demo.read_text()
+    assert sum(tag == "img" for tag, _ in page.tags) == 5
+    opening = text.index("by the method from the same noise")
+    assert text.index("<h1>") < text.index("<b>Without</b>") < opening < text.index("<h2>")
+    assert text.count('class="chart"') == 2, "figures with axes scroll on a phone instead of shrinking"
+    unnamed = text.replace('alt="A grid', 'alt="" title="A grid')
+    demo.write_text(unnamed)
+    with pytest.raises(AssertionError, match="without words"):
+        check_page(demo)
+
+
+@needs_chromium
+def test_the_demo_fits_a_phone(demo, tmp_path):
+    assert overflow(demo, tmp_path) == 0
+    wide = tmp_path / "wide.html"
+    wide.write_text(demo.read_text().replace('<div class="wide">', "<div>"))
+    assert overflow(wide, tmp_path) > 0, "the measure sees what is too wide"
+
+
+def test_names_in_the_head_of_a_table_may_break_but_stay_escaped(tmp_path):
+    (tmp_path / "t.html").write_text(
+        '{% extends "base.html" %}{% import "parts.html" as parts %}{% block content %}{{ parts.table(head, []) }}{% endblock %}'
+    )
+    page = render(tmp_path, "t.html", title="t", head=["swaps_<b>"])
+    assert "<th>swaps_<wbr>&lt;b&gt;</th>" in page and 'class="many"' not in page
+    assert 'class="many"' in render(tmp_path, "t.html", title="t", head=["x"] * 7)
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

@@ -8,8 +8,10 @@ import os
 import shutil
 import signal
 import sqlite3
+import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,9 @@ from multicrafter.photos.check import check_dataset
 from multicrafter.photos.engines import InProcess
 from multicrafter.photos.store import open_split
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from multicrafter_looks import check_page, needs_chromium, overflow
 
 
 def records(out):
@@ -89,6 +94,16 @@ def test_the_result_passes_the_validator_and_says_what_it_did(built):
     assert Image.open(out / "report" / "histograms.png").width > 500
     card = (out / "README.md").read_text()
     assert "personal data" in card and "split: train" in card
+
+
+def test_the_report_is_whole_with_words_for_pictures_in_light_and_dark(built):
+    page = check_page(built[0] / "report.html")
+    assert sum(tag == "img" for tag, _ in page.tags) == 3
+
+
+@needs_chromium
+def test_the_report_fits_a_phone(built, tmp_path):
+    assert overflow(built[0] / "report.html", tmp_path) == 0
 
 
 def test_masks_lie_where_the_people_are(built):

@@ -33,6 +33,8 @@ FIGURES = {
         "Reward and its parts over the iterations of stage 2",
     ),
 }
+CHARTS = ("training.png", "reward.png")
+"""Figures with axes, whose writing is small."""
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]], *, sign: bool = False) -> tuple[list[str], list[list[Cell]]]:
@@ -62,7 +64,7 @@ def write_report(run: Path) -> Path:
     results = json.loads((run / "results.json").read_text())
     opening = run / "side_by_side.png"
     shown = [
-        {"title": title, "text": text, "alt": alt, "data": embedded((run / name).read_bytes())}
+        {"title": title, "text": text, "alt": alt, "data": embedded((run / name).read_bytes()), "chart": name in CHARTS}
         for name, (title, text, alt) in FIGURES.items()
         if (run / name).is_file()
     ]

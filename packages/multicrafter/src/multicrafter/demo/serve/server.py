@@ -124,7 +124,7 @@ def application(desk: Desk, *, hosts: tuple[str, ...] | None = LOOPBACK) -> Any:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 takes a free one.
+    """A socket that is bound and listens, so that whoever reads the address can call; port 0 takes a free one.
 
     Raises:
         ValueError: The address cannot be had.
@@ -137,6 +137,7 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
+        made.listen(128)
     except (OSError, OverflowError) as error:
         made.close()
         raise UserError(f"--host and --port must be free to listen on, got {host}:{port}: {error}") from None
