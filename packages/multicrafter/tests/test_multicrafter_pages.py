@@ -23,7 +23,7 @@ TEMPLATES = sorted(p for p in ROOMS.glob("*/*.html") if p.parent.name != "pages"
 
 
 def test_every_room_builds_on_the_base():
-    assert {p.parent.name for p in TEMPLATES} == {"demo", "scoring", "photos"}
+    assert {p.parent.name for p in TEMPLATES} == {"cli", "demo", "scoring", "photos"}
     for template in TEMPLATES:
         text = template.read_text()
         assert text.startswith('{% extends "base.html" %}') and "<style" not in text
