@@ -103,7 +103,8 @@ def test_values_that_come_from_a_study_name_it():
     named = {(k, v.removeprefix("ours, see ")) for run in runs for k, v in provenance(run).items() if "see" in v}
     assert {k for k, _ in named} == set(STUDIED), "all of them are values of recipes, as they are chosen"
     pages = Path(__file__).parents[3] / "docs" / "results"
-    assert all((pages / f"{study}.md").is_file() for _, study in named)
+    if pages.is_dir():  # in a checkout; the source archive has none
+        assert all((pages / f"{study}.md").is_file() for _, study in named)
     changed = settings.override(recipes.tiny_stage1(), ["pretrain.idar.coef=0.3"])
     assert provenance(changed)["pretrain.idar.coef"] == "ours"
     assert provenance(changed)["pretrain.idar.sigma_max"] == "ours, see regime"
