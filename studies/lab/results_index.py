@@ -27,13 +27,13 @@ LINES = {
     "data": "Photos into a dataset: seconds a photo, 20,000 for real, a million on paper, a million tiny files; the loader beside a step.",
 }
 GROUPS = {
-    "The method": ("science", "ablation", "attention_choice", "idar_losses", "gspo", "gspo-moe-stability"),
+    "The method": ("bleeding", "science", "ablation", "attention_choice", "idar_losses", "gspo", "gspo-moe-stability"),
     "What it costs": ("overhead", "plan", "moe_lora", "idar_cost", "id_reward"),
     "Data": ("data",),
 }
 HEAD = """# Results
 
-What was measured, with the command that measures it. Figures carry commit, versions and device. Made by `studies/lab/results_index.py`.
+What was measured, with the command that measures it. A page says what was asked, what was found with intervals, and what did not work. If you read only one, read the first.
 """
 
 
@@ -57,6 +57,16 @@ def title(page: Path) -> str:
     return next(line[2:] for line in page.read_text().splitlines() if line.startswith("# "))
 
 
+def after(line: str, name: str) -> str:
+    """The line without the title that it begins with.
+
+    >>> after("Scaling: quality against steps.", "Scaling")
+    'Quality against steps.'
+    """
+    rest = line.removeprefix(name).lstrip(":?! ") if line.startswith(name) else line
+    return rest[:1].upper() + rest[1:]
+
+
 def index(pages: Path = PAGES) -> str:
     """The page."""
     names = sorted(p.stem for p in pages.glob("*.md") if p.stem != "index")
@@ -67,7 +77,7 @@ def index(pages: Path = PAGES) -> str:
         if heading == "The method":
             listed += [n for n in names if n not in known]
         if listed:
-            lines = (f"- [{title(pages / f'{n}.md')}]({n}.md): {sentence(n)}" for n in listed)
+            lines = (f"- [{(name := title(pages / f'{n}.md'))}]({n}.md). {after(sentence(n), name)}" for n in listed)
             text += f"\n## {heading}\n\n" + "\n".join(lines) + "\n"
     return text
 
