@@ -11,6 +11,9 @@ import multicrafter
 import pytest
 from multicrafter import _MOVED, _MOVED_OUT, _today
 
+# the import of an old module also warns of the old packages that it is in
+pytestmark = pytest.mark.filterwarnings("ignore:.*the old name leaves with:DeprecationWarning")
+
 OLD = {
     "adapters": "models.adapters",
     "backbones": "models.backbones",

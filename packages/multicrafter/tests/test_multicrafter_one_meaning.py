@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import sys
+import tomllib
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
 import multicrafter
 import pytest
+from multicrafter.cli.messages import shown
+from multicrafter.training.align_config import AlignConfig
 
 SOURCE = Path(multicrafter.__file__).parent
 OLD = {
@@ -62,3 +67,27 @@ def test_old_modules_have_what_moved_out_of_them_and_what_is_called_otherwise_in
         assert was.Judges is was.WorldJudges
     with pytest.warns(DeprecationWarning, match=r"evaluate\.write_json is now multicrafter\.files\.write_json"):
         assert was.write_json is not None
+
+
+def test_an_old_name_of_ours_fails_a_test_that_does_not_expect_it(capsys):
+    from multicrafter.scoring import evaluate
+
+    with pytest.raises(DeprecationWarning, match="the old name leaves with multicrafter"):
+        _ = evaluate.Judges
+    with pytest.raises(DeprecationWarning, match="the old name leaves with multicrafter"):
+        AlignConfig(group_size=3)
+    with shown(), pytest.raises(DeprecationWarning, match="the old name leaves with multicrafter"):
+        _ = evaluate.Judges  # the command line hides what other libraries say of themselves, not what ours say
+    with shown():
+        warnings.warn("diffusers says goodbye", FutureWarning, stacklevel=1)
+    assert "goodbye" not in capsys.readouterr().err
+
+
+def test_no_warning_is_silenced_wholesale():
+    settings = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["tool"]["pytest"][
+        "ini_options"
+    ]
+    silenced = [line.split(":") for line in settings["filterwarnings"] if line.startswith("ignore")]
+    assert silenced and all(len(parts) > 3 and parts[3] for parts in silenced), "each names the module that warns"
+    ours = ("gspo", "idar", "moe_lora", "id_reward", "multicrafter", "tests")
+    assert not [name for parts in silenced for name in ours if re.match(parts[3], name)]

@@ -52,8 +52,8 @@ def shown(*, debug: bool = False) -> Iterator[None]:
         for name in CHATTY:
             logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=rf"({FOREIGN})(\.|$)")
-        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
-            warnings.filterwarnings("ignore", category=category)
+        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):  # but not of our own names
+            warnings.filterwarnings("ignore", rf"(?!.*the old name leaves with ({'|'.join(PACKAGES)}) )", category)
     warnings.showwarning = _say
     handler, loggers = Lines(), [logging.getLogger(name) for name in PACKAGES]
     before = [(logger.level, logger.propagate) for logger in loggers]
