@@ -5,15 +5,20 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from id_reward.images import open_image
 from tqdm import tqdm
 
 from multicrafter.photos import schema
 from multicrafter.photos.config import MAX_SUBJECTS
+from multicrafter.photos.pictures import open_planes
 from multicrafter.photos.store import Store, open_split
 from multicrafter.photos.write import Record, record_files
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class Problem(NamedTuple):
@@ -116,18 +121,17 @@ def check_fields(record: Mapping[str, Any]) -> Iterator[Problem]:
 
 def check_files(record: Record, store: Store) -> Iterator[Problem]:
     """Files of one record: there, inside the folder, readable, of the size stated; masks with pixels."""
-    from PIL import Image
-
     key = record["key"]
     opened: dict[str, Image.Image] = {}
     for name in dict.fromkeys(record_files(record)):
         try:
-            picture = Image.open(io.BytesIO(store.read(name)))
-            picture.load()
-            opened[name] = picture
+            content = store.read(name)
         except ValueError as error:
             kind = "path" if "inside the dataset" in str(error) else "missing file"
             yield Problem(kind, key, str(error))
+            continue
+        try:
+            opened[name] = open_planes(content) if name == record["masks"] else open_image(io.BytesIO(content))
         except Exception as error:
             yield Problem("broken file", key, f"{name} cannot be read ({type(error).__name__}: {error})")
     size = (record["width"], record["height"])

@@ -40,6 +40,19 @@ def open_photo(path: str | Path) -> Image.Image:
     return open_image(path)
 
 
+def open_planes(source: str | Path | bytes) -> Image.Image:
+    """A mask picture of a dataset as it is stored: one bit a subject, so no colours, no orientation.
+
+    Raises:
+        OSError: It is no readable picture.
+    """
+    from PIL import Image
+
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as planes:
+        planes.load()
+        return planes.copy()
+
+
 def content_hash(path: Path) -> str:
     """SHA-256 of the bytes, 32 hexadecimal digits of it."""
     with path.open("rb") as file:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from id_reward.images import open_image
 
 from multicrafter.files import write_whole
 from multicrafter.pages import render
 from multicrafter.photos.cache import Result
-from multicrafter.photos.pictures import unpack_masks
+from multicrafter.photos.pictures import open_planes, unpack_masks
 from multicrafter.photos.select import Photo
 from multicrafter.photos.write import Record
 
@@ -101,16 +102,15 @@ def contact_sheet(records: Sequence[Record], files: Path) -> Any:
     draw = ImageDraw.Draw(sheet)
     for place, record in enumerate(records):
         left, top = PAD + place % columns * (CELL + PAD), PAD + place // columns * (CELL + STRIP + 2 * PAD)
-        with Image.open(files / record["image"]) as picture, Image.open(files / record["masks"]) as planes:
-            shown = overlay(picture, np.asarray(planes), record["subjects"])
+        planes = np.asarray(open_planes(files / record["masks"]))
+        shown = overlay(open_image(files / record["image"]), planes, record["subjects"])
         shown = ImageOps.contain(shown, (CELL, CELL))
         sheet.paste(shown, (left + (CELL - shown.width) // 2, top + (CELL - shown.height) // 2))
         x = left
         for number, subject in enumerate(record["subjects"]):
             reference = subject["references"][0]
             side = min(STRIP - 6, CELL // len(record["subjects"]) - 6)
-            with Image.open(files / reference["image"]) as crop:
-                small = crop.convert("RGB").resize((side, side))
+            small = open_image(files / reference["image"]).resize((side, side))
             y = top + CELL + 4
             draw.rectangle((x, y, x + side + 3, y + side + 3), fill=COLOURS[number % 8])
             sheet.paste(small, (x + 2, y + 2))

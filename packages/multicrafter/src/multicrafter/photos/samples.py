@@ -49,13 +49,13 @@ def read_sample(store: Store, record: Record, subjects: Sequence[dict[str, Any]]
     picture = store.open(record["image"], side=max(height, width))
     x, y = picture.width / record["width"], picture.height / record["height"]  # a JPEG may come decoded smaller
     part = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
-    image = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC, box=part, reducing_gap=2.0)
-    planes = np.asarray(store.open(record["masks"]).resize((width, height), Image.Resampling.NEAREST, box=box))
+    image = picture.resize((width, height), Image.Resampling.BICUBIC, box=part, reducing_gap=2.0)
+    planes = np.asarray(store.planes(record["masks"]).resize((width, height), Image.Resampling.NEAREST, box=box))
     masks = unpack_masks(planes, 8)[[s["mask_bit"] for s in chosen]]
     references = []
     for subject in chosen:
         reference = subject["references"][int(random.integers(len(subject["references"])))]
-        crop = store.open(reference["image"], box=reference.get("strip_box"), side=draw.reference_size).convert("RGB")
+        crop = store.open(reference["image"], box=reference.get("strip_box"), side=draw.reference_size)
         references.append(
             np.asarray(crop.resize((draw.reference_size,) * 2, Image.Resampling.BICUBIC, reducing_gap=2.0))
         )

@@ -268,7 +268,7 @@ class Render:
         result: Result = {"references": {}, "files": {}}
         if inputs["target"]:
             picture, scale = people.shrink(photo, self.write.max_side)
-            planes = Image.open(io.BytesIO(base64.b64decode(inputs["masks"]))).resize(
+            planes = pictures.open_planes(base64.b64decode(inputs["masks"])).resize(
                 picture.size, Image.Resampling.NEAREST
             )
             buffer = io.BytesIO()

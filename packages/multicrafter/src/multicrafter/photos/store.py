@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from id_reward.images import to_rgb
+
 from multicrafter import UserError
+from multicrafter.photos.pictures import open_planes
 from multicrafter.photos.schema import SPLITS, read_dataset_json
 from multicrafter.photos.write import Record
 
@@ -65,15 +68,22 @@ class Store:
             os.close(descriptor)
 
     def open(self, name: str, *, box: tuple[int, int, int, int] | None = None, side: int | None = None) -> Image.Image:
-        """A picture, cut to ``box``. With ``side`` a JPEG may be decoded smaller, but no smaller than that on its shorter side."""
+        """A picture, upright RGB as everywhere (`id_reward.images`), cut to ``box``.
+
+        With ``side`` a JPEG may be decoded smaller, but no smaller than that on its shorter side.
+        """
         from PIL import Image
 
         picture = Image.open(io.BytesIO(self.read(name)))
         if side is not None and box is None and picture.format == "JPEG":
             shorter = min(picture.size)
             picture.draft("RGB", (max(1, picture.width * side // shorter), max(1, picture.height * side // shorter)))
-        picture.load()
-        return picture.crop(box) if box is not None else picture
+        upright = to_rgb(picture)
+        return upright.crop(box) if box is not None else upright
+
+    def planes(self, name: str) -> Image.Image:
+        """A mask picture, see `pictures.open_planes`."""
+        return open_planes(self.read(name))
 
 
 def manifest_files(folder: Path, about: dict[str, Any], split: str) -> list[Path]:

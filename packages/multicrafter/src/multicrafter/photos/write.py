@@ -66,6 +66,7 @@ def write_shards(folder: Path, split: str, records: Sequence[Record], config: Wr
 
 def shard_entries(record: Record, files: Path, quality: int) -> list[tuple[str, bytes]]:
     """The four members of a record: jpg, masks.png, refs.jpg, json."""
+    from id_reward.images import open_image
     from PIL import Image
 
     from multicrafter.photos.pictures import encode_jpeg
@@ -76,8 +77,7 @@ def shard_entries(record: Record, files: Path, quality: int) -> list[tuple[str, 
     key = record["key"]
     for subject in moved["subjects"]:
         for reference in subject["references"]:
-            with Image.open(files / reference["image"]) as picture:
-                crops.append(picture.convert("RGB"))
+            crops.append(open_image(files / reference["image"]))
             reference["strip_box"] = [left, 0, left + crops[-1].width, crops[-1].height]
             reference["image"] = f"{key}.refs.jpg"
             left += crops[-1].width

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from id_reward import Faces
-from PIL import Image
+from id_reward.images import as_array
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,7 +24,7 @@ def build_people() -> SubjectNetwork:
 
 
 def as_tensor(images: Sequence[Any] | Tensor) -> list[Tensor]:
-    """Pictures (PIL, arrays (h, w, 3) or tensors (3, h, w)) as float tensors in [0, 1]."""
+    """Pictures of any kind as float tensors in [0, 1]: tensors and floats in [0, 1] as they are, all else by `id_reward.images.as_array`."""
     if isinstance(images, Tensor):
         return list(images)
     result = []
@@ -32,10 +32,10 @@ def as_tensor(images: Sequence[Any] | Tensor) -> list[Tensor]:
         if isinstance(image, Tensor):
             result.append(image)
             continue
-        array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
-        result.append(
-            torch.from_numpy(array.astype(np.float32) / (255 if array.dtype == np.uint8 else 1)).permute(2, 0, 1)
-        )
+        exact = isinstance(image, np.ndarray) and image.dtype.kind == "f" and image.ndim == 3 and image.shape[2] == 3
+        if not (exact and np.isfinite(image).all() and 0 <= image.min() <= image.max() <= 1):
+            image = as_array(image) / np.float32(255)
+        result.append(torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1))
     return result
 
 
