@@ -136,8 +136,9 @@ ONCE_CONSTANT: dict[str, dict[str, Any]] = {
         "adamw": {"betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.0},
     },
     "num_inner_epochs": {"off_policy": "warn", "on_nonfinite": "raise"},
+    "multi_id": {"off_pair_penalty": 0.0, "copy_paste": 0.0},
 }
-"""Knobs that were constants of the code when the first records were made, by a knob that only stage 1 or stage 2 has: at these values they rename no record."""
+"""Knobs that were constants of the code when the first records were made, by a knob that only stage 1, stage 2 or its reward has: at these values they rename no record."""
 
 
 def _flattened(online: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

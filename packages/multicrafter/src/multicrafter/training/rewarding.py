@@ -8,7 +8,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from gspo import RobustReward, Scores
+from id_reward import CompositeReward, Scorer
 from jaxtyping import Float
+
+from multicrafter.photos.people import face_backend
+from multicrafter.world.judges.aesthetics import aesthetics_scorer
+from multicrafter.world.rewards import PHOTO_FREE, RewardConfig, composite
 
 
 class Reward(Protocol):
@@ -17,6 +22,31 @@ class Reward(Protocol):
     def __call__(self, images: Sequence[Any], prompts: Sequence[str], references: Sequence[Sequence[Any]]) -> Any:
         """``totals`` (b,) and ``parts``: name -> (b,)."""
         ...
+
+
+def photo_reward(
+    config: RewardConfig | None = None,
+    *,
+    faces: str = "dlib",
+    text: Scorer | None = None,
+    aesthetics: Scorer | None = None,
+) -> CompositeReward:
+    """The reward of `multicrafter.world.rewards.RewardConfig` for photos, to be given to `run_align`.
+
+    Args:
+        config: Weights.
+        faces: Who finds faces, see `multicrafter.photos.people.face_backend`.
+        text: Scorer of the prompt, such as ``id_reward.backends.text.ClipScorer``; needed unless ``config.text`` is 0.
+        aesthetics: Scorer of the picture; the closed form by default.
+
+    Raises:
+        ValueError: No such backend, or a weight without a scorer.
+        ImportError: The backend's extra is missing.
+    """
+    config = config or RewardConfig()
+    return composite(
+        config, face_backend(faces), text=text, aesthetics=aesthetics or aesthetics_scorer, free=PHOTO_FREE
+    )
 
 
 class Scored(NamedTuple):
