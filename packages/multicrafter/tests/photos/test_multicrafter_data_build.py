@@ -110,7 +110,7 @@ def test_masks_lie_where_the_people_are(built):
     out = built[0]
     store = open_split(out, "train")
     for record in store.records:
-        planes = np.asarray(store.open(record["masks"]))
+        planes = np.asarray(store.planes(record["masks"]))
         for subject in record["subjects"]:
             rows, columns = np.nonzero(planes >> subject["mask_bit"] & 1)
             left, top, right, bottom = subject["body_box"]

@@ -56,7 +56,7 @@ def test_subjects_masks_and_references_belong_together(built):
     for batch in islice(stream, 3):
         for i, key in enumerate(batch.keys):
             record = by_key[key]
-            planes = np.asarray(stream.store.open(record["masks"]))
+            planes = np.asarray(stream.store.planes(record["masks"]))
             for j, identity in enumerate(batch.identities[i]):
                 subject = next(s for s in record["subjects"] if s["identity"] == identity)
                 assert np.array_equal(batch.masks[i, j].numpy(), (planes >> subject["mask_bit"] & 1).astype(np.float32))

@@ -197,7 +197,7 @@ def test_real_photos_with_dlib(real, pipe, tmp_path):
     assert len(man) == 1 and on[man.pop()] == 3
     assert sorted(on.values())[-2] == 1  # nobody else was mixed up
     for record in store.records:
-        planes = np.asarray(store.open(record["masks"]))
+        planes = np.asarray(store.planes(record["masks"]))
         for subject in record["subjects"]:
             mask = planes >> subject["mask_bit"] & 1
             rows, columns = np.nonzero(mask)
