@@ -1,4 +1,4 @@
-# make demo | test | test-all | test-serve | fuzz | check | wheels | lowest | bench | docs | clean
+# make demo | test | test-all | test-gpu | test-serve | fuzz | check | wheels | lowest | bench | bench-gpu | docs | clean
 # Needs python3 >= 3.11 and a package index. Everything is installed inside this folder: hatch into .hatch/, the
 # environment into .venv/ (some 7 GB); the system Python is never touched. `make clean` removes both.
 SHELL := /bin/bash
@@ -14,19 +14,21 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 HATCH := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	HATCH_CONFIG=.hatch/config.toml HATCH_DATA_DIR=.hatch/data HATCH_CACHE_DIR=.hatch/cache .hatch/bin/python -m hatch
 
-.PHONY: demo test test-all test-serve fuzz check wheels lowest bench bench-science bench-science-smoke docs clean environment help
+.PHONY: demo test test-all test-gpu test-serve fuzz check wheels lowest bench bench-gpu bench-science bench-science-smoke docs clean environment help
 .PHONY: check-style check-types check-imports check-fragments check-doctests
 
 help:
 	@echo "make demo      train both stages on the shipped tiny model, evaluate, write a report into runs/demo"
 	@echo "make test      the tests that take seconds ($(WORKERS) workers; WORKERS=4 for more)"
 	@echo "make test-all  the slow ones as well"
+	@echo "make test-gpu  the tests that need a CUDA card; each is skipped where there is none"
 	@echo "make test-serve  the web page in a Chromium (apt-get install chromium), in an environment of its own"
 	@echo "make fuzz      wrong input of every kind, FUZZ=1000 examples of each"
 	@echo "make check     ruff, mypy, import rules, changelog fragments, doctests, docs"
 	@echo "make wheels    wheels and source archives into dist/ (PACKAGES=gspo for one), and their tests"
 	@echo "make lowest    the tests of the leaves with the oldest versions they allow (PACKAGES=gspo for one)"
 	@echo "make bench     all micro-benchmarks in smoke size (BENCH_SIZE=full for real figures)"
+	@echo "make bench-gpu the timings and the memory of each part on a CUDA card, into runs/bench/gpu.json"
 	@echo "make bench-science        what is missing of the studies (hours; python -m studies.all --minutes 100 for a piece)"
 	@echo "make bench-science-smoke  every study in miniature (minutes)"
 	@echo "make docs      the site, into site/"
@@ -40,6 +42,9 @@ test: environment
 
 test-all: environment
 	$(RUN) -m pytest -m "not gpu"
+
+test-gpu: environment
+	$(RUN) -m pytest -m gpu -rs
 
 # gradio asks for older versions of two packages than constraints.txt has, so it sits in an environment on top of .venv.
 test-serve: .venv-serve/.ready
@@ -94,6 +99,9 @@ lowest: .hatch/.ready
 
 bench: environment
 	$(RUN) benchmarks/run.py
+
+bench-gpu: environment
+	$(RUN) -m benchmarks.gpu
 
 bench-science: environment
 	$(RUN) -m studies.all

@@ -133,7 +133,9 @@ def test_the_moving_average_is_one(tmp_path):
     assert (tmp_path / "adapter" / "adapter.safetensors").is_file()
 
 
-@pytest.mark.parametrize(("kind", "module", "error"), [("int8", "torchao", 0.02), ("nf4", "bitsandbytes", 0.25)])
+@pytest.mark.parametrize(
+    ("kind", "module", "error"), [("int8", "torchao", 0.02), ("fp8", "torchao", 0.1), ("nf4", "bitsandbytes", 0.25)]
+)
 def test_a_quantised_base_still_trains_adapters(kind, module, error):
     pytest.importorskip(module)
     pipe = workers.small_pipe()

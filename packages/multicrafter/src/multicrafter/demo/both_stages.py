@@ -119,8 +119,10 @@ def claims(
     }
 
 
-def run(out: Path, config: DemoConfig, *, model: str | None = None, resume: bool = False) -> dict[str, Any]:
-    """The whole demo into ``out``; returns what it writes to results.json."""
+def run(
+    out: Path, config: DemoConfig, *, model: str | None = None, resume: bool = False, device: str = "cpu"
+) -> dict[str, Any]:
+    """The whole demo into ``out``, computed on ``device``; returns what it writes to results.json."""
     out.mkdir(parents=True, exist_ok=True)
     clock = Clock()
     recipes = ablation(seed=config.seed)
@@ -142,21 +144,21 @@ def run(out: Path, config: DemoConfig, *, model: str | None = None, resume: bool
         return metrics, pictures, figures.subject_maps(base, unseen, shown, blocks=lambda _: True)
 
     with clock.measure("draw scenes"):
-        base = load_model(model)
+        base = load_model(model).to(device)
         first = stage1["baseline"]
         training = encode_scenes(base, first.world, first.num_scenes, seed=first.data_seed)
         unseen = cases(base, evaluation)
     shown = list(range(min(10, config.cases)))
     metrics, pictures, maps, histories = {}, {}, {}, {}
     for name, folder in (("baseline", "baseline"), ("stage 1", "stage1")):
-        base = load_model(model)
+        base = load_model(model).to(device)
         with clock.measure(f"train {name}"):
             run_pretrain(base, stage1[name], out / folder, scenes=training, resume=resume)
         with clock.measure(f"evaluate {name}"):
             bound = evaluation if stage1[name].separation is not None else replace(evaluation, separation=None)
             metrics[name], pictures[name], maps[name] = score(base, bound)
         histories[name] = [json.loads(line) for line in (out / folder / "metrics.jsonl").read_text().splitlines()]
-    loaded = MultiCrafterPipeline.from_pretrained(model, adapter=out / "stage1" / "adapter")
+    loaded = MultiCrafterPipeline.from_pretrained(model, adapter=out / "stage1" / "adapter", device=device)
     assert isinstance(loaded.adapters, Adapters)
     with clock.measure("train stage 2"):
         history = run_align(

@@ -121,7 +121,7 @@ def subject_maps(
     captured = watch_attention(
         model.transformer, model.backbone, scenes, rows, text, sigma=sigma, generator=generator, blocks=blocks
     )
-    return attention_shares(captured.maps, scenes.grid)
+    return attention_shares(captured.maps.cpu(), scenes.grid)
 
 
 def attention_figure(path: Path, scenes: EncodedScenes, maps: Mapping[str, Tensor], cases: Sequence[int]) -> Path:

@@ -24,7 +24,7 @@ from multicrafter.plan.tracker import Answers, MemoryTracker, bytes_of
 from multicrafter.training.distributed import transformer_blocks
 
 NF4_BYTES = 0.5 + 4 / 64  # half a byte a weight and an fp32 scale per 64
-INT8_BYTES = 1.0  # and a scale per row, which is nothing
+INT8_BYTES = 1.0  # also of fp8; and a scale per row, which is nothing
 ADAM8_BYTES = 2 * (1 + 4 / 256)  # two states of a byte and an fp32 scale per 256
 
 

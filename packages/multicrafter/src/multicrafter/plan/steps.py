@@ -132,16 +132,18 @@ class PlannedPolicy:
 
     def evaluate(self, rows: int | None = None) -> Tensor:
         """One function evaluation."""
-        part = slice(0, rows or self.rows)
-        context = self.planned.context(part, torch.device("cpu"))
-        text = self.text[part]
-        return self.trainee.predict(self.planned.tokens[part], torch.full((part.stop,), 0.5), text, **context)  # type: ignore[arg-type]
+        part, device = slice(0, rows or self.rows), self.trainee.device
+        context, text = self.planned.context(part, device), self.text.rows(part).to(device)
+        sigma = torch.full((part.stop,), 0.5, device=device)
+        return self.trainee.predict(self.planned.tokens[part].to(device), sigma, text, **context)
 
     def once(self) -> None:
         """Forward and backward of one micro-batch, and the update."""
         self.optimizer.zero_grad()
         velocity = self.evaluate()
-        mean = self.planned.tokens - velocity  # the kernel's step: a few tensors of the picture's size
+        mean = (
+            self.planned.tokens.to(velocity.device) - velocity
+        )  # the kernel's step: a few tensors of the picture's size
         (mean.square().flatten(1).sum(1)).sum().backward()
         self.trainee.apply(1.0)
 

@@ -183,25 +183,25 @@ def draw_cases(
     noise = case_noise(scenes, config.seed + 1)
     count = scenes.tokens.shape[1]
     grids = [scenes.reference_grid] * scenes.references.shape[1]
-    pictures, complete, calls = [], [], 0
+    pictures, complete, calls, device = [], [], 0, model.transformer.device
     for start in range(0, len(scenes), batch):
         part = slice(start, min(start + batch, len(scenes)))
         velocity = partial(
             model.velocity,
-            text=scenes.encode_text(model, part),
+            text=scenes.encode_text(model, part).to(device),
             guidance=config.guidance,
-            **scenes.context(part),
+            **scenes.context(part, device),
         )
         with separable(model.transformer, model.backbone, scenes.grid, grids, binding_config) as separation:
             tokens, binding = sample_bound(
-                velocity, noise[part], lambda steps: model.sigmas(steps, count), config.num_sampling_steps,
+                velocity, noise[part].to(device), lambda steps: model.sigmas(steps, count), config.num_sampling_steps,
                 config=binding_config, separation=separation, finder=finder, grid=scenes.grid,
                 decode=lambda x: model.decode_pictures(x, scenes.grid),
-                references=[list(row) for row in scenes.reference_images[part]], masks=owner_masks(scenes.masks[part]),
+                references=[list(row) for row in scenes.reference_images[part]], masks=owner_masks(scenes.masks[part]).to(device),
                 watch=(model.transformer, model.backbone, grids),
             )  # fmt: skip
-        pictures.append(model.decode_pictures(tokens, scenes.grid))
-        complete.append(binding.complete)
+        pictures.append(model.decode_pictures(tokens, scenes.grid).cpu())
+        complete.append(binding.complete.cpu())
         calls = binding.num_function_evaluations
     return Drawn(torch.cat(pictures), torch.cat(complete), calls)
 

@@ -65,7 +65,7 @@ def watch_attention(
         sigma: Noise level in [0, 1].
         generator: Of the noise, on the CPU.
         predict: What runs the transformer; by default the backbone does.
-        device: Where it runs; by default where the scenes are.
+        device: Where it runs; by default where the transformer is.
         direction: Which arrows, see `idar`.
         blocks: Which blocks; the double-stream ones by default.
         keep_blocks: Keep every block's maps too.
@@ -75,7 +75,8 @@ def watch_attention(
         return backbone.velocity(transformer, tokens, level, text, **context)
 
     latents = scenes.tokens[rows]
-    noise = torch.randn(latents.shape, generator=generator).to(device or latents.device)
+    device = device or next(transformer.parameters()).device
+    noise, text = torch.randn(latents.shape, generator=generator).to(device), text.to(device)
     level = torch.full((len(latents),), sigma, device=noise.device)
     layout = layout_of(backbone, scenes, text.embeds.shape[1])
     with capture_subject_attention(

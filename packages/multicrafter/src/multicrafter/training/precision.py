@@ -18,7 +18,7 @@ from multicrafter.models.checks import check_finite
 from multicrafter.training.distributed import Parallel, transformer_blocks
 from multicrafter.training.optimization import AdamWConfig
 
-Quantization = Literal["none", "int8", "nf4"]
+Quantization = Literal["none", "int8", "fp8", "nf4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class ExecutionConfig:
         dtype: Of the frozen base and of matrix products ("float32" or "bfloat16"). Adapters, optimizer, losses and log-probs are
             always fp32.
         gradient_checkpointing: Recompute each block in the backward: activations of one block at a time.
-        quantization: Weights of the frozen base: "none", "int8" (torchao) or "nf4" (bitsandbytes).
+        quantization: Weights of the frozen base: "none", "int8" or "fp8" (torchao) or "nf4" (bitsandbytes).
         optimizer: "adamw", or "adamw8bit" (bitsandbytes), whose two states take a byte each instead of four.
         micro_batch: Rows that go through the model at once on each rank; None takes the rank's whole part of the batch.
         parallel: "ddp" or "fsdp" where there are several processes.
@@ -54,7 +54,7 @@ class ExecutionConfig:
         check_finite(self)
         for name, allowed in (
             ("dtype", ("float32", "bfloat16")),
-            ("quantization", ("none", "int8", "nf4")),
+            ("quantization", ("none", "int8", "fp8", "nf4")),
             ("optimizer", ("adamw", "adamw8bit")),
             ("parallel", ("ddp", "fsdp")),
         ):
@@ -115,7 +115,7 @@ def set_attention_backend(transformer: nn.Module, name: str) -> None:
 
 
 def quantize(transformer: nn.Module, kind: Quantization) -> nn.Module:
-    """Replaces the weights of the transformer blocks' linears: int8 by channel (torchao) or NF4 by 64 (bitsandbytes, QLoRA).
+    """Replaces the weights of the transformer blocks' linears: int8 or fp8 (e4m3) by channel (torchao), or NF4 by 64 (bitsandbytes, QLoRA).
 
     Embedders, norms and the output layer stay as they are. Gradients still reach the input, so adapters beside the quantised
     weights train.
@@ -129,12 +129,13 @@ def quantize(transformer: nn.Module, kind: Quantization) -> nn.Module:
         for n, m in transformer.named_modules()
         if isinstance(m, nn.Linear) and n.startswith(blocks) and "norm" not in n
     ]  # adaptive norms are small and sensitive
-    if kind == "int8":
+    if kind in ("int8", "fp8"):
         try:
-            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+            from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
         except ImportError as error:
-            raise ImportError("quantization 'int8' needs: pip install 'multicrafter[quantize]' (torchao)") from error
-        quantize_(transformer, Int8WeightOnlyConfig(), filter_fn=lambda _, name: name in set(chosen))
+            raise ImportError(f"quantization {kind!r} needs: pip install 'multicrafter[quantize]' (torchao)") from error
+        made = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
+        quantize_(transformer, made, filter_fn=lambda _, name: name in set(chosen))
     elif kind == "nf4":
         try:
             from bitsandbytes.nn import Linear4bit

@@ -498,6 +498,6 @@ def measure_leakages(
                 sigma=sigma, generator=generator, direction=direction, blocks=together, keep_blocks=True,
             )  # fmt: skip
             for group, chosen in names.items():
-                maps = torch.stack([captured.blocks[n] for n in chosen]).mean(0)
+                maps = torch.stack([captured.blocks[n] for n in chosen]).mean(0).cpu()
                 total[group][part] += leakage(maps, scenes.masks[part]).nanmean(1)
     return {group: value / len(sigmas) for group, value in total.items()}
