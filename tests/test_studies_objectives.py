@@ -80,7 +80,7 @@ def invented(budget: int, size: float) -> list[dict]:
     return [*shown, {**common, "seed": objectives_page.TUNING_SEED, "budget": 10, "score": 1.0}]
 
 
-@pytest.mark.parametrize(("longer", "word"), [(0.15, "had not arrived"), (0.3, "still on its way"), (0.9, "stays off")])
+@pytest.mark.parametrize(("longer", "word"), [(0.15, "bring it there"), (0.3, "still on its way"), (0.9, "stays off")])
 def test_a_method_that_has_not_arrived_is_told_from_one_that_is_off(longer, word):
     runs = invented(10, 1.0) + invented(40, longer)
     assert objectives_page.distance(objectives_page.chosen(runs, "gaussian", "nft")[1]).deviation == pytest.approx(10)

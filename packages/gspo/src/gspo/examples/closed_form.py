@@ -74,6 +74,7 @@ class MixturePolicy(torch.nn.Module):
         self.means = torch.nn.Parameter(means.clone(), requires_grad="means" in trained)
         self.log_stds = torch.nn.Parameter(log_stds.clone(), requires_grad="log_stds" in trained)
         self.dimension = means.shape[1]
+        self.shape: tuple[int, ...] = (self.dimension,)
 
     def trained(self) -> list[torch.nn.Parameter]:
         """What has gradients."""
@@ -107,6 +108,7 @@ class Task:
         optimum: The best policy of the family.
         reward: ``(policy, x) -> (b,)``, differentiable in x only.
         regret: ``policy -> optimal mean reward - its own``, exact, not negative.
+        batch: Groups and members an iteration; by default those of the module.
     """
 
     name: str
@@ -114,6 +116,7 @@ class Task:
     optimum: MixturePolicy
     reward: Callable[[MixturePolicy, Tensor], Tensor]
     regret: Callable[[MixturePolicy], float]
+    batch: tuple[int, int] | None = None
 
 
 def gaussian_task() -> Task:
@@ -221,7 +224,7 @@ def _ratio(setting: Setting, task: Task, policy: MixturePolicy, optimizer: Any, 
     """GSPO, GRPO, GRPO-Guard and the divergence mask: rollouts with a stochastic window."""
     parameters = policy.trained()
     kernel, window = FlowSDE(), SlidingWindow(NUM_STEPS, size=2, interval=1)
-    sigmas, (groups, members) = torch.linspace(1, 0, NUM_STEPS + 1), (GROUPS, MEMBERS)
+    sigmas, (groups, members) = torch.linspace(1, 0, NUM_STEPS + 1), task.batch or (GROUPS, MEMBERS)
     ratios = {"gspo": "sequence", "grpo": "step", "guarded": "guarded"}
     update: Callable[[Rollout, Tensor], Any]
     if setting.method == "dppo":
@@ -240,7 +243,7 @@ def _ratio(setting: Setting, task: Task, policy: MixturePolicy, optimizer: Any, 
 
     def iterate(iteration: int) -> int:
         own = setting.own_starts
-        noise = torch.randn(groups * members if own else groups, policy.dimension, generator=g)
+        noise = torch.randn(groups * members if own else groups, *policy.shape, generator=g)
         drawn = rollout(
             policy,
             noise,
@@ -271,12 +274,12 @@ def _forward(setting: Setting, task: Task, policy: MixturePolicy, optimizer: Any
         objective = AdvantageWeightedMatching(weighting=weighting, levels=levels)
     seed = int(torch.randint(2**31, (), generator=g))
     trainer = ObjectiveTrainer(parameters, optimizer, objective, ObjectiveConfig(max_grad_norm=1e9, seed=seed))
-    sigmas = torch.linspace(1, 0, NUM_STEPS + 1)
+    sigmas, (groups, members) = torch.linspace(1, 0, NUM_STEPS + 1), task.batch or (GROUPS, MEMBERS)
 
     def iterate(iteration: int) -> int:
-        noise = torch.randn(GROUPS * MEMBERS, policy.dimension, generator=g)
+        noise = torch.randn(groups * members, *policy.shape, generator=g)
         report = objective_step(
-            trainer, policy, noise, sigmas, lambda x, i: task.reward(policy, x).detach(), group_size=MEMBERS
+            trainer, policy, noise, sigmas, lambda x, i: task.reward(policy, x).detach(), group_size=members
         )
         return report.rollout.num_function_evaluations + report.update.num_function_evaluations
 
@@ -294,10 +297,10 @@ def _gradient(setting: Setting, task: Task, policy: MixturePolicy, optimizer: An
         seed=int(torch.randint(2**31, (), generator=g)),
     )
     trainer = RewardGradientTrainer(parameters, optimizer, config)
-    sigmas = torch.linspace(1, 0, NUM_STEPS + 1)
+    sigmas, (groups, members) = torch.linspace(1, 0, NUM_STEPS + 1), task.batch or (GROUPS, MEMBERS)
 
     def iterate(iteration: int) -> int:
-        noise = torch.randn(GROUPS * MEMBERS, policy.dimension, generator=g)
+        noise = torch.randn(groups * members, *policy.shape, generator=g)
         return trainer.step(policy, noise, sigmas, lambda x, i: task.reward(policy, x)).num_function_evaluations
 
     return iterate
