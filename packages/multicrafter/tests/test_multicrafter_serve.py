@@ -37,6 +37,8 @@ from multicrafter.demo.serve.server import CLOSED, Guard, listening
 from multicrafter.models.binding import IdentityFinder, MapFinder, Places
 from multicrafter.pipeline import MultiCrafterPipeline
 from multicrafter.world.strangers import strangers
+from multicrafter.world.tiny_backbones import tiny_flux1, tiny_flux2_dev, tiny_klein, tiny_kontext, tiny_qwen
+from multicrafter.world.tiny_flux import TinyFluxConfig
 from PIL import Image
 
 
@@ -84,6 +86,36 @@ def test_both_pictures_are_those_of_the_pipeline(pipeline: MultiCrafterPipeline,
     assert drawing.passes == expected == {"draft": 11, "none": 4}.get(way, 8)
     of = 4 if way == "none" else 8
     assert seen[-1] == (of, of) and [at for at, _ in seen] == sorted({at for at, _ in seen})
+
+
+MADE = {
+    "flux1_dev": lambda: tiny_flux1(
+        TinyFluxConfig(num_heads=2, head_dim=16, num_double=1, num_single=1), guidance_embeds=True
+    ),
+    "flux1_kontext": lambda: tiny_kontext(TinyFluxConfig(num_heads=2, head_dim=16, num_double=1, num_single=1)),
+    "flux2_klein": tiny_klein,
+    "flux2_klein_kv": lambda: tiny_klein(kv=True),
+    "flux2_dev": tiny_flux2_dev,
+    "qwen_image_edit": tiny_qwen,
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_every_backbone_draws_with_maps_of_every_block(name: str) -> None:
+    """Where guidance takes a second pass, the maps are still one of each step."""
+    pipeline = MultiCrafterPipeline(MADE[name]())
+    assert pipeline.backbone.name == name
+    size = 4 * pipeline.backbone.token_side(pipeline.pipe)
+    drawing = draw(pipeline, asked(num_steps=2, size=size))
+    assert drawing.plain is not None and drawing.plain.maps is not None
+    guided = pipeline.backbone.has_true_guidance(pipeline.pipe) and pipeline.backbone.default_true_guidance != 1
+    assert drawing.passes == (3 + 2 + 2) * (2 if guided else 1)
+    maps = drawing.plain.maps
+    assert maps.steps == (0, 1) and maps.values.shape == (2, len(maps.blocks), 2, 16)
+    assert all(
+        part in " ".join(maps.blocks) for part in (("transformer_blocks.0", "single") if "qwen" not in name else ("0",))
+    )
+    assert float(maps.values.min()) >= 0 and float(maps.values.sum(2).max()) <= 1.01 and float(maps.values.max()) > 0
 
 
 def test_maps_are_those_of_the_step_and_the_block(pipeline: MultiCrafterPipeline) -> None:
@@ -358,7 +390,9 @@ def drawing(pipeline: MultiCrafterPipeline) -> Drawing:
 def test_pieces_have_words_for_pictures_and_nothing_unescaped(drawing: Drawing) -> None:
     visitor = Visitor(references=list(drawing.request.references))
     whole = (
-        views.result(drawing, finder=MapFinder(), adapter=True) + views.maps(drawing, 1, 0) + views.references(visitor)
+        views.result(drawing, finder=MapFinder(), adapter=True, trained_for=2)
+        + views.maps(drawing, 1, 0)
+        + views.references(visitor)
     )
     images = re.findall(r"<img[^>]*>", whole)
     assert len(images) == 2 + 4 + 2 and all(re.search(r'alt="[^"]+"', tag) for tag in images)
@@ -374,13 +408,20 @@ def test_pieces_have_words_for_pictures_and_nothing_unescaped(drawing: Drawing) 
 
 def test_one_picture_says_that_nothing_was_kept_apart(drawing: Drawing) -> None:
     alone = dataclasses.replace(drawing, plain=None, draft=None)
-    text = views.result(alone, finder=MapFinder(), adapter=False)
+    text = views.result(alone, finder=MapFinder(), adapter=False, trained_for=2)
     assert "Attention as it is" in text and "With the method" not in text and text.count("<img") == 1
+
+
+def test_more_references_than_trained_for_are_said(drawing: Drawing) -> None:
+    few = [views.result(drawing, finder=MapFinder(), adapter=True, trained_for=n) for n in (1, 2)]
+    assert (
+        "You gave 2 pictures, but the adapter was trained for 1: expect blending." in few[0] and "expect" not in few[1]
+    )
 
 
 def test_who_is_missing_in_the_draft_is_named(drawing: Drawing) -> None:
     half = Places(torch.tensor([[[0.0, 0.0, 8.0, 8.0], [torch.nan] * 4]]), torch.tensor([[0.5, torch.nan]]))
-    text = views.result(dataclasses.replace(drawing, draft=half), finder=MapFinder(), adapter=True)
+    text = views.result(dataclasses.replace(drawing, draft=half), finder=MapFinder(), adapter=True, trained_for=2)
     assert "The draft does not show B" in text and "not found" in text
     assert [b["letter"] for b in views.boxes(half)] == ["A"] and views.boxes(half)[0]["similarity"] == "0.50"
 

@@ -112,7 +112,7 @@ def build(desk: Desk) -> Any:
         middle = (last + 1) // 2
         yield [
             views.sentence(f"Done in {drawing.seconds:.1f} s."),
-            views.result(drawing, finder=pipeline.finder, adapter=has_adapter),
+            views.result(drawing, finder=pipeline.finder, adapter=has_adapter, trained_for=pipeline.max_references),
             views.maps(drawing, middle, 0),
             gr.Slider(maximum=max(drawing.request.num_steps, 2), value=middle),
             gr.Slider(maximum=count, value=0),

@@ -114,8 +114,15 @@ def _picture(drawn: Drawn, title: str, text: str, drawing: Drawing, name: str) -
     }  # fmt: skip
 
 
-def result(drawing: Drawing, *, finder: Any, adapter: bool) -> str:
-    """The picture with the method and the one without, side by side, and who was found where."""
+def result(drawing: Drawing, *, finder: Any, adapter: bool, trained_for: int) -> str:
+    """The picture with the method and the one without, side by side, and who was found where.
+
+    Args:
+        drawing: What came of the request.
+        finder: Of the pipeline; says what a similarity is.
+        adapter: Whether the model has one.
+        trained_for: References that it was trained for.
+    """
     base = "the adapter" if adapter else "the model"
     if drawing.plain is None:
         pictures = [_picture(drawing.method, "Attention as it is", f"By {base}, nothing kept apart.", drawing, "plain")]
@@ -143,7 +150,7 @@ def result(drawing: Drawing, *, finder: Any, adapter: bool) -> str:
     ]  # fmt: skip
     return render(
         HERE, "result.jinja", pictures=pictures, prompt=drawing.request.prompt, columns=[name for name, _ in columns], rows=rows,
-        identity=identity, missing=missing, seed=drawing.request.seed, steps=drawing.request.num_steps,
+        identity=identity, missing=missing, base=base, trained_for=trained_for, seed=drawing.request.seed, steps=drawing.request.num_steps,
         guidance=f"{drawing.request.guidance:g}", size=drawing.request.size, passes=drawing.passes, seconds=f"{drawing.seconds:.1f}",
     )  # fmt: skip
 
