@@ -430,6 +430,9 @@ def test_sliders_choose_step_and_block(drawing: Drawing) -> None:
     pieces = {(s, b): views.maps(drawing, s, b) for s in (1, 4) for b in (0, 1, 2)}
     assert len(set(pieces.values())) == 6
     assert "step 4, single transformer blocks 0" in pieces[4, 2] and "step 1, mean of all blocks" in pieces[1, 0]
+    nowhere = Places(torch.full((1, 2, 4), torch.nan), torch.full((1, 2), torch.nan))
+    lost = dataclasses.replace(drawing, method=drawing.method._replace(places=nowhere), plain=None)
+    assert views.maps(lost, 1, 0).count("not found in the picture") == 2
     assert views.maps(drawing, 99, 99) == pieces[4, 2] and views.maps(drawing, -3, 0) == pieces[1, 0]
 
 
