@@ -401,7 +401,7 @@ def test_pieces_have_words_for_pictures_and_nothing_unescaped(drawing: Drawing) 
     assert not re.search(r'(src|href)="(?!data:)', whole)
     assert whole.index("With the method") < whole.index(">Without<")
     assert "No recognizer" in whole and "cosine" in views.result(
-        drawing, finder=IdentityFinder(backend=None), adapter=True
+        drawing, finder=IdentityFinder(backend=None), adapter=True, trained_for=2
     )  # type: ignore[arg-type]
     assert views.sentence("<i>", "error").count("&lt;i&gt;") == 1
 
