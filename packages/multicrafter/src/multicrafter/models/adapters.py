@@ -37,6 +37,8 @@ class AdapterConfig:
         alpha: Scale; the update is multiplied by alpha / rank.
         num_experts: Experts in the FFNs; 0 puts an ordinary LoRA there.
         top_k: Experts per token.
+        experts_on_linears: One mixture on each linear layer of an FFN, instead of one beside the whole FFN as in the paper; there every
+            single expert is a LoRA that other programs can load (docs/guides/export.md).
         gating: See `moe_lora.MoELoRAConfig`.
         balance_coef, z_coef: Router losses.
     """
@@ -45,6 +47,7 @@ class AdapterConfig:
     alpha: float = 16.0
     num_experts: int = 4
     top_k: int = 1
+    experts_on_linears: bool = False
     gating: str = "softmax_then_topk"
     balance_coef: float = 0.01
     z_coef: float = 0.001
@@ -57,6 +60,8 @@ class AdapterConfig:
             finite(name, getattr(self, name))
         if self.rank < 1 or self.alpha <= 0:
             raise UserError(f"rank must be at least 1 and alpha positive, got {self.rank} and {self.alpha}")
+        if not isinstance(self.experts_on_linears, bool):
+            raise UserError(f"experts_on_linears must be true or false, got {self.experts_on_linears!r}")
         if self.num_experts:
             self.moe()
         elif self.num_experts < 0:
@@ -76,7 +81,8 @@ def adapted(backbone: Backbone, transformer: nn.Module, config: AdapterConfig) -
     idle = backbone.without_effect(transformer)
     but = f"(?!({idle})$)" if idle else ""
     if config.num_experts:
-        return f"^{but}({backbone.attention})$", [but + block for block in backbone.ffn_blocks]
+        places = (f"({backbone.ffn_linears})",) if config.experts_on_linears else backbone.ffn_blocks
+        return f"^{but}({backbone.attention})$", [but + place for place in places]
     return f"^{but}({backbone.attention}|{backbone.ffn_linears})$", []
 
 
