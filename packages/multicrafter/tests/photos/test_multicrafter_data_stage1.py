@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -165,7 +166,7 @@ def real():
     folder = ROOT / ".photos"
     if not (folder / "insightface" / "t1.jpg").is_file():
         spec = importlib.util.spec_from_file_location("fetch_photos", script)
-        module = importlib.util.module_from_spec(spec)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # its dataclasses look themselves up
         spec.loader.exec_module(module)
         try:
             module.main([])
