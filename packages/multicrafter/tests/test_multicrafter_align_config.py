@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 
+import hypothesis
 import pytest
 from gspo import KERNELS, DanceSDE, FlowCPS, FlowSDE, OnlineConfig, PolicyConfig, SlidingWindow
 from hypothesis import given
@@ -91,6 +92,7 @@ configs = st.builds(
 )  # fmt: skip
 
 
+@hypothesis.settings(deadline=None)
 @given(configs)
 def test_what_was_written_flat_or_nested_is_read_as_the_same(config):
     assert settings.from_dict(AlignConfig, settings.to_dict(config)) == config
