@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import shutil
 import sys
@@ -16,12 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multicrafter.cli import main
 from multicrafter.models.backbones import backbone_of
+from multicrafter.models.loaded import LoadedModel
 from multicrafter.photos import BuildConfig, FilterConfig, WriteConfig, build
 from multicrafter.photos.check import check_dataset
+from multicrafter.photos.loader import LoaderConfig, PhotoLoader
 from multicrafter.photos.people import inside
 from multicrafter.photos.store import open_split
 from multicrafter.training import runs
-from multicrafter.training.photo_scenes import encode_photos, share_out
+from multicrafter.training.photo_scenes import encode_by_number, encode_photos, share_out
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -53,7 +56,7 @@ def test_stage_1_trains_on_the_result(built, pipe):
 def test_records_without_the_number_of_subjects_are_one_sentence(built, pipe):
     with pytest.raises(ValueError, match="3 subjects"):
         encode_photos(pipe, built[0], num_subjects=3)
-    with pytest.raises(ValueError, match="multiples"):
+    with pytest.raises(ValueError, match="multiple of 8 pixels, got 60"):
         encode_photos(pipe, built[0], size=60)
 
 
@@ -143,7 +146,7 @@ def test_resume_refuses_other_photos(folders, built, capsys):
         (["--data", "{tmp}/nowhere"], "dataset.json"),
         (["--data", "{tmp}/model"], "written by multicrafter data build"),
         (["--references", "2"], "each photo says"),
-        (["--set", "pretrain.world.size=60"], "multiples"),
+        (["--set", "pretrain.world.size=60"], "multiple of 8 pixels"),
         (["--data", "{tmp}/empty"], "train split is empty"),
     ],
 )
@@ -207,3 +210,71 @@ def test_real_photos_with_dlib(real, pipe, tmp_path):
             left, top, right, bottom = (round(x) for x in subject["face_box"])
             assert mask[top:bottom, left:right].mean() > 0.7
     train(pipe, encode_photos(pipe, tmp_path / "out", num_subjects=records["sample1.jpg"]["num_subjects"], count=4))
+
+
+SHAPES = ((48, 64), (64, 48), (64, 64))
+
+
+@pytest.fixture
+def shaped(folders):
+    """The dataset again; a third of its photos are said to be wide, a third tall, and are cut as such."""
+    path = folders / "set" / "manifest" / "train-00000-of-00001.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for index, row in enumerate(rows):
+        row["height"], row["width"] = SHAPES[index % 3]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folders
+
+
+def test_photos_of_any_shape_are_trained_on_in_buckets(shaped, pipe):
+    """Each at the shape of its own aspect, its tokens, masks and places by that grid; squares alone are what they were before."""
+    folder = shaped / "set"
+    model, records = LoadedModel.of(pipe), open_split(folder).records
+    found = encode_by_number(model, folder, len(records), size=64, reference_size=32, shapes=SHAPES)
+    want = Counter((len(r["subjects"]), r["height"], r["width"]) for r in records)
+    assert {(s.references.shape[1], s.grid[0] * 8, s.grid[1] * 8): len(s) for s in found} == want
+    for scenes in found:
+        height, width = scenes.images.shape[-2:]
+        assert (height, width) == (scenes.grid[0] * 8, scenes.grid[1] * 8)
+        assert scenes.tokens.shape[1] == scenes.masks.shape[-1] == scenes.grid[0] * scenes.grid[1]
+        count = len(scenes.images)
+        torch.testing.assert_close(scenes.tokens[:count], model.encode_pictures(scenes.images), atol=1e-5, rtol=1e-5)
+        ids = model.backbone.position_ids(scenes.grid, [scenes.reference_grid] * scenes.references.shape[1])
+        assert ids[: scenes.tokens.shape[1], 1].max() == scenes.grid[0] - 1
+        assert ids[: scenes.tokens.shape[1], 2].max() == scenes.grid[1] - 1
+    for number in (1, 2):  # masks by hand: the loader's own pixels, averaged over each patch
+        config = LoaderConfig(batch=16, buckets=SHAPES, reference_size=32, num_subjects=number, drop_last=False)
+        loader, pixels = PhotoLoader(folder, config), {}
+        for batch in itertools.islice(loader, loader.batches_per_epoch):
+            pixels.setdefault(tuple(batch.masks.shape[-2:]), []).append(batch.masks)
+        for scenes in found:
+            if scenes.references.shape[1] == number:
+                masks = torch.cat(pixels[tuple(scenes.images.shape[-2:])])
+                want = torch.nn.functional.avg_pool2d(masks, 8).flatten(2)
+                torch.testing.assert_close(scenes.masks, want[: len(scenes)], atol=1e-5, rtol=1e-5)
+    history = train(pipe, found, steps=6)
+    assert all(m["skipped"] == 0 for m in history)
+
+
+def test_the_subject_stays_in_the_picture_and_its_mask_with_it(shaped, pipe):
+    """Where a face was in the photo, the mask of its person covers the cut picture; nobody is cut away."""
+    for scenes in encode_by_number(pipe, shaped / "set", 1000, size=64, reference_size=32, shapes=SHAPES):
+        assert (scenes.masks.amax(-1) > 0.3).all()
+
+
+def test_one_square_shape_is_the_square_run_to_the_bit(folders, pipe):
+    plain = encode_by_number(pipe, folders / "set", 12, size=64, reference_size=32)
+    shaped_alike = encode_by_number(pipe, folders / "set", 12, size=64, reference_size=32, shapes=((64, 64),))
+    for a, b in zip(plain, shaped_alike, strict=True):
+        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.masks, b.masks) and a.captions == b.captions
+
+
+def test_the_command_line_trains_on_shapes(shaped, capsys):
+    shapes = "pretrain.shapes=[[48,64],[64,48],[64,64]]"
+    assert pretrain(shaped, "--set", shapes) == 0
+    notes = json.loads((shaped / "run" / "adapter" / "adapter.json").read_text())
+    assert notes["num_references"] == 2
+    assert pretrain(shaped, "--set", "pretrain.shapes=[[48,60]]", "--resume") == 2
+    assert "shapes" in capsys.readouterr().err
+    assert main(["pretrain", "--out", str(shaped / "other"), "--set", shapes]) == 2
+    assert "they need --data" in capsys.readouterr().err

@@ -24,7 +24,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     from multicrafter.config.run_options import annotate, chosen
     from multicrafter.training.distributed import is_main
     from multicrafter.training.run_folder import check_free
-    from multicrafter.training.runs import run_pretrain
+    from multicrafter.training.runs import check_shapes, run_pretrain
 
     writable(arguments.out, file=False)
     if is_main():  # the others may be late, when this one holds the folder already
@@ -41,6 +41,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     assert isinstance(run, Stage1)
     if arguments.data is not None:
         run = replace(run, pretrain=_with_photos(run.pretrain, arguments))
+    check_shapes(run.pretrain)
     model = load(run, arguments)
     if is_main() and not (arguments.resume and (arguments.out / "recipe.yaml").exists()):
         recipes.save(arguments.out / "recipe.yaml", run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from multicrafter import UserError
+from multicrafter.models.flux.packing import Grid
 from multicrafter.models.loaded import LoadedModel
 from multicrafter.photos.loader import LoaderConfig, PhotoLoader
+from multicrafter.photos.samples import Size
 from multicrafter.photos.store import open_split
 from multicrafter.photos.write import Record
 from multicrafter.training.encoding_cache import CachedPictures, ScenesText
@@ -28,13 +30,12 @@ if TYPE_CHECKING:
 CHUNK = 16
 
 
-@torch.no_grad()
 def encode_photos(
     model: LoadedModel | DiffusionPipeline,
     folder: str | Path,
     *,
     num_subjects: int = 2,
-    size: int | None = None,
+    size: int | Size | None = None,
     reference_size: int | None = None,
     count: int | None = None,
     split: str = "train",
@@ -50,8 +51,8 @@ def encode_photos(
         model: Whose VAE encodes.
         folder: A dataset of `multicrafter data build`.
         num_subjects: Subjects of a record.
-        size: Side of a picture in pixels; None takes the VAE's own.
-        reference_size: Side of a reference; None takes half of ``size``.
+        size: Side of a picture in pixels, or (height, width); None takes the VAE's own.
+        reference_size: Side of a reference; None takes half of the picture's shorter side.
         count: Samples; more than there are records go through several epochs, with other crops and references. None: each record once.
         split: "train" or "test".
         seed: See `LoaderConfig`.
@@ -63,17 +64,81 @@ def encode_photos(
     Raises:
         ValueError: The dataset has no such record, or the sizes do not fit the VAE.
     """
-    from multicrafter.training.scenes import EncodedScenes
-
     model = LoadedModel.of(model)
-    size = size or model.picture_size
-    reference_size = reference_size or size // 2
+    side = size or model.picture_size
+    shape = (side, side) if isinstance(side, int) else (side[0], side[1])
+    (scenes,) = encode_shapes(
+        model, folder, (shape,), num_subjects=num_subjects, reference_size=reference_size or min(shape) // 2, count=count,
+        split=split, seed=seed, num_workers=num_workers, cache=cache, keep_pictures=keep_pictures, progress=progress,
+    )  # fmt: skip
+    return scenes
+
+
+class _Gathered:
+    """Encoded samples of one shape, as they come."""
+
+    def __init__(self, text: ScenesText | None) -> None:
+        self.parts: list[tuple[Tensor, ...]] = []
+        self.pictures: list[tuple[Tensor, Tensor]] = []
+        self.captions: list[str] = []
+        self.people: list[list[str]] = []
+        self.text = text
+
+    def scenes(self, grid: Grid, reference_grid: Grid) -> EncodedScenes:
+        """All of them."""
+        from multicrafter.training.scenes import EncodedScenes
+
+        names = {name: i for i, name in enumerate(sorted({n for row in self.people for n in row}))}
+        tokens, references, masks = (torch.cat(p) for p in zip(*self.parts, strict=True))
+        images, reference_images = (torch.cat(p) for p in zip(*self.pictures, strict=True))
+        return EncodedScenes(
+            tokens=tokens,
+            references=references,
+            masks=masks,
+            captions=self.captions,
+            identities=torch.tensor([[[names[n]] for n in row] for row in self.people]),
+            images=images,
+            reference_images=reference_images,
+            grid=grid,
+            reference_grid=reference_grid,
+            text=self.text,
+        )
+
+
+@torch.no_grad()
+def encode_shapes(
+    model: LoadedModel,
+    folder: str | Path,
+    shapes: Sequence[Size],
+    *,
+    num_subjects: int,
+    reference_size: int,
+    count: int | None = None,
+    split: str = "train",
+    seed: int = 0,
+    num_workers: int = 0,
+    cache: str | Path | None = None,
+    keep_pictures: int | None = None,
+    progress: bool = False,
+) -> list[EncodedScenes]:
+    """Records with ``num_subjects`` subjects, each at the one of ``shapes`` (height, width) nearest to its own aspect.
+
+    A crop keeps the faces inside where it can (`photos.samples.cover`); masks are cut alike. Arguments are those of `encode_photos`;
+    ``count`` samples are of all shapes together.
+
+    Returns:
+        One `EncodedScenes` for each shape that some record has, in the order of ``shapes``.
+
+    Raises:
+        ValueError: The dataset has no such record, or the sizes do not fit the VAE.
+    """
     factor = model.token_side
-    if size % factor or reference_size % factor:
-        raise UserError(f"size and reference_size must be multiples of {factor}, got {size} and {reference_size}")
+    for name, value in (*(("size", side) for shape in shapes for side in shape), ("reference_size", reference_size)):
+        if value < factor or value % factor:
+            raise UserError(f"{name} must be a positive multiple of {factor} pixels, got {value}")
     config = LoaderConfig(
         batch=CHUNK,
-        buckets=((size, size),),
+        buckets=tuple(shapes),
         reference_size=reference_size,
         num_subjects=num_subjects,
         drop_last=False,
@@ -82,45 +147,38 @@ def encode_photos(
     )
     loader = PhotoLoader(folder, config, split=split)
     count = count or len(loader.rows)
-    grid, reference_grid = (size // factor,) * 2, (reference_size // factor,) * 2
+    reference_grid = (reference_size // factor,) * 2
     encode = CachedPictures(model, cache)
-    text = ScenesText(model, cache) if model.backbone.text_sees_references else None
-    parts: list[tuple[Tensor, ...]] = []
-    pictures: list[tuple[Tensor, Tensor]] = []
-    captions: list[str] = []
-    people: list[list[str]] = []
+    gathered: dict[Size, _Gathered] = {}
+    done = 0
     with tqdm(
         total=count, desc=f"encode, {num_subjects} subjects", unit="photo", disable=not progress, file=sys.stderr
     ) as bar:
         for batch in loader:
-            kept = slice(0, count - len(captions))
+            kept = slice(0, count - done)
             images, references = batch.images[kept], batch.references[kept]
+            height, width = images.shape[-2:]
+            own = gathered.setdefault(
+                (height, width), _Gathered(ScenesText(model, cache) if model.backbone.text_sees_references else None)
+            )
             encoded = encode(references.flatten(0, 1)).unflatten(0, references.shape[:2])
-            parts.append((encode(images), encoded, token_masks(batch.masks[kept], grid)))
-            left = len(images) if keep_pictures is None else max(0, keep_pictures - len(captions))
-            pictures.append((images[:left], references[:left]))
-            captions += batch.captions[kept]
-            if text is not None:
-                text.add(batch.captions[kept], references)
-            people += batch.identities[kept]
+            grid = (height // factor, width // factor)
+            own.parts.append((encode(images), encoded, token_masks(batch.masks[kept], grid)))
+            left = len(images) if keep_pictures is None else max(0, keep_pictures - len(own.captions))
+            own.pictures.append((images[:left], references[:left]))
+            own.captions += batch.captions[kept]
+            if own.text is not None:
+                own.text.add(batch.captions[kept], references)
+            own.people += batch.identities[kept]
+            done += len(images)
             bar.update(len(images))
-            if len(captions) == count:
+            if done == count:
                 break
-    names = {name: i for i, name in enumerate(sorted({n for row in people for n in row}))}
-    tokens, references, masks = (torch.cat(p) for p in zip(*parts, strict=True))
-    images, reference_images = (torch.cat(p) for p in zip(*pictures, strict=True))
-    return EncodedScenes(
-        tokens=tokens,
-        references=references,
-        masks=masks,
-        captions=captions,
-        identities=torch.tensor([[[names[n]] for n in row] for row in people]),
-        images=images,
-        reference_images=reference_images,
-        grid=grid,
-        reference_grid=reference_grid,
-        text=text,
-    )
+    return [
+        gathered[shape].scenes((shape[0] // factor, shape[1] // factor), reference_grid)
+        for shape in shapes
+        if shape in gathered
+    ]
 
 
 def encode_by_number(
@@ -130,22 +188,26 @@ def encode_by_number(
     *,
     size: int,
     reference_size: int,
+    shapes: Sequence[Size] | None = None,
     seed: int = 0,
     cache: str | Path | None = None,
     progress: bool = False,
 ) -> list[EncodedScenes]:
-    """About ``count`` samples of the train split, one `EncodedScenes` per number of subjects, in proportion to the records: what stage 1 takes.
+    """About ``count`` samples of the train split, one `EncodedScenes` per number of subjects and shape, in proportion to the records.
+
+    ``shapes`` (height, width) stand in for squares of ``size``.
 
     Raises:
         ValueError: See `encode_photos`.
     """
     shares = share_out(count, Counter(len(r["subjects"]) for r in training_records(folder)))
     return [
-        encode_photos(
-            model, folder, num_subjects=number, size=size, reference_size=reference_size, count=samples, seed=seed,
-            cache=cache, keep_pictures=CHUNK, progress=progress,
-        )
+        scenes
         for number, samples in shares.items()
+        for scenes in encode_shapes(
+            LoadedModel.of(model), folder, shapes or ((size, size),), num_subjects=number, reference_size=reference_size,
+            count=samples, seed=seed, cache=cache, keep_pictures=CHUNK, progress=progress,
+        )
     ]  # fmt: skip
 
 

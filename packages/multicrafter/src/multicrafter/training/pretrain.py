@@ -163,6 +163,8 @@ class PretrainConfig:
         sigma_sampling: At which noise levels.
         num_scenes: Scenes drawn and encoded; of photos, samples: more than there are records come again, cut anew, with other references.
         data: Folder of `multicrafter data build`: photos instead of drawn scenes, at the sizes of ``world``. None draws.
+        shapes: Sizes (height, width) of photos; each goes to the one nearest to its own aspect, cut so that faces stay inside, and a batch
+            holds one of them only. None takes squares of ``world.size``.
         seed: Of data order, noise and adapters; scenes come from ``data_seed``.
         separation: See `SeparationConfig`; None trains without it.
         distillation: See `DistillationConfig`; the samples that are not separated learn from the same model with separation. None does without.
@@ -180,6 +182,7 @@ class PretrainConfig:
     sigma_sampling: SigmaSamplingConfig = field(default_factory=SigmaSamplingConfig)
     num_scenes: int = 4000
     data: str | None = None
+    shapes: tuple[tuple[int, int], ...] | None = None
     data_seed: int = 1
     seed: int = 0
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
@@ -198,6 +201,8 @@ class PretrainConfig:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.lr <= 0:
             raise UserError(f"lr must be positive, got {self.lr}")
+        if self.shapes is not None and (not self.shapes or any(side < 1 for shape in self.shapes for side in shape)):
+            raise UserError(f"shapes must hold sizes (height, width) in pixels, got {self.shapes}")
         if not self.max_grad_norm > 0:
             raise UserError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
         if self.distillation is not None:

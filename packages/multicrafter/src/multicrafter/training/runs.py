@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -67,15 +68,23 @@ def _check_resume(out: Path, run: PretrainConfig | AlignConfig, resume: loop.Res
         raise UserError(f"--resume needs the configuration of {path}, but {', '.join(changed)} changed")
 
 
+def check_shapes(config: PretrainConfig) -> None:
+    """Raises UserError where shapes are given and no photos that could have them."""
+    if config.shapes is not None and config.data is None:
+        raise UserError("pretrain.shapes are of photos: they need --data or pretrain.data, got none")
+
+
 def training_scenes(
     model: LoadedModel | DiffusionPipeline, config: PretrainConfig
 ) -> EncodedScenes | Sequence[EncodedScenes]:
     """What stage 1 trains on: drawn scenes, or the photos of ``config.data``."""
     world, cache = config.world, config.execution.cache
     if config.data is None:
+        check_shapes(config)
         return encode_scenes(model, world, config.num_scenes, seed=config.data_seed, cache=cache)
     return encode_by_number(
-        model, config.data, config.num_scenes, size=world.size, reference_size=world.reference_size, seed=config.data_seed,
+        model, config.data, config.num_scenes, size=world.size, reference_size=world.reference_size, shapes=config.shapes,
+        seed=config.data_seed,
         cache=cache, progress=is_main() and sys.stderr.isatty(),
     )  # fmt: skip
 
@@ -161,8 +170,9 @@ def run_align(
 
 
 def sides_of(scenes: EncodedScenes, token_side: int) -> dict[str, int]:
-    """Sides of pictures and references in pixels, from what was trained on."""
-    return {"size": scenes.grid[0] * token_side, "reference_size": scenes.reference_grid[0] * token_side}
+    """Sides of pictures and references in pixels, from what was trained on; of pictures that are no squares the side of a square as large."""
+    sides = {"size": scenes.grid, "reference_size": scenes.reference_grid}
+    return {name: round(math.sqrt(rows * columns)) * token_side for name, (rows, columns) in sides.items()}
 
 
 def trained_sizes(notes: Mapping[str, Any]) -> dict[str, Any]:
