@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from strangers import PROGRAMS
 from test_repo_readme import blocks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -241,7 +242,8 @@ def test_blocking_works(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LEAVES)
 def test_leaf_in_a_clean_environment(wheels, name, tmp_path):
-    """The wheel, its dependencies from the index and pytest, nothing else, outside the repository: the README's blocks for the core run."""
+    """The wheel and its dependencies from the index, nothing else, outside the repository: the README's blocks for the core run, and so does
+    what a stranger writes, which strict mypy accepts and a fresh process goes on from."""
     venv.create(tmp_path / "env", with_pip=True)
     python = str(tmp_path / "env" / "bin" / "python")
     install = [python, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheels[name])]
@@ -257,6 +259,16 @@ def test_leaf_in_a_clean_environment(wheels, name, tmp_path):
     snippets = [b for b in blocks(ROOT / "packages" / name / "README.md") if not needs_an_extra(b, name)]
     assert snippets
     subprocess.run([python, "-c", "\n".join(snippets)], cwd=tmp_path, check=True)
+    said = []
+    for file, program in zip(("first.py", "second.py"), PROGRAMS[name]):
+        (tmp_path / file).write_text(program)
+        done = subprocess.run([python, file], cwd=tmp_path, capture_output=True, text=True, check=True)
+        said.append(done.stdout.split()[-1])
+    assert said[0] == said[1]
+    subprocess.run([python, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), "mypy"], check=True)
+    mypy = [python, "-m", "mypy", "--strict", "--no-pretty", "first.py", "second.py"]
+    checked = subprocess.run(mypy, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
 
 
 @pytest.mark.slow
