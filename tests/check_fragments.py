@@ -1,6 +1,7 @@
 """Every package has a changelog fragment for unreleased work, and every fragment is named as towncrier wants it.
 
-A package needs one while commits since its last tag ``<package>-v*`` (or since the beginning) touch its ``src``.
+A package needs one while commits since its last release touch its ``src``. A release is the last tag ``<package>-v*``, and where there is none yet
+the last commit that wrote its ``CHANGELOG.md``.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ def problems(root: Path = ROOT) -> list[str]:
             if not path.read_text().strip():
                 found.append(f"{where}: the fragment is empty")
         tags = git("tag", "--list", f"{name}-v*", "--sort=-version:refname")
-        since = f"{tags[0]}..HEAD" if tags else "HEAD"
+        written = git("log", "-1", "--format=%h", "--", f"packages/{name}/CHANGELOG.md")
+        release = (tags or written or [None])[0]
+        since = f"{release}..HEAD" if release else "HEAD"
         if not fragments and git("log", "--oneline", since, "--", f"packages/{name}/src"):
             found.append(
-                f"packages/{name}/src changed since {tags[0] if tags else 'the beginning'}, but changelog.d has no fragment"
+                f"packages/{name}/src changed since {release or 'the beginning'}, but changelog.d has no fragment"
             )
     return found
 

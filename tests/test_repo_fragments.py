@@ -46,6 +46,19 @@ def test_after_a_release_only_new_changes_need_one(checkout):
     assert "since thing-v0.1.0" in check_fragments.problems(checkout)[0]
 
 
+def test_without_tags_the_changelog_is_the_release(checkout):
+    (checkout / "packages/thing/CHANGELOG.md").write_text("## 0.2.0")
+    (checkout / "packages/thing/src/thing/__init__.py").write_text("version = 2")
+    commit(checkout)
+    assert check_fragments.problems(checkout) == []
+    (checkout / "packages/thing/src/thing/__init__.py").write_text("x = 1")
+    commit(checkout)
+    (problem,) = check_fragments.problems(checkout)
+    assert "the beginning" not in problem
+    (checkout / "packages/thing/changelog.d/2.feature.md").write_text("A thing.")
+    assert check_fragments.problems(checkout) == []
+
+
 def test_the_newest_tag_counts_by_version(checkout):
     git(checkout, "tag", "thing-v0.10.0")
     git(checkout, "tag", "thing-v0.9.0")

@@ -266,7 +266,17 @@ def test_leaf_in_a_clean_environment(wheels, name, tmp_path):
         said.append(done.stdout.split()[-1])
     assert said[0] == said[1]
     subprocess.run([python, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), "mypy"], check=True)
-    mypy = [python, "-m", "mypy", "--strict", "--untyped-calls-exclude", "torch", "--no-pretty", "first.py", "second.py"]
+    mypy = [
+        python,
+        "-m",
+        "mypy",
+        "--strict",
+        "--untyped-calls-exclude",
+        "torch",
+        "--no-pretty",
+        "first.py",
+        "second.py",
+    ]
     checked = subprocess.run(mypy, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout
 
