@@ -1,7 +1,7 @@
 """Every package has a changelog fragment for unreleased work, and every fragment is named as towncrier wants it.
 
-A package needs one while commits since its last release touch its ``src``. A release is the last tag ``<package>-v*``, and where there is none yet
-the last commit that wrote its ``CHANGELOG.md``.
+A package needs one while commits since its last release touch its ``src``. A release is the last tag ``<package>-v*``,
+and where there is none yet the last commit that wrote its ``CHANGELOG.md``.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ from gspo.signal_log import SignalLog
 from gspo.step import PolicyTrainer, UpdateStatistics
 from gspo.window import SlidingWindow
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "KERNELS",

@@ -20,7 +20,7 @@ from id_reward.matching import Matching, match
 from id_reward.metrics import Evaluation, Evaluator, id_confidence
 from id_reward.protocols import FaceBackend, Faces, Scorer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CONVENTIONS",

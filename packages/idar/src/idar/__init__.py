@@ -10,7 +10,7 @@ from idar.metrics import AttentionProfile, attention_profile, leakage, map_iou, 
 from idar.separate import Separation, separate_attention
 from idar.separation import ARROWS, SUBJECT_ARROWS, Arrow, Background, attention_owners, separation_bias
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ARROWS",

@@ -21,7 +21,7 @@ from moe_lora.stats import (
     specialisation,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Approximation",
