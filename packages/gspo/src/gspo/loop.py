@@ -100,7 +100,7 @@ def _agreed_noise(
 ) -> Callable[[int], Tensor]:
     if generator is None:
         raise ValueError("generator must be given with split_batch, in the same state on all ranks, got None")
-    mark = float(noise.double().sum())
+    mark = float(noise.cpu().double().sum())  # not every device has double precision
     if largest(mark, ranks) != -largest(-mark, ranks):
         raise ValueError("noise must be the same on all ranks with split_batch, got noise that differs")
     return shared_noise(generator, share, noise.shape[1:])
