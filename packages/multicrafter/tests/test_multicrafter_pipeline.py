@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from multicrafter.cli import main
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.loading import resolve_adapter
-from multicrafter.pipeline import MultiCrafterPipeline, load_flux
+from multicrafter.pipeline import MultiCrafterPipeline, load_flux, own_shape
 from multicrafter.world.tiny_backbones import tiny_flux1, tiny_klein, tiny_qwen
 from multicrafter.world.tiny_flux import TinyFluxConfig
 from PIL import Image
@@ -83,6 +85,64 @@ def test_nothing_is_padded(klein):
     klein.transformer.x_embedder.register_forward_hook(lambda _m, i, _o: lengths.append(tuple(i[0].shape[:2])))
     latents(MultiCrafterPipeline(klein), ["a", "b", "c"], [[RED], [RED, BLUE], [BLUE]], num_steps=1, true_guidance=1.0)
     assert lengths == [(2, 64 + 16), (1, 64 + 32)]
+
+
+WIDE, TALL, SQUARE = (
+    Image.fromarray(np.random.default_rng(k).integers(0, 255, (h, w, 3), np.uint8))
+    for k, (h, w) in enumerate([(32, 64), (90, 45), (48, 48)])
+)
+
+
+@pytest.mark.parametrize("kind", ["flux", "klein", "kv", "qwen"])
+def test_references_keep_their_own_shapes(kind, request):
+    """As many tokens as the shape has, in its places; prompts of other shapes run apart and give what they give alone; squares are as before."""
+    assert [own_shape(*p.size, (4, 4)) for p in (WIDE, TALL, SQUARE)] == [(3, 6), (6, 3), (4, 4)]  # rows, columns
+    pipe = filled(tiny_klein(kv=True)) if kind == "kv" else request.getfixturevalue(kind)
+    pipeline, calls = with_adapter(pipe), []
+    hook = pipe.transformer.register_forward_hook(lambda _m, _a, k, _o: calls.append(k), with_kwargs=True)
+    options = {"true_guidance": 1.0, "num_steps": 1, "reference_shape": "own"}
+    prompts, references = ["one", "two", "three"], [[WIDE, TALL], [TALL, WIDE], [SQUARE, WIDE]]
+    together = latents(pipeline, prompts, references, **options)
+    sizes = [k["hidden_states"].shape[1] for k in calls]
+    assert sorted(sizes) == sorted([64 + 18 + 18, 64 + 18 + 18, 64 + 16 + 18])  # 3 x 6 and 6 x 3 tokens, 4 x 4
+    hook.remove()
+    for i in range(3):
+        alone = latents(pipeline, prompts[i], references[i], **options)
+        assert torch.allclose(together[i], alone[0], atol=2e-4)
+    plain = latents(pipeline, "one", [SQUARE, SQUARE], true_guidance=1.0)
+    assert torch.equal(plain, latents(pipeline, "one", [SQUARE, SQUARE], true_guidance=1.0, reference_shape="own"))
+    assert not torch.allclose(plain, latents(pipeline, "one", [SQUARE, WIDE], true_guidance=1.0), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["flux", "klein", "qwen"])
+def test_one_person_may_have_several_references(kind, request):
+    """Two references of the first person, one of the second: two places in the picture, two masks, and one span for both references."""
+    pipeline = with_adapter(request.getfixturevalue(kind))
+    references, options = [WIDE, TALL, SQUARE], {"reference_shape": "own", "true_guidance": 1.0}
+    plain = latents(pipeline, "one", references, **options)
+    grouped = latents(pipeline, "one", references, references_per_subject=[2, 1], **options)
+    assert torch.equal(plain, grouped), "without separation only the number of subjects differs"
+    masks = [torch.zeros(64, 64), torch.zeros(64, 64)]
+    masks[0][:, :32], masks[1][:, 32:] = 1, 1
+    bound = latents(
+        pipeline, "one", references, references_per_subject=[2, 1], separation="masks", masks=masks, **options
+    )
+    assert pipeline.bindings[0].masks.shape[1] == 2
+    assert not torch.allclose(bound, plain, atol=1e-4)
+    three = latents(
+        pipeline, "one", references, separation="masks", masks=[masks[0], masks[0] * 0, masks[1]], **options
+    )
+    assert not torch.allclose(bound, three, atol=1e-4), "the second reference is looked at by the first person's tokens"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        latents(pipeline, "one", references, references_per_subject=[2, 1], separation="draft", **options)
+    assert pipeline.bindings[0].places.boxes.shape[1] == 2
+    with pytest.raises(ValueError, match=r"one per reference \(one per subject"):
+        latents(pipeline, "one", references, references_per_subject=[2, 1], separation="masks", masks=[masks[0]] * 3)
+    with pytest.raises(ValueError, match=r"references_per_subject must add up .* \[3\], got \[2, 2\]"):
+        latents(pipeline, "one", references, references_per_subject=[2, 2])
+    with pytest.raises(ValueError, match="reference_shape must be 'square' or 'own', got 'round'"):
+        latents(pipeline, "one", references, reference_shape="round")
 
 
 def test_true_guidance_is_the_formula(flux):

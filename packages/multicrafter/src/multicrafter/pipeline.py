@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -43,12 +44,29 @@ from multicrafter.models.publish import base_of, push_to_hub, save_pretrained
 Picture = Any
 """A path, a PIL picture, an array (h, w, 3) or a tensor (3, h, w); see `multicrafter.models.pictures.open_picture`."""
 References = Sequence[Picture]
+Shown = TypeVar("Shown")
 
 
 def to_tensor(picture: Picture, size: int) -> Float[Tensor, "3 size size"]:
     """A picture of any kind as a square in [0, 1]: upright, scaled to fit, the rest grey."""
     square = ImageOps.pad(open_picture(picture), (size, size), method=Image.Resampling.LANCZOS, color=(128, 128, 128))
     return torch.from_numpy(np.asarray(square, np.float32) / 255).permute(2, 0, 1)
+
+
+def own_shape(width: int, height: int, square: Grid) -> Grid:
+    """Rows and columns of about as many tokens as ``square`` has, for a picture of this width and height.
+
+    >>> own_shape(400, 400, (20, 20)), own_shape(400, 200, (20, 20))
+    ((20, 20), (14, 28))
+    """
+    tokens, aspect = square[0] * square[1], width / height
+    return max(1, round(math.sqrt(tokens / aspect))), max(1, round(math.sqrt(tokens * aspect)))
+
+
+def to_shape(picture: Picture, size: tuple[int, int]) -> Float[Tensor, "3 h w"]:
+    """A picture of any kind at (height, width) in [0, 1]: upright, scaled to cover, what is over cut off on both sides alike."""
+    whole_picture = ImageOps.fit(open_picture(picture), (size[1], size[0]), method=Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.asarray(whole_picture, np.float32) / 255).permute(2, 0, 1)
 
 
 def to_image(picture: Float[Tensor, "3 h w"]) -> Image.Image:
@@ -275,6 +293,8 @@ class MultiCrafterPipeline:
         guidance: float | None = None,
         size: int | tuple[int, int] | None = None,
         reference_size: int | None = None,
+        reference_shape: Literal["square", "own"] = "square",
+        references_per_subject: Sequence[int] | None = None,
         cache_references: bool | None = None,
         separation: Mode | BindingConfig | None = None,
         masks: Sequence[Any] | Tensor | None = None,
@@ -294,11 +314,15 @@ class MultiCrafterPipeline:
             true_guidance: ``velocity = negative + true_guidance * (positive - negative)`` (arXiv 2207.12598), a second pass a step.
                 Default: 1 (off) where the model embeds its guidance or was distilled, else the backbone's.
             num_images: Pictures per prompt, each from its own noise.
-            num_steps: Euler steps; default: what the adapter says, else 20.
+            num_steps: Euler steps; default: what the adapter says, else the backbone's.
             seed: Of the noise; one per prompt, or the same for all.
             guidance: Distilled guidance, where the model embeds it; default: what the adapter says, else the backbone's.
             size: Side, or (height, width), in pixels; multiples of a token's side.
             reference_size: Side of the references, at most the picture's.
+            reference_shape: "square" pads references to squares; "own" gives each the shape of its picture, with about as many tokens.
+                Prompts whose references have the same shapes run together.
+            references_per_subject: How many neighbouring references show each subject, such as ``[2, 1]`` for two pictures of the first
+                person and one of the second; of every prompt. None is one each.
             cache_references: Keep keys and values of the references between steps. Default: where that is exact.
             separation: How subjects are kept apart, in place of the pipeline's own. What was bound is in ``pipeline.bindings``,
                 one a prompt, afterwards. Where a draft does not show every subject, a warning says so, and the missing ones
@@ -340,17 +364,20 @@ class MultiCrafterPipeline:
         if keep and not self.backbone.caches_references:
             raise UserError(f"cache_references must be off: the reference keys of {self.backbone.name} depend on sigma")
         binding = self.separation if separation is None else binding_config(separation)
-        places = _mask_lists(masks, lists, grid) if binding.mode == "masks" else None
+        subjects = _subjects(references_per_subject, lists)
+        shapes = self._reference_grids(lists, reference_grid, reference_shape)
+        places = _mask_lists(masks, subjects, grid) if binding.mode == "masks" else None
         if masks is not None and places is None:
             raise UserError(f"masks are for separation 'masks', got separation {binding.mode!r}")
         self.interrupt = False
         self.bindings = []
         results: dict[int, list[Any]] = {}
         bound: dict[int, Binding] = {}
-        for count in sorted({len(x) for x in lists}):
-            rows = [i for i, x in enumerate(lists) if len(x) == count]
+        for grids in sorted(set(shapes), key=lambda g: (len(g), g)):
+            rows = [i for i, own in enumerate(shapes) if own == grids]
             sampler = _Sampler(
-                self, grid, reference_grid, num_images=num_images, num_steps=num_steps, guidance=guidance, scale=scale, keep=keep,
+                self, grid, grids, own_shapes=reference_shape == "own", counts=references_per_subject,
+                num_images=num_images, num_steps=num_steps, guidance=guidance, scale=scale, keep=keep,
                 negative_prompts=[negatives[i] for i in rows], binding=binding,
                 masks=None if places is None else torch.stack([places[i] for i in rows]),
             )  # fmt: skip
@@ -368,6 +395,15 @@ class MultiCrafterPipeline:
         self.bindings = [bound[i] for i in range(len(prompts))]
         _say_missing(self.bindings)
         return [picture for i in range(len(prompts)) for picture in results[i]]
+
+    @staticmethod
+    def _reference_grids(lists: list[list[Image.Image]], square: Grid, shape: str) -> list[tuple[Grid, ...]]:
+        """Token rows and columns of every reference of every prompt."""
+        if shape not in ("square", "own"):
+            raise UserError(f"reference_shape must be 'square' or 'own', got {shape!r}")
+        if shape == "square":
+            return [(square,) * len(row) for row in lists]
+        return [tuple(own_shape(p.width, p.height, square) for p in row) for row in lists]
 
     def _require_memory(self, grid: Grid, reference_grid: Grid, references: int, pictures: int) -> None:
         side = self.backbone.token_side(self.pipe)
@@ -447,6 +483,19 @@ def _reference_lists(prompts: list[str], references: References | Sequence[Refer
     return [known[id(row)] for row in lists]
 
 
+def _subjects(counts: Sequence[int] | None, lists: list[list[Shown]]) -> list[list[Shown]]:
+    """The first reference of every subject of every prompt."""
+    if counts is None:
+        return lists
+    counts = [whole("references_per_subject", n, least=1) for n in counts]
+    if any(sum(counts) != len(row) for row in lists):
+        raise UserError(
+            f"references_per_subject must add up to the references of every prompt, {[len(row) for row in lists]}, got {counts}"
+        )
+    first = [sum(counts[:i]) for i in range(len(counts))]
+    return [[row[i] for i in first] for row in lists]
+
+
 def binding_config(separation: Mode | BindingConfig) -> BindingConfig:
     """A mode with its default numbers.
 
@@ -456,7 +505,7 @@ def binding_config(separation: Mode | BindingConfig) -> BindingConfig:
     return separation if isinstance(separation, BindingConfig) else BindingConfig(mode=separation)
 
 
-def _mask_lists(masks: Any, lists: list[list[Image.Image]], grid: Grid) -> list[Tensor]:
+def _mask_lists(masks: Any, lists: Sequence[Sequence[Any]], grid: Grid) -> list[Tensor]:
     """Owners (s, n) of the tokens for every prompt."""
     if masks is None:
         raise UserError("masks must be given for separation 'masks', got none")
@@ -465,7 +514,8 @@ def _mask_lists(masks: Any, lists: list[list[Image.Image]], grid: Grid) -> list[
     rows = lists_of(masks, len(lists), name="masks")
     if [len(row) for row in rows] != [len(row) for row in lists]:
         raise UserError(
-            f"masks must be one per reference, {[len(r) for r in lists]}, got {[len(r) for r in rows]} masks"
+            "masks must be one per reference (one per subject, with references_per_subject), "
+            f"{[len(r) for r in lists]}, got {[len(r) for r in rows]} masks"
         )
     return [
         owner_masks(torch.stack([token_masks(coverage(m)[None, None], grid)[0, 0] for m in row])[None])[0]
@@ -502,14 +552,16 @@ def _say_missing(bindings: list[Binding]) -> None:
 
 
 class _Sampler:
-    """One group of prompts with equally many references."""
+    """One group of prompts with references of the same shapes."""
 
     def __init__(
-        self, owner: MultiCrafterPipeline, grid: Grid, reference_grid: Grid, *, num_images: int, num_steps: int,
+        self, owner: MultiCrafterPipeline, grid: Grid, reference_grids: tuple[Grid, ...], *, own_shapes: bool,
+        counts: Sequence[int] | None, num_images: int, num_steps: int,
         guidance: float, scale: float, keep: bool, negative_prompts: list[str], binding: BindingConfig, masks: Tensor | None,
     ) -> None:  # fmt: skip
         self.owner, self.backbone, self.pipe = owner, owner.backbone, owner.pipe
-        self.grid, self.reference_grid, self.num_images, self.num_steps = grid, reference_grid, num_images, num_steps
+        self.grid, self.num_images, self.num_steps = grid, num_images, num_steps
+        self.reference_grids, self.own_shapes, self.counts = list(reference_grids), own_shapes, counts
         self.guidance, self.scale, self.negative_prompts = guidance, scale, negative_prompts
         self.keep, self.binding, self.masks = keep, binding, masks
         self.caches = [ReferenceCache(), ReferenceCache()] if keep else [None, None]
@@ -521,19 +573,14 @@ class _Sampler:
     ) -> Tensor:  # fmt: skip
         """Tokens (prompts x num_images, n, d)."""
         owner, device, dtype = self.owner, self.owner.device, self.pipe.transformer.dtype
-        side = self.reference_grid[0] * self.backbone.token_side(self.pipe)
-        pictures = torch.stack([to_tensor(p, side) for references in lists for p in references]).to(device)
-        encoded = self.backbone.encode_pictures(self.pipe, pictures).to(dtype).unflatten(0, (len(prompts), -1))
-        expanded = (
-            encoded.repeat_interleave(self.num_images, 0)
-            if len(prompts) > 1
-            else encoded.expand(self.num_images, -1, -1, -1)
-        )
-        self.references = list(expanded.unbind(1))
-        seen = list(pictures.unflatten(0, (len(prompts), -1)))
+        seen = [self._pictures(references) for references in lists]
+        self.references = [
+            r.repeat_interleave(self.num_images, 0) if len(prompts) > 1 else r.expand(self.num_images, -1, -1)
+            for r in self._encode_references(seen)
+        ]
         self.text = self._encode(prompts, seen, dtype)
         self.negative = self._encode(self.negative_prompts, seen, dtype) if self.scale != 1 else None
-        shape = (self.num_images, self.grid[0] * self.grid[1], encoded.shape[-1])
+        shape = (self.num_images, self.grid[0] * self.grid[1], self.references[0].shape[-1])
         noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
 
         def schedule(steps: int) -> Tensor:
@@ -549,24 +596,50 @@ class _Sampler:
                 x = (changed or {}).get("latents", x)
             return None if owner.interrupt else x
 
-        count, shown = len(self.references), list(pictures.cpu())  # a finder sees references as the model does
-        grids = [self.reference_grid] * count
+        shown = _subjects(
+            self.counts, [[p.cpu() for p in row] for row in seen]
+        )  # a finder sees references as the model does
+        grids = self.reference_grids
         masks = None if self.masks is None else self.masks.repeat_interleave(self.num_images, 0).to(device)
-        with separable(self.pipe.transformer, self.backbone, self.grid, grids, self.binding) as separation:
+        with separable(
+            self.pipe.transformer, self.backbone, self.grid, grids, self.binding, counts=self.counts
+        ) as separation:
             tokens, bound = sample_bound(
                 self._velocity, noise, schedule, self.num_steps, config=self.binding, separation=separation, masks=masks,
                 decode=lambda x: self.backbone.decode_pictures(self.pipe, x, self.grid), finder=owner.finder, grid=self.grid,
-                references=[shown[i : i + count] for i in range(0, len(shown), count) for _ in range(self.num_images)],
+                references=[row for row in shown for _ in range(self.num_images)], counts=self.counts,
                 watch=(self.pipe.transformer, self.backbone, grids), after=after,
             )  # fmt: skip
         self.bound = bound._replace(num_function_evaluations=self.passes)
         return tokens
 
-    def _encode(self, prompts: list[str], references: list[Tensor], dtype: torch.dtype) -> Text:
+    def _pictures(self, references: list[Image.Image]) -> list[Tensor]:
+        """One prompt's references as the model sees them."""
+        side, device = self.backbone.token_side(self.pipe), self.owner.device
+        if not self.own_shapes:
+            return [to_tensor(p, self.reference_grids[0][0] * side).to(device) for p in references]
+        return [
+            to_shape(p, (rows * side, columns * side)).to(device)
+            for p, (rows, columns) in zip(references, self.reference_grids, strict=True)
+        ]
+
+    def _encode_references(self, seen: list[list[Tensor]]) -> list[Tensor]:
+        """Tokens (prompts, n, d) of each reference; all at once where all have one shape."""
+        dtype = self.pipe.transformer.dtype
+        if len(set(self.reference_grids)) == 1:
+            pictures = torch.stack([p for row in seen for p in row])
+            encoded = self.backbone.encode_pictures(self.pipe, pictures).to(dtype).unflatten(0, (len(seen), -1))
+            return list(encoded.unbind(1))
+        return [
+            self.backbone.encode_pictures(self.pipe, torch.stack(column)).to(dtype)
+            for column in map(list, zip(*seen, strict=True))
+        ]
+
+    def _encode(self, prompts: list[str], references: list[list[Tensor]], dtype: torch.dtype) -> Text:
         """One row per picture."""
         rows = torch.arange(len(prompts)).repeat_interleave(self.num_images)
         if self.backbone.text_sees_references:  # one prompt at a time, so that repeating it is for free
-            text = self.backbone.encode_prompts_with(self.pipe, prompts, list(map(list, references))).rows(rows)
+            text = self.backbone.encode_prompts_with(self.pipe, prompts, references).rows(rows)
         else:
             text = self.backbone.encode_prompts(self.pipe, [prompts[row] for row in rows.tolist()])
         return text.to(self.owner.device, dtype)
@@ -583,7 +656,7 @@ class _Sampler:
         self.passes += 1
         velocity = self.backbone.velocity(
             self.pipe.transformer, x.to(self.pipe.transformer.dtype), sigma.to(x.device), text, image_grid=self.grid,
-            references=self.references, reference_grids=[self.reference_grid] * len(self.references), guidance=self.guidance,
+            references=self.references, reference_grids=self.reference_grids, guidance=self.guidance,
             cache=cache,
         )  # fmt: skip
         return velocity.to(x.dtype)

@@ -8,9 +8,10 @@ predicts at some noise level, and goes on from there.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -264,17 +265,48 @@ def masks_of_places(places: Places, grid: Grid, size: tuple[int, int], *, margin
     return torch.where(missing[..., None], free.expand_as(masks), masks)
 
 
+def by_subject(layout: SubjectLayout, counts: Sequence[int] | None) -> SubjectLayout:
+    """A layout whose references belong to fewer subjects: ``counts`` neighbouring ones to each, whose tokens become one span.
+
+    >>> by_subject(SubjectLayout.in_order(0, 4, [2, 2, 2]), [2, 1]).subject_spans
+    ((4, 8), (8, 10))
+
+    Raises:
+        ValueError: The counts do not add up to the references.
+    """
+    if counts is None:
+        return layout
+    if sum(counts) != len(layout.subject_spans) or min(counts, default=0) < 1:
+        raise UserError(
+            f"references_per_subject must add up to {len(layout.subject_spans)} references, got {list(counts)}"
+        )
+    ends = list(itertools.accumulate(counts))
+    spans = layout.subject_spans
+    return replace(
+        layout, subject_spans=tuple((spans[end - n][0], spans[end - 1][1]) for n, end in zip(counts, ends, strict=True))
+    )
+
+
 @contextmanager
 def separable(
-    transformer: Any, backbone: Backbone, grid: Grid, reference_grids: Sequence[Grid], config: BindingConfig
+    transformer: Any,
+    backbone: Backbone,
+    grid: Grid,
+    reference_grids: Sequence[Grid],
+    config: BindingConfig,
+    *,
+    counts: Sequence[int] | None = None,
 ) -> Iterator[Separation | None]:
-    """The transformer with subjects that can be separated; None, and nothing changed, for mode "none"."""
+    """The transformer with subjects that can be separated; None, and nothing changed, for mode "none".
+
+    ``counts`` says how many neighbouring references show each subject; None is one.
+    """
     if config.mode == "none":
         yield None
         return
 
     def layout(kwargs: dict[str, Any]) -> SubjectLayout:
-        return backbone.layout(kwargs["encoder_hidden_states"].shape[1], grid, reference_grids)
+        return by_subject(backbone.layout(kwargs["encoder_hidden_states"].shape[1], grid, reference_grids), counts)
 
     chosen: dict[str, Callable[[str], bool] | None] = {
         "all": None,
@@ -304,6 +336,7 @@ def sample_bound(
     masks: Float[Tensor, "b s n"] | None = None,
     watch: tuple[Any, Backbone, Sequence[Grid]] | None = None,
     after: Callable[[int, Tensor], Tensor | None] | None = None,
+    counts: Sequence[int] | None = None,
 ) -> tuple[Float[Tensor, "b n d"], Binding]:
     """`sample` with subjects kept apart as the configuration says.
 
@@ -321,6 +354,7 @@ def sample_bound(
         masks: For mode "masks".
         watch: Transformer, backbone and reference grids, for finders that need attention maps.
         after: See `sample`; called in the steps of the picture only.
+        counts: See `separable`.
 
     Returns:
         Tokens, and what was bound.
@@ -348,7 +382,7 @@ def sample_bound(
         return tokens, Binding(masks, None, everybody, calls)
     if finder is None or decode is None:
         raise UserError(f"finder must be given for separation {config.mode!r}, got none")
-    with _watched(finder, watch, grid) as maps:
+    with _watched(finder, watch, grid, counts) as maps:
 
         def found_in(tokens: Tensor) -> Places:
             pictures = decode(tokens).float().clamp(0, 1).cpu()
@@ -389,7 +423,7 @@ def _until_found(
 
 @contextmanager
 def _watched(
-    finder: Any, watch: tuple[Any, Backbone, Sequence[Grid]] | None, grid: Grid
+    finder: Any, watch: tuple[Any, Backbone, Sequence[Grid]] | None, grid: Grid, counts: Sequence[int] | None
 ) -> Iterator[Callable[[], Tensor | None]]:
     """Where the finder asks for them: attention maps (b, s, n), image to reference, mean over all passes inside."""
     if not getattr(finder, "needs_maps", False):
@@ -401,7 +435,7 @@ def _watched(
     total: list[Tensor] = []
 
     def layout(kwargs: dict[str, Any]) -> SubjectLayout:
-        return backbone.layout(kwargs["encoder_hidden_states"].shape[1], grid, reference_grids)
+        return by_subject(backbone.layout(kwargs["encoder_hidden_states"].shape[1], grid, reference_grids), counts)
 
     with capture_subject_attention(
         transformer, layout, direction="image_to_reference", blocks=lambda _: True
