@@ -23,7 +23,7 @@ from gspo.examples.closed_form import METHODS, NUM_STEPS, TASKS, Setting, train
 from multicrafter.files import write_whole
 
 from benchmarks.run import ROOT, circumstances
-from studies import objectives_page
+from studies import objectives_flux, objectives_page
 
 OUT = ROOT / "benchmarks" / "results" / "objectives.json"
 
@@ -108,6 +108,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=OUT, help="runs are added to this file, and the page is made from it"
     )
+    parser.add_argument(
+        "--flux",
+        type=Path,
+        default=objectives_flux.OUT,
+        help="what `studies.objectives_flux` has recorded, if anything",
+    )
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "results", help="folder of the page")
     parser.add_argument("--budget", type=int, default=BUDGET, help=f"function evaluations of a run (default {BUDGET})")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="seeds of the comparison")
@@ -121,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.what == "run":
         measure(options.out, options.budget, tuple(range(options.seeds)))
     else:
-        objectives_page.write(options.out, options.docs)
+        also = objectives_flux.section(options.flux, options.docs) if options.flux.is_file() else ""
+        objectives_page.write(options.out, options.docs, also)
     return 0
 
 

@@ -152,12 +152,12 @@ def plot(runs: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def origin(data: dict) -> str:
+def origin(data: dict, module: str = "studies.objectives run") -> str:
     """The line under the tables."""
     c = data["circumstances"]
     versions = ", ".join(f"{k} {v}" for k, v in c["versions"].items() if k != "diffusers")
     changed = " (modified)" if c["modified"] else ""
-    return f"`python -m studies.objectives run` at {c['commit'][:10]}{changed}, {versions}, {c['device']}, {c['threads']} thread."
+    return f"`python -m {module}` at {c['commit'][:10]}{changed}, {versions}, {c['device']}, {c['threads']} thread."
 
 
 def overhead(path: Path) -> str:
@@ -205,8 +205,8 @@ def conclusions(runs: list[dict]) -> list[str]:
     return lines
 
 
-def write(source: Path, docs: Path) -> None:
-    """The page and the plot."""
+def write(source: Path, docs: Path, also: str = "") -> None:
+    """The page and the plot; ``also`` is what stands below."""
     data = json.loads(source.read_text())
     runs = data["runs"]
     docs.mkdir(parents=True, exist_ok=True)
@@ -243,7 +243,7 @@ def write(source: Path, docs: Path) -> None:
         tuning(runs),
         f"{origin(data)} {len(runs)} runs, {total / 60:.1f} minutes of processor time, on a machine that others used too.\n",
     ]
-    page = "\n".join(parts) + overhead(ROOT / "benchmarks" / "results" / "gspo_objectives_overhead.json")
+    page = "\n".join(parts) + also + overhead(ROOT / "benchmarks" / "results" / "gspo_objectives_overhead.json")
     write_whole(docs / "objectives.md", page)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gspo.examples.closed_form import METHODS, TASKS
 
-from studies import objectives, objectives_page
+from studies import objectives, objectives_flux, objectives_page
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_what_is_recorded_is_not_done_again(recorded, monkeypatch):
 
 
 def test_page_says_what_the_records_say(recorded, tmp_path):
-    assert objectives.main(["page", "--out", str(recorded), "--docs", str(tmp_path)]) == 0
+    assert objectives.main(["page", "--out", str(recorded), "--flux", "none", "--docs", str(tmp_path)]) == 0
     page = (tmp_path / "objectives.md").read_text()
     assert (tmp_path / "objectives.png").stat().st_size > 10_000
     assert all(page.count(f"| {name} |") >= 2 for name in objectives_page.NAMES.values())
@@ -94,3 +94,49 @@ def test_wrong_arguments_end_with_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         objectives.main(arguments)
     assert stop.value.code == 2 and arguments[1] in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_tiny_flux_is_tuned_run_and_shown(tmp_path, recorded, monkeypatch):
+    monkeypatch.setattr(objectives_flux, "SETTINGS", {"gspo": {}, "draft": {}})
+    monkeypatch.setattr(objectives_flux, "LEARNING_RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(objectives_flux, "BATCH", (2, 2))
+    monkeypatch.setattr(objectives_flux, "CASES", 4)
+    out, threads = tmp_path / "flux.json", torch.get_num_threads()
+    command = ["--out", str(out), "--budget", "60", "--teaching-steps", "2"]
+    assert objectives_flux.main(command) == 0
+    runs = json.loads(out.read_text())["runs"]
+    assert len(runs) == 2 * (2 + 2) and all(math.isfinite(r["rewards"][-1]) for r in runs)
+    assert len({r["level"] for r in runs}) == 1 and all(r["rewards"][0] == runs[0]["rewards"][0] for r in runs)
+    arguments = ["page", "--out", str(recorded), "--flux", str(out), "--docs", str(tmp_path)]
+    assert objectives.main(arguments) == 0
+    torch.set_num_threads(threads)
+    page = (tmp_path / "objectives.md").read_text()
+    assert "![Mean redness over function evaluations](objectives_flux.png)" in page and "| DRaFT-K |" in page
+    assert (tmp_path / "objectives_flux.png").stat().st_size > 5_000
+
+
+def test_redness_is_seen_and_weights_of_the_decoder_stay():
+    policy = objectives_flux.base(2)
+    pictures = torch.zeros(2, 3, 4, 4)
+    pictures[0, 0], pictures[1, 1:] = 1.0, 1.0
+    policy.vae.decode, kept = (lambda latents, return_dict: (pictures,)), policy.vae.decode
+    try:
+        torch.testing.assert_close(policy.redness(torch.zeros(2, 64, 16)), torch.tensor([1.0, -1.0]))
+    finally:
+        policy.vae.decode = kept
+    assert not any(p.requires_grad for p in policy.vae.parameters()) and all(p.requires_grad for p in policy.trained())
+
+
+def test_what_tuning_prefers():
+    reached, later = {"to_level": 100, "budget": 1000}, {"to_level": 400, "budget": 1000}
+    near, far = ({"to_level": None, "budget": 1000, "level": 1.0, "rewards": [r]} for r in (0.9, 0.1))
+    costs = [objectives_flux.cost([r]) for r in (reached, later, near, far)]
+    assert costs == sorted(costs) and costs[2] > 1000
+
+
+def test_a_run_that_falls_back_is_told():
+    run = {"level": 1.0, "evaluations": [0, 10, 20, 30], "to_level": 10, "rewards": [0.0, 1.1, 1.2, 1.3]}
+    assert not objectives_flux.fell_back(run)
+    assert objectives_flux.fell_back({**run, "rewards": [0.0, 1.1, 0.9, 1.3]})
+    assert not objectives_flux.fell_back({**run, "to_level": None, "rewards": [0.0, 0.1, 0.9, 0.3]})
