@@ -9,6 +9,7 @@ import torch
 from gspo import OnlineConfig, SlidingWindow
 from id_reward import CompositeReward
 from multicrafter.demo.figures import subject_maps
+from multicrafter.models import export
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.binding import BindingConfig
@@ -147,3 +148,28 @@ def test_every_backbone_can_be_evaluated_and_looked_at(name):
     for maps in (double, single, every):
         assert torch.allclose(maps.sum(1), torch.ones(1, *scenes.grid))
     assert not torch.allclose(double, single) and not torch.allclose(every, double)
+
+
+@pytest.mark.parametrize("name", ["flux2_dev", "qwen_image_edit"])
+def test_an_exported_adapter_draws_the_same_in_diffusers_own_pipeline(name, tmp_path):
+    """Written for diffusers, read by ``load_lora_weights`` of a fresh pipeline: every key finds its layer, the velocity is the same."""
+    pipe, fresh = make(name), make(name)
+    adapters = Adapters(pipe.transformer, replace(SMALL, num_experts=0))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    adapters.save(tmp_path / "adapter", stage=1)
+    backbone, channels = backbone_of(pipe), pipe.transformer.config.in_channels
+    text = backbone.encode_prompts(pipe, ["one person"])
+    given = {"image_grid": (4, 4), "references": [torch.ones(1, 4, channels)] * 2, "reference_grids": [(2, 2)] * 2}
+
+    def velocity(transformer):
+        with torch.no_grad():
+            return backbone.velocity(transformer, torch.ones(1, 16, channels), torch.full((1,), 0.5), text, **given)
+
+    base = velocity(fresh.transformer)
+    file = export.write(export.read_plain(tmp_path / "adapter"), "diffusers", tmp_path / "lora.safetensors")
+    fresh.load_lora_weights(str(file))
+    assert torch.allclose(velocity(fresh.transformer), velocity(pipe.transformer), atol=1e-5)
+    assert not torch.allclose(velocity(fresh.transformer), base, atol=1e-3)
