@@ -145,7 +145,7 @@ def plain_loras(
     def seen(context: Context) -> tuple[Tensor, Tensor]:
         with context():
             return torch.cat([v().float().flatten(1) for v in tested]), draw_cases(
-                pipe, test, asked, batch=config.batch
+                LoadedModel(pipe, backbone), test, asked, batch=config.batch
             ).pictures
 
     drawn = {"mixture": seen(nullcontext)}
