@@ -129,7 +129,7 @@ def test_stage_2_of_several_experiments_starts_from_one_first_stage(laboratory, 
 
     align = SMOKE.rows(0)["ippo"][1]
     for seed in (0, 1):
-        made = replace(experiment(seed=5), align=replace(align, seed=seed))
+        made = replace(experiment(seed=5), align=replace(align, online=replace(align.online, seed=seed)))
         assert "stage 2" in laboratory.record(made)["curves"]
     assert calls == [1]
 

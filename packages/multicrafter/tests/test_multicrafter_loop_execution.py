@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gspo import rescore, sequence_importance_ratio
+from gspo import rescore, rollout, sequence_importance_ratio
 from multicrafter.models.adapters import Adapters
 from multicrafter.training.optimization import AdamWConfig
 from multicrafter.training.precision import (
@@ -49,11 +49,16 @@ def test_bf16_scores_in_fp32_and_its_ratio_is_one_before_the_first_update():
     for parameter in rough.adapters.parameters():
         parameter.data = parameter.data.float()
     rows = torch.tensor([0, 5, 7, 2])
-    drawn = rough.rollout(rows, 0)
+    online, noise = rough.online, torch.randn(4, *rough.scenes.tokens.shape[1:], generator=rough.generator)
+    with torch.no_grad():
+        drawn = rollout(
+            rough.velocity(rows), noise, rough.sigmas, kernel=online.kernel, window=online.window.at(0),
+            group_size=4, generator=rough.generator,
+        )  # fmt: skip
     assert drawn.latents.dtype == drawn.log_prob_mean.dtype == torch.float32
     with torch.no_grad():
-        again = rescore(rough.velocity(rows), drawn, rough.kernel)
-        exact = rescore(stage.velocity(rows), drawn, stage.kernel)
+        again = rescore(rough.velocity(rows), drawn, online.kernel)
+        exact = rescore(stage.velocity(rows), drawn, online.kernel)
     assert torch.equal(sequence_importance_ratio(again.log_prob_mean, drawn.log_prob_mean), torch.ones(16))
     assert torch.allclose(exact.log_prob_mean, drawn.log_prob_mean, atol=1e-2)
 
@@ -92,7 +97,9 @@ def saved_for_backward(stage):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         text = stage.text([scenes.captions[r] for r in range(8)])
         noise = torch.randn(8, *scenes.tokens.shape[1:])
-        stage.objective._losses(scenes, rows, noise, torch.full((8,), 0.5), text, None)
+        sigma = torch.full((8,), 0.5)
+        found = stage.objective._pass(scenes, rows, noise, sigma, text, watched=False)
+        stage.objective._losses(scenes, rows, noise, sigma, found, None)
     return sum(kept.values())
 
 
