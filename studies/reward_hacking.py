@@ -1,4 +1,4 @@
-"""Reward hacking: policies trained on four identity rewards, and what becomes of the attributes."""
+"""Reward hacking: policies trained on several identity rewards, and what becomes of the attributes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ NAMES = ("attributes", "identity", "swaps", "count", "text", "aesthetics")
 REWARDS = {
     "Hungarian, with penalties": RewardConfig(text=0.0, aesthetics=0.0, multi_id=1.0),
     "Hungarian": RewardConfig(text=0.0, aesthetics=0.0, multi_id=1.0, extra_penalty=0.0),
+    "Hungarian, off-pair penalty": RewardConfig(
+        text=0.0, aesthetics=0.0, multi_id=1.0, extra_penalty=0.0, off_pair_penalty=0.5
+    ),
+    "Hungarian, copying costs": RewardConfig(text=0.0, aesthetics=0.0, multi_id=1.0, extra_penalty=0.0, copy_paste=0.5),
     "UMO": RewardConfig(text=0.0, aesthetics=0.0, multi_id=1.0, extra_penalty=0.0, convention="umo"),
     "best face (XVerse)": RewardConfig(text=0.0, aesthetics=0.0, multi_id=1.0, extra_penalty=0.0, convention="xverse"),
     "mean": RewardConfig(text=0.0, aesthetics=0.0, multi_id=1.0, extra_penalty=0.0, convention="mean"),
@@ -77,7 +81,7 @@ def page(content: dict[str, Any], folder: Path) -> str:
         forest(content["minus_baseline"], NAMES[:4], folder / "reward_hacking.png", content["by_seed"])
         picture = "![what each policy changed in the pictures](reward_hacking.png)\n\nBars: 95 % intervals over cases; dots: single seeds."
     rows = [[k, *(cell(m.get(n), "+.3f") for n in NAMES)] for k, m in content["against"].items()]
-    return f"""Every policy maximises its own reward, and identity alone: Hungarian (one face a reference, with or without a penalty for faces nobody asked for), UMO's confidence, the best face of each reference (one face may serve
+    return f"""Every policy maximises its own reward, and identity alone: Hungarian (one face a reference; with a penalty for faces nobody asked for, for faces that are like the other reference too, or for faces that repeat their reference's pose, crop and light), UMO's confidence, the best face of each reference (one face may serve
 both), the mean over all pairs. A hack is a reward that rises while the attributes of the people, which no reward sees, or the number of people get worse.
 
 ![reward by iteration: thin lines are seeds, thick ones their mean over six iterations](reward_hacking_curves.png)
