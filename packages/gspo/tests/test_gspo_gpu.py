@@ -10,8 +10,11 @@ from gspo import (
     DanceSDE,
     FlowCPS,
     FlowSDE,
+    OnlineConfig,
+    OnlineTrainer,
     PolicyConfig,
     PolicyTrainer,
+    SlidingWindow,
     group_advantages,
     rescore,
     rollout,
@@ -85,3 +88,21 @@ def same_on_both(device: str) -> None:
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU), "cpu"])
 def test_a_rollout_does_not_depend_on_the_device(device: str) -> None:
     same_on_both(device)
+
+
+def split_batch_rewards(device: str) -> torch.Tensor:
+    """Of one step of a trainer that shares its batch; the generator of the rollout's noise is on the CPU, wherever the latents are."""
+    layers, velocity = policy_of("cpu", torch.float32)
+    layers.to(device)
+    trainer = OnlineTrainer(
+        list(layers.parameters()),
+        torch.optim.SGD(layers.parameters(), lr=0.1),
+        OnlineConfig(window=SlidingWindow(num_steps=8, size=2), group_size=2, split_batch=True),
+    )
+    noise = torch.randn(2, 64, generator=torch.Generator().manual_seed(1)).to(device)
+    return trainer.step(velocity, noise, torch.linspace(1, 0, 9), lambda x, index: x[:, 0]).rewards.cpu()
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU), "cpu"])
+def test_a_split_batch_draws_the_same_on_every_device(device: str) -> None:
+    torch.testing.assert_close(split_batch_rewards(device), split_batch_rewards("cpu"), rtol=1e-3, atol=1e-3)

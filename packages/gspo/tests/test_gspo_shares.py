@@ -134,17 +134,3 @@ def test_a_split_batch_on_one_rank_is_the_batch() -> None:
     for _ in range(3):
         assert torch.equal(split.step().rewards, plain.step().rewards)
     assert torch.equal(split.layer.weight, plain.layer.weight)
-
-
-@pytest.mark.gpu
-def test_a_split_batch_on_a_gpu_draws_what_it_draws_on_the_cpu() -> None:
-    """The generator stays on the CPU; what it draws is moved to where the latents are."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    rewards = []
-    for device in ("cpu", "cuda"):
-        setup = Setup(split_batch=True)
-        setup.layer.to(device)
-        noise = torch.randn(2, 5, generator=torch.Generator().manual_seed(1)).to(device)
-        rewards.append(setup.trainer.step(setup.policy, noise, LINE, lambda x, i: x[:, 0]).rewards.cpu())
-    torch.testing.assert_close(rewards[0], rewards[1], rtol=1e-4, atol=1e-5)
