@@ -17,7 +17,7 @@ from multicrafter.training.precision import (
     quantize,
     set_attention_backend,
 )
-from multicrafter.training.pretrain import IDARConfig
+from multicrafter.training.pretrain import IDARConfig, Noised
 from multicrafter.training.trainee import optimizer_tensors, restore_optimizer
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -97,9 +97,8 @@ def saved_for_backward(stage):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         text = stage.text([scenes.captions[r] for r in range(8)])
         noise = torch.randn(8, *scenes.tokens.shape[1:])
-        sigma = torch.full((8,), 0.5)
-        found = stage.objective._pass(scenes, rows, noise, sigma, text, watched=False)
-        stage.objective._losses(scenes, rows, noise, sigma, found, None)
+        batch = Noised(scenes, rows, noise, torch.full((8,), 0.5), text)
+        stage.objective._losses(batch, stage.objective._pass(batch, watched=False), None)
     return sum(kept.values())
 
 

@@ -23,6 +23,7 @@ from multicrafter.training.attention import layout_of
 from multicrafter.training.distillation import DistillationConfig, PassOutputs, distillation_loss, watch_outputs
 from multicrafter.training.pretrain import (
     IDARConfig,
+    Noised,
     Objective,
     Pretrain,
     PretrainConfig,
@@ -457,7 +458,7 @@ class TestDistillation:
         rows, sigma = torch.arange(3), torch.full((3,), 0.7)
         noise = torch.randn(scenes.tokens[rows].shape, generator=torch.Generator().manual_seed(3))
         text = stage.text([scenes.captions[r] for r in range(3)])
-        teacher = stage.objective._teach(scenes, rows, noise, sigma, text, torch.zeros(3))
+        teacher = stage.objective._teach(Noised(scenes, rows, noise, sigma, text), torch.zeros(3))
         x = add_noise(scenes.tokens[rows], noise, sigma)
         masks = owner_masks(scenes.masks[rows], threshold=0.15)
         with (
@@ -470,7 +471,7 @@ class TestDistillation:
         streams = 2 * len(pipe.transformer.transformer_blocks) + len(pipe.transformer.single_transformer_blocks)
         assert len(outputs) == len(teacher.attention) == streams
         assert all(torch.equal(a, b) for a, b in zip(outputs, teacher.attention, strict=True))
-        assert stage.objective._teach(scenes, rows, noise, sigma, text, torch.ones(3)) is None
+        assert stage.objective._teach(Noised(scenes, rows, noise, sigma, text), torch.ones(3)) is None
         stage.adapters.detach()
 
     def test_only_samples_without_separation_learn_from_it(self, pipe, scenes):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from idar import (
@@ -15,6 +15,7 @@ from idar import (
     Direction,
     LossKind,
     Normalization,
+    SubjectLayout,
     attention_owners,
     idar_loss,
     leakage,
@@ -226,6 +227,24 @@ def sampling_notes(config: PretrainConfig) -> dict[str, Any]:
     return notes
 
 
+class Noised(NamedTuple):
+    """Rows of encoded scenes at noise levels: what `noised_velocity` takes, on the trainee's device.
+
+    Attributes:
+        scenes: Encoded scenes.
+        rows: Which of them, b.
+        noise: (b, n, d).
+        sigma: Noise levels (b,).
+        text: Their prompts.
+    """
+
+    scenes: EncodedScenes
+    rows: Tensor | slice
+    noise: Tensor
+    sigma: Tensor
+    text: Text
+
+
 @dataclass(frozen=True)
 class Objective:
     """``L_diff + lambda * L_attn + router losses`` of a model on encoded scenes, and its gradients; `Pretrain` steps on it, `plan` measures it.
@@ -262,99 +281,79 @@ class Objective:
             supervised: Whether the attention is supervised.
             scale: Factor of the gradients.
         """
-        inputs = (
-            scenes,
-            rows,
-            noise.to(self.trainee.device),
-            sigma.to(self.trainee.device),
-            text.to(self.trainee.device),
-        )
-        teacher = self._teach(*inputs, separated)
+        device = self.trainee.device
+        batch = Noised(scenes, rows, noise.to(device), sigma.to(device), text.to(device))
+        teacher = self._teach(batch, separated)
         # the backward stays inside the capture: gradient checkpointing runs blocks again, and must find the same graph
         with (
-            self._separate(scenes, rows, separated, text.embeds.shape[1]),
-            self._capture(scenes, text.embeds.shape[1], supervised) as captured,
+            self._separate(batch, separated),
+            self._capture(batch, supervised) as captured,
         ):
-            student = self._pass(*inputs, watched=teacher is not None)
-            losses = self._losses(*inputs[:4], student, captured)
+            student = self._pass(batch, watched=teacher is not None)
+            losses = self._losses(batch, student, captured)
             if teacher is not None and separated is not None:
                 assert self.config.distillation is not None
-                learns = 1 - separated.to(self.trainee.device)
+                learns = 1 - separated.to(device)
                 distilled = distillation_loss(student, teacher, self.config.distillation, learns)
                 losses["loss"] = losses["loss"] + distilled
                 losses["distillation_loss"] = distilled.detach()
             (losses["loss"] * scale).backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def _pass(
-        self, scenes: EncodedScenes, rows: Tensor | slice, noise: Tensor, sigma: Tensor, text: Text, *, watched: bool
-    ) -> PassOutputs:
+    def _pass(self, batch: Noised, *, watched: bool) -> PassOutputs:
         """One pass of the model, its attention layers watched or not."""
         found = PassOutputs()
         transformer = self.trainee.adapters.transformer
         watching: AbstractContextManager[list[Tensor]] = watch_outputs(transformer) if watched else nullcontext([])
         with watching as outputs:
-            found.velocity = noised_velocity(self.trainee.predict, scenes, rows, noise, sigma, text)
+            found.velocity = noised_velocity(self.trainee.predict, *batch)
         found.attention = outputs
         return found
 
-    def _teach(
-        self,
-        scenes: EncodedScenes,
-        rows: Tensor | slice,
-        noise: Tensor,
-        sigma: Tensor,
-        text: Text,
-        separated: Tensor | None,
-    ) -> PassOutputs | None:
+    def _teach(self, batch: Noised, separated: Tensor | None) -> PassOutputs | None:
         """The teacher's pass: the same model, separated in every row, without a gradient; None where nobody learns from it."""
         if self.config.distillation is None or separated is None or bool((separated == 1).all()):
             return None
-        with torch.no_grad(), self._separate(scenes, rows, torch.ones_like(separated), text.embeds.shape[1]):
-            return self._pass(scenes, rows, noise, sigma, text, watched=True)
+        with torch.no_grad(), self._separate(batch, torch.ones_like(separated)):
+            return self._pass(batch, watched=True)
 
-    def _separate(self, scenes: EncodedScenes, rows: Tensor | slice, separated: Tensor | None, num_text: int) -> Any:
+    def _layout(self, batch: Noised) -> SubjectLayout:
+        return layout_of(self.trainee.adapters.backbone, batch.scenes, batch.text.embeds.shape[1])
+
+    def _separate(self, batch: Noised, separated: Tensor | None) -> Any:
         """Separates the attention of the chosen samples, by their masks; around forward and backward."""
         config = self.config.separation
         if config is None or separated is None or not bool(separated.any()):
             return nullcontext()
-        masks = owner_masks(scenes.masks[rows], threshold=config.threshold).to(self.trainee.device)
+        masks = owner_masks(batch.scenes.masks[batch.rows], threshold=config.threshold).to(self.trainee.device)
         return separate_subjects(
             self.trainee.adapters.transformer,
-            layout_of(self.trainee.adapters.backbone, scenes, num_text),
+            self._layout(batch),
             attention_owners if config.routing else masks,
             strength=(config.strength * separated).to(self.trainee.device),
             background=config.background,
         )
 
-    def _capture(self, scenes: EncodedScenes, num_text: int, supervised: bool) -> Any:
+    def _capture(self, batch: Noised, supervised: bool) -> Any:
         """Collects the attention maps of what runs inside, if they are supervised; around forward and backward."""
         if self.config.idar.coef == 0 or not supervised:
             return nullcontext()
         return capture_subject_attention(
             self.trainee.adapters.transformer,
-            layout_of(self.trainee.adapters.backbone, scenes, num_text),
+            self._layout(batch),
             direction=self.config.idar.direction,
             blocks=(lambda _: True) if self.config.idar.all_blocks else None,
         )
 
-    def _losses(
-        self,
-        scenes: EncodedScenes,
-        rows: Tensor | slice,
-        noise: Tensor,
-        sigma: Tensor,
-        found: PassOutputs,
-        captured: Any,
-    ) -> dict[str, Tensor]:
-        config, device = self.config, self.trainee.device
-        latents, velocity = scenes.tokens[rows].to(device), found.velocity
+    def _losses(self, batch: Noised, found: PassOutputs, captured: Any) -> dict[str, Tensor]:
+        config, device, velocity = self.config, self.trainee.device, found.velocity
         assert velocity is not None
-        diffusion = (velocity - (noise - latents)).square().mean()
+        diffusion = (velocity - (batch.noise - batch.scenes.tokens[batch.rows].to(device))).square().mean()
         loss = diffusion + self.trainee.aux_loss()
         losses = {"diffusion_loss": diffusion}
         if captured is not None:
-            losses["attention_loss"] = self._attention_loss(captured.maps, scenes.masks[rows].to(device), sigma)
+            masks = batch.scenes.masks[batch.rows].to(device)
+            losses["attention_loss"] = self._attention_loss(captured.maps, masks, batch.sigma)
             loss = loss + config.idar.coef * losses["attention_loss"]
         return {"loss": loss, **losses}
 
