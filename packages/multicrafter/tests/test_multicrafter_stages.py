@@ -335,6 +335,23 @@ def test_text_rows(pipe):
     assert torch.equal(part.embeds[0], text.embeds[1])
 
 
+def test_the_diffusion_loss_is_that_of_the_straight_path(pipe, scenes):
+    """``||v - (noise - x_0)||^2`` at ``x = (1 - sigma) x_0 + sigma noise`` (rectified flow), written out with the path by hand."""
+    stage = Pretrain(pipe, replace(STAGE1, idar=IDARConfig(coef=0.0)), scenes)
+    shake(stage.adapters)
+    rows, sigma = torch.arange(3), torch.tensor([0.2, 0.5, 0.9])
+    noise = torch.randn(scenes.tokens[rows].shape, generator=torch.Generator().manual_seed(1))
+    text = stage.text([scenes.captions[r] for r in range(3)])
+    level = sigma[:, None, None]
+    with torch.no_grad():
+        x = (1 - level) * scenes.tokens[rows] + level * noise
+        velocity = stage.trainee.predict(x, sigma, text, **scenes.context(rows))
+    expected = (velocity + scenes.tokens[rows] - noise).pow(2).mean()
+    losses = stage.objective.backward(scenes, rows, noise, sigma, text)
+    assert float(losses["diffusion_loss"]) == pytest.approx(float(expected), rel=1e-5)
+    stage.adapters.detach()
+
+
 class TestSeparation:
     """Mask dropout: chosen samples are trained with attention between subjects forbidden."""
 
