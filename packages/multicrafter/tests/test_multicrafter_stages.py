@@ -454,10 +454,10 @@ class TestDistillation:
 
     def test_the_loss_is_the_formula(self):
         g = torch.Generator().manual_seed(0)
-        student, teacher = PassOutputs(), PassOutputs()
-        for one in (student, teacher):
-            one.velocity = torch.randn(3, 5, 2, generator=g)
-            one.attention = [torch.randn(3, n, 4, generator=g) for n in (5, 7)]
+        student, teacher = (
+            PassOutputs(torch.randn(3, 5, 2, generator=g), [torch.randn(3, n, 4, generator=g) for n in (5, 7)])
+            for _ in range(2)
+        )
         weight = torch.tensor([1.0, 0.0, 0.5])
         expected = 0.0
         for row, share in ((0, 1 / 3), (2, 0.5 / 3)):

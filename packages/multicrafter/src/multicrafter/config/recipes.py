@@ -175,78 +175,56 @@ def flux1_dev_stage2(*, seed: int = 0) -> Stage2:
     )  # fmt: skip
 
 
+ONE_CARD = replace(LEAN, parallel="ddp")
+QUANTIZED = replace(ONE_CARD, quantization="nf4", optimizer="adamw8bit")
+FLUX2_KLEIN = ModelConfig(path="black-forest-labs/FLUX.2-klein-base-4B", backbone="flux2_klein")
+FLUX2_DEV = ModelConfig(path="black-forest-labs/FLUX.2-dev", backbone="flux2_dev")
+QWEN_IMAGE_EDIT = ModelConfig(path="Qwen/Qwen-Image-Edit-2511", backbone="qwen_image_edit")
+
+
+def _stage1_on(model: ModelConfig, *, rank: int, execution: ExecutionConfig, seed: int) -> Stage1:
+    """FLUX.1-dev's stage 1 on another base."""
+    stage, adapters = flux1_dev_stage1(seed=seed), replace(PAPER_ADAPTERS, rank=rank, alpha=float(rank))
+    return replace(stage, model=model, pretrain=replace(stage.pretrain, adapters=adapters, execution=execution))
+
+
+def _stage2_on(
+    model: ModelConfig, *, rank: int, execution: ExecutionConfig, seed: int, guidance: float | None = None
+) -> Stage2:
+    """FLUX.1-dev's stage 2 on another base."""
+    stage, adapters = flux1_dev_stage2(seed=seed), replace(PAPER_ADAPTERS, rank=rank, alpha=float(rank))
+    align = replace(stage.align, execution=execution, guidance=stage.align.guidance if guidance is None else guidance)
+    return replace(stage, model=model, adapters=adapters, align=align)
+
+
 def flux2_klein_stage1(*, seed: int = 0) -> Stage1:
     """FLUX.2-klein-base 4B (Apache-2.0): the same method with rank 128, for one card of 24 GB."""
-    stage = flux1_dev_stage1(seed=seed)
-    return replace(
-        stage,
-        model=ModelConfig(path="black-forest-labs/FLUX.2-klein-base-4B", backbone="flux2_klein"),
-        pretrain=replace(
-            stage.pretrain,
-            adapters=replace(PAPER_ADAPTERS, rank=128, alpha=128.0),
-            execution=replace(LEAN, parallel="ddp"),
-        ),
-    )
+    return _stage1_on(FLUX2_KLEIN, rank=128, execution=ONE_CARD, seed=seed)
 
 
 def flux2_klein_stage2(*, seed: int = 0) -> Stage2:
     """FLUX.2-klein-base 4B, stage 2."""
-    stage = flux1_dev_stage2(seed=seed)
-    return replace(
-        stage,
-        model=ModelConfig(path="black-forest-labs/FLUX.2-klein-base-4B", backbone="flux2_klein"),
-        adapters=replace(PAPER_ADAPTERS, rank=128, alpha=128.0),
-        align=replace(stage.align, execution=replace(LEAN, parallel="ddp")),
-    )
-
-
-ONE_CARD = replace(LEAN, parallel="ddp", quantization="nf4", optimizer="adamw8bit")
+    return _stage2_on(FLUX2_KLEIN, rank=128, execution=ONE_CARD, seed=seed)
 
 
 def flux2_dev_stage1(*, seed: int = 0) -> Stage1:
     """FLUX.2-dev (32B, non-commercial): the same method with rank 64 on NF4 weights, for one card of 40 GB."""
-    stage = flux1_dev_stage1(seed=seed)
-    return replace(
-        stage,
-        model=ModelConfig(path="black-forest-labs/FLUX.2-dev", backbone="flux2_dev"),
-        pretrain=replace(stage.pretrain, adapters=replace(PAPER_ADAPTERS, rank=64, alpha=64.0), execution=ONE_CARD),
-    )
+    return _stage1_on(FLUX2_DEV, rank=64, execution=QUANTIZED, seed=seed)
 
 
 def flux2_dev_stage2(*, seed: int = 0) -> Stage2:
     """FLUX.2-dev, stage 2, sampled at the guidance that is embedded in it."""
-    stage = flux1_dev_stage2(seed=seed)
-    return replace(
-        stage,
-        model=ModelConfig(path="black-forest-labs/FLUX.2-dev", backbone="flux2_dev"),
-        adapters=replace(PAPER_ADAPTERS, rank=64, alpha=64.0),
-        align=replace(stage.align, guidance=4.0, execution=ONE_CARD),
-    )
+    return _stage2_on(FLUX2_DEV, rank=64, execution=QUANTIZED, seed=seed, guidance=4.0)
 
 
 def qwen_image_edit_stage1(*, seed: int = 0) -> Stage1:
     """Qwen-Image-Edit-2511 (20B, Apache-2.0): the same method with rank 128, in bf16, for one card of 80 GB."""
-    stage = flux1_dev_stage1(seed=seed)
-    return replace(
-        stage,
-        model=ModelConfig(path="Qwen/Qwen-Image-Edit-2511", backbone="qwen_image_edit"),
-        pretrain=replace(
-            stage.pretrain,
-            adapters=replace(PAPER_ADAPTERS, rank=128, alpha=128.0),
-            execution=replace(LEAN, parallel="ddp"),
-        ),
-    )
+    return _stage1_on(QWEN_IMAGE_EDIT, rank=128, execution=ONE_CARD, seed=seed)
 
 
 def qwen_image_edit_stage2(*, seed: int = 0) -> Stage2:
     """Qwen-Image-Edit-2511, stage 2; rollouts are not guided."""
-    stage = flux1_dev_stage2(seed=seed)
-    return replace(
-        stage,
-        model=ModelConfig(path="Qwen/Qwen-Image-Edit-2511", backbone="qwen_image_edit"),
-        adapters=replace(PAPER_ADAPTERS, rank=128, alpha=128.0),
-        align=replace(stage.align, guidance=1.0, execution=replace(LEAN, parallel="ddp")),
-    )
+    return _stage2_on(QWEN_IMAGE_EDIT, rank=128, execution=ONE_CARD, seed=seed, guidance=1.0)
 
 
 def tiny_stage1(*, seed: int = 0) -> Stage1:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from idar.integrations.diffusers import attention_blocks
@@ -46,12 +46,11 @@ class DistillationConfig:
             raise UserError("velocity or attention must be positive in a distillation, got 0 for both")
 
 
-class PassOutputs:
-    """What a pass of the model leaves for the other: its velocity, and the outputs of its attention layers in order."""
+class PassOutputs(NamedTuple):
+    """What a pass of the model leaves for the other: its velocity (b, n, d), and the outputs of its attention layers in order."""
 
-    def __init__(self) -> None:
-        self.velocity: Tensor | None = None
-        self.attention: list[Tensor] = []
+    velocity: Float[Tensor, "b n d"]
+    attention: list[Tensor]
 
 
 @contextmanager
@@ -81,7 +80,6 @@ def distillation_loss(
         config: Weights of the targets.
         weight: Of the rows: 1 where a row learns, 0 where not. So equal parts of a batch have losses whose mean is the batch's.
     """
-    assert student.velocity is not None and teacher.velocity is not None
     loss = config.velocity * _row_means((student.velocity - teacher.velocity).square())
     if config.attention:
         loss = loss + config.attention * _distance(student.attention, teacher.attention)

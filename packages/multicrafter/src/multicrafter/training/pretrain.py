@@ -302,13 +302,10 @@ class Objective:
 
     def _pass(self, batch: Noised, *, watched: bool) -> PassOutputs:
         """One pass of the model, its attention layers watched or not."""
-        found = PassOutputs()
         transformer = self.trainee.adapters.transformer
         watching: AbstractContextManager[list[Tensor]] = watch_outputs(transformer) if watched else nullcontext([])
         with watching as outputs:
-            found.velocity = noised_velocity(self.trainee.predict, *batch)
-        found.attention = outputs
-        return found
+            return PassOutputs(noised_velocity(self.trainee.predict, *batch), outputs)
 
     def _teach(self, batch: Noised, separated: Tensor | None) -> PassOutputs | None:
         """The teacher's pass: the same model, separated in every row, without a gradient; None where nobody learns from it."""
@@ -346,9 +343,8 @@ class Objective:
         )
 
     def _losses(self, batch: Noised, found: PassOutputs, captured: Any) -> dict[str, Tensor]:
-        config, device, velocity = self.config, self.trainee.device, found.velocity
-        assert velocity is not None
-        diffusion = (velocity - (batch.noise - batch.scenes.tokens[batch.rows].to(device))).square().mean()
+        config, device = self.config, self.trainee.device
+        diffusion = (found.velocity - (batch.noise - batch.scenes.tokens[batch.rows].to(device))).square().mean()
         loss = diffusion + self.trainee.aux_loss()
         losses = {"diffusion_loss": diffusion}
         if captured is not None:

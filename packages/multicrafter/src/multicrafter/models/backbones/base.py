@@ -233,6 +233,12 @@ def check_references(references: Sequence[Tensor], grids: Sequence[Grid]) -> Non
         raise UserError(f"reference_grids must match the references' token counts {sizes}, got {list(grids)}")
 
 
+def refuse_cache(name: str, cache: object) -> None:
+    """Raises ValueError where references see the noise, so that their keys and values are others at every step, and a cache was given."""
+    if cache is not None:
+        raise UserError(f"cache must be None: the reference keys of {name} depend on sigma")
+
+
 def count_parameters(module: nn.Module) -> int:
     """Parameters, tied ones once."""
     return sum(p.numel() for p in module.parameters())

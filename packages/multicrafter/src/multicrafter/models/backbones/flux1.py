@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from multicrafter.models.backbones.base import Backbone, ReferenceCache, count_parameters, on_meta
+from multicrafter.models.backbones.base import Backbone, ReferenceCache, count_parameters, on_meta, refuse_cache
 from multicrafter.models.flux.model import Text, encode_prompts, predict_velocity
 from multicrafter.models.flux.packing import Grid, diagonal_ids, grid_ids
 
@@ -78,8 +78,7 @@ class Flux1(Backbone):
         Raises:
             ValueError: ``references`` and ``reference_grids`` disagree, or a cache was given.
         """
-        if cache is not None:
-            raise ValueError(f"cache must be None: the reference keys of {self.name} depend on sigma")
+        refuse_cache(self.name, cache)
         return predict_velocity(
             transformer, tokens, sigma, text, image_grid=image_grid, references=references,
             reference_grids=reference_grids, guidance=guidance, position_ids=self.position_ids(image_grid, reference_grids),

@@ -8,8 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from multicrafter import UserError
-from multicrafter.models.backbones.base import Backbone, ReferenceCache, check_references, count_parameters, on_meta
+from multicrafter.models.backbones.base import (
+    Backbone,
+    ReferenceCache,
+    check_references,
+    count_parameters,
+    on_meta,
+    refuse_cache,
+)
 from multicrafter.models.flux.model import Text
 from multicrafter.models.flux.packing import Grid, grid_ids, pack_latents, unpack_latents
 
@@ -140,8 +146,7 @@ class Flux2Klein(Backbone):
             ValueError: ``references`` and ``reference_grids`` disagree, or a cache was given.
         """
         check_references(references, reference_grids)
-        if cache is not None:
-            raise UserError(f"cache must be None: the reference keys of {self.name} depend on sigma")
+        refuse_cache(self.name, cache)
         return transformer(  # type: ignore[no-any-return]
             hidden_states=torch.cat([tokens, *references], dim=1),
             img_ids=self.position_ids(image_grid, reference_grids).to(tokens.device),

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from multicrafter import UserError
 from multicrafter.models.backbones.base import (
     Backbone,
     ReferenceCache,
@@ -16,6 +15,7 @@ from multicrafter.models.backbones.base import (
     count_parameters,
     on_meta,
     pad_texts,
+    refuse_cache,
 )
 from multicrafter.models.flux.model import Text
 from multicrafter.models.flux.packing import Grid, pack_latents, unpack_latents
@@ -158,8 +158,7 @@ class QwenImageEdit(Backbone):
             ValueError: ``references`` and ``reference_grids`` disagree, or a cache was given.
         """
         check_references(references, reference_grids)
-        if cache is not None:
-            raise UserError(f"cache must be None: the reference keys of {self.name} depend on sigma")
+        refuse_cache(self.name, cache)
         shapes = [(1, rows, columns) for rows, columns in (image_grid, *reference_grids)]
         return transformer(  # type: ignore[no-any-return]
             hidden_states=torch.cat([tokens, *references], dim=1),
