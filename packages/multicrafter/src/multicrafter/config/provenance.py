@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from multicrafter.config import settings
-from multicrafter.training.pretrain import IDARConfig
+from multicrafter.training.pretrain_config import IDARConfig
 
 PAPER: dict[str, Any] = {
     "model.path": "black-forest-labs/FLUX.1-dev",

@@ -23,7 +23,7 @@ from multicrafter.models.checks import check_finite
 from multicrafter.scoring.evaluate import EvaluateConfig
 from multicrafter.training.align_config import AlignConfig, online_defaults
 from multicrafter.training.precision import ExecutionConfig
-from multicrafter.training.pretrain import IDARConfig, PretrainConfig, SamplingConfig, SeparationConfig
+from multicrafter.training.pretrain_config import IDARConfig, PretrainConfig, SamplingConfig, SeparationConfig
 from multicrafter.world import WorldConfig
 
 

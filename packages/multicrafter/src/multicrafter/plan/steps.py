@@ -12,7 +12,8 @@ from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import Backbone
 from multicrafter.training.optimization import AdamWConfig
 from multicrafter.training.precision import ExecutionConfig, prepare_transformer
-from multicrafter.training.pretrain import Objective, PretrainConfig
+from multicrafter.training.pretrain import Objective
+from multicrafter.training.pretrain_config import PretrainConfig
 from multicrafter.training.scenes import EncodedScenes
 from multicrafter.training.trainee import Trainee
 

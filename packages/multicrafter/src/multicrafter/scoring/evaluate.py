@@ -19,7 +19,7 @@ from multicrafter.models.binding import BindingConfig, Finder, IdentityFinder, s
 from multicrafter.models.checks import check_finite
 from multicrafter.models.loaded import LoadedModel
 from multicrafter.scoring.statistics import bootstrap_interval
-from multicrafter.training.pretrain import measure_leakage
+from multicrafter.training.attention import measure_leakage
 from multicrafter.training.scenes import EncodedScenes, encode_scenes
 from multicrafter.world import FAMILIES, Family, Split, WorldConfig, judges
 from multicrafter.world.judges.aesthetics import aesthetics

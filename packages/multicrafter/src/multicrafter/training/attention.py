@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from idar import Direction, SubjectLayout
+from idar import Direction, SubjectLayout, leakage
 from idar.capture import CapturedMaps
-from idar.integrations.diffusers import capture_subject_attention
+from idar.integrations.diffusers import attention_blocks, capture_subject_attention
 from jaxtyping import Float
 from torch import Tensor
 
 from multicrafter.models.backbones import Backbone
 from multicrafter.models.flux.model import Text, add_noise
+from multicrafter.models.loaded import LoadedModel
 from multicrafter.training.scenes import EncodedScenes
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 Predict = Callable[..., Tensor]
 """(tokens, sigma, text, **context) -> velocity: `Trainee.predict`, or `Backbone.velocity` of a transformer."""
@@ -90,3 +94,48 @@ def attention_shares(maps: Float[Tensor, "b s n"], grid: tuple[int, int]) -> Flo
     """Attention on each reference as a share of that on all references, as pictures."""
     shares: Tensor = (maps / maps.sum(1, keepdim=True).clamp_min(1e-9)).unflatten(2, grid)
     return shares
+
+
+@torch.no_grad()
+def measure_leakage(
+    model: LoadedModel | DiffusionPipeline,
+    scenes: EncodedScenes,
+    *,
+    direction: Direction,
+    blocks: Callable[[str], bool] | None = None,
+    sigmas: tuple[float, ...] = (0.3, 0.6, 0.8),
+    seed: int = 0,
+    batch: int = 64,
+) -> Tensor:
+    """Attention leakage (n,), mean over subjects, blocks (the double-stream ones by default) and sigmas; NaN where masks hide each other."""
+    return measure_leakages(model, scenes, {"": blocks}, direction=direction, sigmas=sigmas, seed=seed, batch=batch)[""]
+
+
+@torch.no_grad()
+def measure_leakages(
+    model: LoadedModel | DiffusionPipeline,
+    scenes: EncodedScenes,
+    groups: Mapping[str, Callable[[str], bool] | None],
+    *,
+    direction: Direction,
+    sigmas: tuple[float, ...] = (0.3, 0.6, 0.8),
+    seed: int = 0,
+    batch: int = 64,
+) -> dict[str, Tensor]:
+    """`measure_leakage` of several groups of blocks, by name, in the same passes."""
+    generator = torch.Generator().manual_seed(seed)
+    model = LoadedModel.of(model)
+    names = {group: list(attention_blocks(model.transformer, blocks)) for group, blocks in groups.items()}
+    together = list(dict.fromkeys(name for chosen in names.values() for name in chosen))
+    total = {group: torch.zeros(len(scenes)) for group in groups}
+    for sigma in sigmas:
+        for start in range(0, len(scenes), batch):
+            part = slice(start, min(start + batch, len(scenes)))
+            captured = watch_attention(
+                model.transformer, model.backbone, scenes, part, scenes.encode_text(model, part),
+                sigma=sigma, generator=generator, direction=direction, blocks=together, keep_blocks=True,
+            )  # fmt: skip
+            for group, chosen in names.items():
+                maps = torch.stack([captured.blocks[n] for n in chosen]).mean(0).cpu()
+                total[group][part] += leakage(maps, scenes.masks[part]).nanmean(1)
+    return {group: value / len(sigmas) for group, value in total.items()}

@@ -4,227 +4,48 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from idar import (
-    Background,
-    Direction,
-    LossKind,
-    Normalization,
     SubjectLayout,
     attention_owners,
     idar_loss,
-    leakage,
     owner_masks,
     sigma_weight,
 )
-from idar.integrations.diffusers import attention_blocks, capture_subject_attention, separate_subjects
+from idar.integrations.diffusers import capture_subject_attention, separate_subjects
 from torch import Tensor
 
 from multicrafter import UserError
-from multicrafter.models.adapters import AdapterConfig, Adapters
-from multicrafter.models.checks import check_finite
+from multicrafter.models.adapters import Adapters
 from multicrafter.models.flux.model import Text
 from multicrafter.models.loaded import LoadedModel
-from multicrafter.training.attention import layout_of, noised_velocity, watch_attention
-from multicrafter.training.distillation import DistillationConfig, PassOutputs, distillation_loss, watch_outputs
+from multicrafter.training.attention import layout_of, noised_velocity
+from multicrafter.training.attention import measure_leakage as measure_leakage
+from multicrafter.training.attention import measure_leakages as measure_leakages
+from multicrafter.training.distillation import PassOutputs, distillation_loss, watch_outputs
 from multicrafter.training.distributed import active, all_sum, my_slice, world_size
 from multicrafter.training.encoding_cache import CachedText
-from multicrafter.training.loop import LoopConfig
 from multicrafter.training.optimization import (
-    AdamWConfig,
-    ScheduleConfig,
-    SigmaSamplingConfig,
     learning_rate,
     sample_sigma,
 )
-from multicrafter.training.precision import ExecutionConfig, prepare_transformer
+from multicrafter.training.precision import prepare_transformer
+from multicrafter.training.pretrain_config import IDARConfig as IDARConfig
+from multicrafter.training.pretrain_config import PretrainConfig as PretrainConfig
+from multicrafter.training.pretrain_config import SamplingConfig as SamplingConfig
+from multicrafter.training.pretrain_config import SeparationConfig as SeparationConfig
+from multicrafter.training.pretrain_config import sampling_notes as sampling_notes
 from multicrafter.training.previews import Preview, make_preview
 from multicrafter.training.scenes import Buckets, EncodedScenes
 from multicrafter.training.trainee import Trainee
-from multicrafter.world import WorldConfig
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-
-@dataclass(frozen=True, kw_only=True)
-class IDARConfig:
-    """Attention supervision; the defaults are the centre of ``studies/regime.py`` (docs/adr/0020-which-arrows.md).
-
-    Attributes:
-        coef: lambda; 0 switches it off.
-        direction: "reference_to_image" is the paper's letter; "image_to_reference" supervises the arrows that carry features.
-        kind: Loss, see `idar.idar_loss`.
-        normalization: Of the maps, see `idar.normalize_maps`.
-        sigma_max: Samples noisier than this are not supervised: there the place of a subject cannot be known yet.
-        all_blocks: Supervise the single-stream blocks too.
-        until: Share of the steps, from the first one on, that are supervised: what was separated early stays so, and the rest of the
-            steps are for fidelity alone.
-    """
-
-    coef: float = 0.1
-    direction: Direction = "image_to_reference"
-    kind: LossKind = "share_cross_entropy"
-    normalization: Normalization = "none"
-    sigma_max: float = 0.8
-    all_blocks: bool = True
-    until: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_finite(self)
-        if not 0 < self.until <= 1:
-            raise UserError(f"until must be in (0, 1], got {self.until}")
-        if self.coef < 0:
-            raise UserError(f"coef must not be negative, got {self.coef}")
-        if not 0 < self.sigma_max <= 1:
-            raise UserError(f"sigma_max must be in (0, 1], got {self.sigma_max}")
-
-    @classmethod
-    def paper(cls, coef: float = 0.3) -> IDARConfig:
-        """The paper's letter: Dice on maps of reference queries over image keys, divided by their maximum, double blocks."""
-        return cls(
-            coef=coef,
-            direction="reference_to_image",
-            kind="dice",
-            normalization="max",
-            sigma_max=1.0,
-            all_blocks=False,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SeparationConfig:
-    """Separated attention in training (mask dropout): some samples are trained with it, so that ONE model draws well with and without.
-
-    Attributes:
-        share: Of the samples that are trained with attention between subjects forbidden by their true masks.
-        strength: 1 forbids it, less weighs it down; see `idar.separation_bias`.
-        background: Whether tokens of nobody look at no reference or at all of them.
-        threshold: A token belongs to the subject that covers most of it, if it covers at least this share.
-        sigma_min: Samples less noisy than this are not separated.
-        routing: Not the true masks but each block's own attention says who owns a token (MUSAR, arXiv 2505.02823); a baseline.
-    """
-
-    share: float = 0.5
-    strength: float = 1.0
-    background: Background = "none"
-    threshold: float = 0.15
-    sigma_min: float = 0.0
-    routing: bool = False
-
-    def __post_init__(self) -> None:
-        check_finite(self)
-        for name in ("share", "strength"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.background not in ("none", "all"):
-            raise UserError(f"background must be 'none' or 'all', got {self.background!r}")
-        if not 0 < self.threshold <= 1:
-            raise UserError(f"threshold must be in (0, 1], got {self.threshold}")
-        if not 0 <= self.sigma_min < 1:
-            raise UserError(f"sigma_min must be in [0, 1), got {self.sigma_min}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How pictures of the trained adapter are drawn where nobody says otherwise; written into the adapter.
-
-    Attributes:
-        num_sampling_steps: Euler steps.
-        guidance: Embedded guidance; None is the backbone's.
-    """
-
-    num_sampling_steps: int = 20
-    guidance: float | None = None
-
-    def __post_init__(self) -> None:
-        check_finite(self)
-        if self.num_sampling_steps < 1:
-            raise UserError(f"num_sampling_steps must be at least 1, got {self.num_sampling_steps}")
-        if self.guidance is not None and not 1 <= self.guidance < math.inf:
-            raise UserError(f"guidance must be at least 1 and finite, got {self.guidance}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Stage 1.
-
-    Attributes:
-        num_steps: Optimizer steps.
-        batch: Scenes a step.
-        lr: Peak learning rate.
-        schedule: How it rises and falls.
-        adamw: The rest of the optimizer.
-        max_grad_norm: Gradients are clipped to this norm, over all adapters.
-        sigma_sampling: At which noise levels.
-        num_scenes: Scenes drawn and encoded; of photos, samples: more than there are records come again, cut anew, with other references.
-        data: Folder of `multicrafter data build`: photos instead of drawn scenes, at the sizes of ``world``. None draws.
-        shapes: Sizes (height, width) of photos; each goes to the one nearest to its own aspect, cut so that faces stay inside, and a batch
-            holds one of them only. None takes squares of ``world.size``.
-        seed: Of data order, noise and adapters; scenes come from ``data_seed``.
-        separation: See `SeparationConfig`; None trains without it.
-        distillation: See `DistillationConfig`; the samples that are not separated learn from the same model with separation. None does without.
-        sampling: How its pictures are drawn; None leaves that to the backbone.
-        execution: Precision, memory, processes.
-        loop: How often checkpoints and pictures are written, and when to give up.
-    """
-
-    num_steps: int = 400
-    batch: int = 32
-    lr: float = 2e-3
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    adamw: AdamWConfig = field(default_factory=AdamWConfig)
-    max_grad_norm: float = 1.0
-    sigma_sampling: SigmaSamplingConfig = field(default_factory=SigmaSamplingConfig)
-    num_scenes: int = 4000
-    data: str | None = None
-    shapes: tuple[tuple[int, int], ...] | None = None
-    data_seed: int = 1
-    seed: int = 0
-    adapters: AdapterConfig = field(default_factory=AdapterConfig)
-    idar: IDARConfig = field(default_factory=IDARConfig)
-    separation: SeparationConfig | None = None
-    distillation: DistillationConfig | None = None
-    sampling: SamplingConfig | None = None
-    world: WorldConfig = field(default_factory=lambda: WorldConfig(numbers=(2,), shared_attributes=4))
-    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(save_every=200, picture_every=50))
-
-    def __post_init__(self) -> None:
-        check_finite(self)
-        for name in ("num_steps", "batch", "num_scenes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.lr <= 0:
-            raise UserError(f"lr must be positive, got {self.lr}")
-        if self.shapes is not None and (not self.shapes or any(side < 1 for shape in self.shapes for side in shape)):
-            raise UserError(f"shapes must hold sizes (height, width) in pixels, got {self.shapes}")
-        if not self.max_grad_norm > 0:
-            raise UserError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
-        if self.distillation is not None:
-            if self.separation is None or self.separation.routing or self.separation.share in (0, 1):
-                raise UserError(
-                    "distillation needs separation by masks in some of the samples and not in others, got "
-                    f"{'none' if self.separation is None else self.separation}"
-                )
-            for name in ("gradient_checkpointing", "compile_blocks"):
-                if self.distillation.attention and getattr(self.execution, name):
-                    raise UserError(f"distillation.attention needs execution.{name} to be off, got both")
-
-
-def sampling_notes(config: PretrainConfig) -> dict[str, Any]:
-    """What an adapter says of how its pictures are drawn (``sampling`` in adapter.json)."""
-    notes: dict[str, Any] = {"separation": "none" if config.separation is None else "draft"}
-    if config.sampling is not None:
-        notes["num_steps"] = config.sampling.num_sampling_steps
-        if config.sampling.guidance is not None:
-            notes["guidance"] = config.sampling.guidance
-    return notes
 
 
 class Noised(NamedTuple):
@@ -456,48 +277,3 @@ class Pretrain:
         if notes.get("stage", 1) != 1:
             raise UserError(f"checkpoint must be of stage 1, got stage {notes['stage']}")
         self.trainee.check_notes(notes)
-
-
-@torch.no_grad()
-def measure_leakage(
-    model: LoadedModel | DiffusionPipeline,
-    scenes: EncodedScenes,
-    *,
-    direction: Direction,
-    blocks: Callable[[str], bool] | None = None,
-    sigmas: tuple[float, ...] = (0.3, 0.6, 0.8),
-    seed: int = 0,
-    batch: int = 64,
-) -> Tensor:
-    """Attention leakage (n,), mean over subjects, blocks (the double-stream ones by default) and sigmas; NaN where masks hide each other."""
-    return measure_leakages(model, scenes, {"": blocks}, direction=direction, sigmas=sigmas, seed=seed, batch=batch)[""]
-
-
-@torch.no_grad()
-def measure_leakages(
-    model: LoadedModel | DiffusionPipeline,
-    scenes: EncodedScenes,
-    groups: Mapping[str, Callable[[str], bool] | None],
-    *,
-    direction: Direction,
-    sigmas: tuple[float, ...] = (0.3, 0.6, 0.8),
-    seed: int = 0,
-    batch: int = 64,
-) -> dict[str, Tensor]:
-    """`measure_leakage` of several groups of blocks, by name, in the same passes."""
-    generator = torch.Generator().manual_seed(seed)
-    model = LoadedModel.of(model)
-    names = {group: list(attention_blocks(model.transformer, blocks)) for group, blocks in groups.items()}
-    together = list(dict.fromkeys(name for chosen in names.values() for name in chosen))
-    total = {group: torch.zeros(len(scenes)) for group in groups}
-    for sigma in sigmas:
-        for start in range(0, len(scenes), batch):
-            part = slice(start, min(start + batch, len(scenes)))
-            captured = watch_attention(
-                model.transformer, model.backbone, scenes, part, scenes.encode_text(model, part),
-                sigma=sigma, generator=generator, direction=direction, blocks=together, keep_blocks=True,
-            )  # fmt: skip
-            for group, chosen in names.items():
-                maps = torch.stack([captured.blocks[n] for n in chosen]).mean(0).cpu()
-                total[group][part] += leakage(maps, scenes.masks[part]).nanmean(1)
-    return {group: value / len(sigmas) for group, value in total.items()}

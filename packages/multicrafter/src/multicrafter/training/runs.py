@@ -20,7 +20,8 @@ from multicrafter.training.checkpoint import Checkpoint, checkpoints_in, find_ch
 from multicrafter.training.distributed import is_main
 from multicrafter.training.loop import LoopConfig
 from multicrafter.training.photo_scenes import encode_by_number
-from multicrafter.training.pretrain import Pretrain, PretrainConfig, sampling_notes
+from multicrafter.training.pretrain import Pretrain
+from multicrafter.training.pretrain_config import PretrainConfig, sampling_notes
 from multicrafter.training.rewarding import Reward
 from multicrafter.training.scenes import EncodedScenes, encode_scenes
 from multicrafter.training.trackers import Tracker
