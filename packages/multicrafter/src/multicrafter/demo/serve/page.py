@@ -48,6 +48,10 @@ def build(desk: Desk) -> Any:
     def key(request: gr.Request) -> str:
         return str(request.session_hash)
 
+    def shown(html: str) -> Any:
+        """An update, not a bare value: where ``gr.skip()`` came before, gradio 6.31 would file a bare value under a new id and keep it."""
+        return gr.HTML(value=html)
+
     def shown_references(who: str) -> list[Any]:
         """References, and one button to take each away."""
         visitor = desk.visitor(who)
@@ -112,20 +116,20 @@ def build(desk: Desk) -> Any:
         middle = (last + 1) // 2
         yield [
             views.sentence(f"Done in {drawing.seconds:.1f} s."),
-            views.result(drawing, finder=pipeline.finder, adapter=has_adapter, trained_for=pipeline.max_references),
-            views.maps(drawing, middle, 0),
+            shown(views.result(drawing, finder=pipeline.finder, adapter=has_adapter, trained_for=pipeline.max_references)),
+            shown(views.maps(drawing, middle, 0)),
             gr.Slider(maximum=max(drawing.request.num_steps, 2), value=middle),
             gr.Slider(maximum=count, value=0),
             gr.Column(visible=recorded is not None),
             *idle,
         ]
 
-    def look(step: float, block: float, request: gr.Request) -> str:
+    def look(step: float, block: float, request: gr.Request) -> Any:
         """The maps of another step or block."""
         drawing = desk.visitor(key(request)).drawing
         if drawing is None:
-            return views.sentence("Draw a picture first.")
-        return views.maps(drawing, _number("step", step), _number("block", block))
+            return shown(views.sentence("Draw a picture first."))
+        return shown(views.maps(drawing, _number("step", step), _number("block", block)))
 
     def cancel(request: gr.Request) -> None:
         desk.cancel(key(request))
