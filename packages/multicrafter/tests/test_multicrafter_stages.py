@@ -13,6 +13,7 @@ import pytest
 import torch
 from idar import leakage, owner_masks
 from idar.integrations.diffusers import capture_subject_attention, separate_subjects
+from multicrafter import UserError
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.flux.model import Text, add_noise, encode_prompts, predict_velocity
@@ -21,6 +22,7 @@ from multicrafter.training.align import Align
 from multicrafter.training.align_config import AlignConfig
 from multicrafter.training.attention import layout_of
 from multicrafter.training.distillation import DistillationConfig, PassOutputs, distillation_loss, watch_outputs
+from multicrafter.training.precision import ExecutionConfig
 from multicrafter.training.pretrain import (
     IDARConfig,
     Noised,
@@ -32,6 +34,7 @@ from multicrafter.training.pretrain import (
     measure_leakage,
     measure_leakages,
 )
+from multicrafter.training.runs import run_pretrain
 
 SMALL = AdapterConfig(rank=4, alpha=4.0, num_experts=2)
 STAGE1 = PretrainConfig(num_steps=6, batch=4, num_scenes=12, adapters=SMALL)
@@ -220,6 +223,40 @@ def test_stage1_resumes_exactly(pipe, scenes, tmp_path):
     want, got = straight.adapters.state_dict(), resumed.adapters.state_dict()
     assert all(torch.equal(want[k], got[k]) for k in want)
     assert [h["step"] for h in history] == [1, 2, 3, 4, 5, 6]
+
+
+class TestGoingOnFromAnAdapter:
+    def test_it_starts_where_the_other_run_ended(self, pipe, scenes, tmp_path):
+        first = run_pretrain(pipe, STAGE1, tmp_path / "one", scenes=scenes)
+        ended = first.state_dict()
+        first.detach()
+        config = replace(STAGE1, start=str(tmp_path / "one" / "adapter"), execution=ExecutionConfig(ema_decay=0.9))
+        stage = Pretrain(pipe, config, scenes)
+        assert all(torch.equal(ended[name], tensor) for name, tensor in stage.adapters.state_dict().items())
+        assert all(torch.equal(ended[name], tensor) for name, tensor in stage.trainee.ema.items())
+        stage.adapters.detach()
+        run_pretrain(pipe, config, tmp_path / "two", scenes=scenes)
+        assert json.loads((tmp_path / "two/adapter/adapter.json").read_text())["steps"] == 2 * STAGE1.num_steps
+        assert (tmp_path / "one/adapter/adapter.safetensors").is_file()
+
+    @pytest.mark.parametrize(("changes", "word"), [({"rank": 8}, "rank=8"), ({"num_experts": 0}, "num_experts=0")])
+    def test_adapters_of_another_kind_are_refused_and_taken_off(self, pipe, scenes, tmp_path, changes, word):
+        base = velocity(pipe, scenes)
+        adapters = Adapters(pipe.transformer, SMALL)
+        shake(adapters)
+        adapters.save(tmp_path / "adapter", stage=1)
+        adapters.detach()
+        config = replace(STAGE1, start=str(tmp_path / "adapter"), adapters=replace(SMALL, **changes))
+        with pytest.raises(UserError, match=word):
+            Pretrain(pipe, config, scenes)
+        assert torch.equal(velocity(pipe, scenes), base)
+
+    def test_an_adapter_of_stage_2_is_refused(self, pipe, scenes, tmp_path):
+        adapters = Adapters(pipe.transformer, SMALL)
+        adapters.save(tmp_path / "adapter", stage=2)
+        adapters.detach()
+        with pytest.raises(UserError, match="stage 1, got one of stage 2"):
+            Pretrain(pipe, replace(STAGE1, start=str(tmp_path / "adapter")), scenes)
 
 
 def test_stage2_resumes_exactly(pipe, scenes, tmp_path):

@@ -39,6 +39,8 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     }
     run = chosen(arguments, Stage1(model=ModelConfig(path=arguments.model, text_tokens=16), pretrain=config), flags)
     assert isinstance(run, Stage1)
+    if arguments.adapter is not None:
+        run = replace(run, pretrain=_from_adapter(run.pretrain, arguments.adapter))
     if arguments.data is not None:
         run = replace(run, pretrain=_with_photos(run.pretrain, arguments))
     check_shapes(run.pretrain)
@@ -51,6 +53,13 @@ def _pretrain(arguments: argparse.Namespace) -> int:
         annotate(arguments.out, size=world.size, reference_size=world.reference_size, base_model=run.model.path)
         print(f"adapter: {arguments.out / 'adapter'}")
     return 0
+
+
+def _from_adapter(config: Any, folder: Path) -> Any:
+    """The configuration that goes on from an adapter, with adapters of its kind."""
+    from multicrafter.models.adapters import read_adapter
+
+    return replace(config, start=str(folder.absolute()), adapters=read_adapter(folder)[0])
 
 
 def _with_photos(config: Any, arguments: argparse.Namespace) -> Any:
@@ -76,6 +85,9 @@ def add_parser(commands: Any) -> None:
         default="full",
         choices=("baseline", "idar", "idar_paper", "moe", "separation", "full"),
         help="row of the ablation; full is the method",
+    )
+    sub.add_argument(
+        "--adapter", type=Path, metavar="FOLDER", help="stage-1 adapter to go on from, in a run of its own"
     )
     sub.add_argument("--steps", type=positive)
     sub.add_argument("--batch", type=positive)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from multicrafter import UserError
 from multicrafter.models.adapters import Adapters
+from multicrafter.models.backbones import Backbone
 from multicrafter.models.flux.model import Text
 from multicrafter.models.loaded import LoadedModel
 from multicrafter.training.attention import layout_of, noised_velocity
@@ -183,6 +184,22 @@ class Objective:
         return idar_loss(maps, masks, kind=config.kind, normalization=config.normalization, weight=weight).loss
 
 
+def _attach(transformer: Any, backbone: Backbone, config: PretrainConfig) -> Adapters:
+    """New adapters, or those of ``config.start``."""
+    if config.start is None:
+        return Adapters(transformer, config.adapters, seed=config.seed, backbone=backbone)
+    adapters, notes = Adapters.load(transformer, config.start, backbone=backbone)
+    wrong = None
+    if adapters.config != config.adapters:
+        wrong = f"an adapter of the configuration in adapters, {config.adapters}, got {adapters.config}"
+    elif notes.get("stage", 1) != 1:
+        wrong = f"an adapter of stage 1, got one of stage {notes['stage']}"
+    if wrong is not None:
+        adapters.detach()
+        raise UserError(f"start {config.start} must be {wrong}")
+    return adapters
+
+
 class Pretrain:
     """Stage 1 as a `loop.Stage`, on one process or many (`multicrafter.training.distributed`)."""
 
@@ -198,7 +215,7 @@ class Pretrain:
         self.transformer, backbone = self.model.transformer, self.model.backbone
         self.text = CachedText(self.model, self.buckets.captions, config.execution.cache)
         prepare_transformer(self.transformer, config.execution)
-        self.adapters = Adapters(self.transformer, config.adapters, seed=config.seed, backbone=backbone)
+        self.adapters = _attach(self.transformer, backbone, config)
         self.trainee = Trainee(self.adapters, config.execution, lr=config.lr, adamw=config.adamw, seed=config.seed)
         self.optimizer, self.generator = self.trainee.optimizer, self.trainee.generator
         self.objective = Objective(config, self.trainee)

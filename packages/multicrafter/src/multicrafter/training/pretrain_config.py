@@ -133,6 +133,8 @@ class PretrainConfig:
         shapes: Sizes (height, width) of photos; each goes to the one nearest to its own aspect, cut so that faces stay inside, and a batch
             holds one of them only. None takes squares of ``world.size``.
         seed: Of data order, noise and adapters; scenes come from ``data_seed``.
+        start: Folder of a stage-1 adapter whose weights training goes on from, as in a run of its own (a new schedule, new moving averages);
+            None starts from adapters that change nothing.
         separation: See `SeparationConfig`; None trains without it.
         distillation: See `DistillationConfig`; the samples that are not separated learn from the same model with separation. None does without.
         sampling: How its pictures are drawn; None leaves that to the backbone.
@@ -152,6 +154,7 @@ class PretrainConfig:
     shapes: tuple[tuple[int, int], ...] | None = None
     data_seed: int = 1
     seed: int = 0
+    start: str | None = None
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
     idar: IDARConfig = field(default_factory=IDARConfig)
     separation: SeparationConfig | None = None

@@ -119,8 +119,9 @@ def run_pretrain(
         tracker=tracker,
     )
     references = max(b.references.shape[1] for b in stage.buckets.buckets)
+    before = int(stage.adapters.notes.get("steps", 0))
     stage.trainee.save(
-        out, stage=1, num_references=references, steps=config.num_steps, sampling=sampling_notes(config),
+        out, stage=1, num_references=references, steps=before + config.num_steps, sampling=sampling_notes(config),
         **sides_of(stage.buckets.buckets[0], stage.model.token_side),
     )  # fmt: skip
     return stage.adapters

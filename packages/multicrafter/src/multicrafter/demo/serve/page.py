@@ -116,7 +116,9 @@ def build(desk: Desk) -> Any:
         middle = (last + 1) // 2
         yield [
             views.sentence(f"Done in {drawing.seconds:.1f} s."),
-            shown(views.result(drawing, finder=pipeline.finder, adapter=has_adapter, trained_for=pipeline.max_references)),
+            shown(
+                views.result(drawing, finder=pipeline.finder, adapter=has_adapter, trained_for=pipeline.max_references)
+            ),
             shown(views.maps(drawing, middle, 0)),
             gr.Slider(maximum=max(drawing.request.num_steps, 2), value=middle),
             gr.Slider(maximum=count, value=0),
