@@ -26,7 +26,7 @@ def _align(arguments: argparse.Namespace) -> int:
     from multicrafter.training.distributed import is_main
     from multicrafter.training.run_folder import check_free
     from multicrafter.training.runs import run_align
-    from multicrafter.training.scenes import encode_scenes
+    from multicrafter.training.scenes import encode_shaped_scenes
 
     writable(arguments.out, file=False)
     if is_main():  # the others may be late, when this one holds the folder already
@@ -47,13 +47,15 @@ def _align(arguments: argparse.Namespace) -> int:
     run = replace(run, world=world, adapters=adapters.config)
     if is_main() and not (arguments.resume and (arguments.out / "recipe.yaml").exists()):
         recipes.save(arguments.out / "recipe.yaml", run)
-    scenes = encode_scenes(model, world, run.num_scenes, seed=run.align.online.seed + 10_000, cache=run.execution.cache)
+    scenes = encode_shaped_scenes(
+        model, world, run.num_scenes, run.align.shapes, seed=run.align.online.seed + 10_000, cache=run.execution.cache
+    )
     run_align(
         model, adapters, run.align, arguments.out, num_references=number, scenes=scenes, resume=arguments.resume, sampling=notes.get("sampling"),
         tracker=tracker(arguments, run),
     )  # fmt: skip
     if is_main():
-        annotate(arguments.out, size=world.size, reference_size=world.reference_size, base_model=run.model.path)
+        annotate(arguments.out, base_model=run.model.path)
         print(f"adapter: {arguments.out / 'adapter'}")
     return 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from multicrafter import UserError, user_input
-from multicrafter.cli.options import add_command, binding, positive, real, separation_options, writable
+from multicrafter.cli.options import add_command, binding, picture_size, positive, real, separation_options, writable
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +29,13 @@ def evaluate(arguments: argparse.Namespace) -> int:
     loaded = MultiCrafterPipeline.from_pretrained(arguments.model, adapter=arguments.adapter)
     if arguments.finder not in ("auto", "people"):
         raise UserError(f"--finder must be people on the drawn world, got {arguments.finder}")
+    size = arguments.size or loaded.size
+    shape = None if isinstance(size, int) else size
     config = EvaluateConfig(
         num_cases=arguments.cases, num_references=arguments.references or loaded.max_references, seed=arguments.seed,
         num_sampling_steps=arguments.steps or loaded.num_steps, guidance=arguments.guidance or loaded.guidance,
-        separation=binding(arguments, loaded.notes), size=loaded.size, reference_size=loaded.reference_size,
+        separation=binding(arguments, loaded.notes), size=loaded.size if shape is not None else size, shape=shape,
+        reference_size=loaded.reference_size,
     )  # fmt: skip
     metrics, _ = run(loaded.model, cases(loaded.model, config), WorldJudges.load(), config)
     summary = summarise(metrics)
@@ -128,6 +131,10 @@ def add_parser(commands: Any) -> None:
     sub.add_argument("--adapter", type=Path)
     sub.add_argument("--cases", type=positive, default=128)
     sub.add_argument("--references", type=int, choices=(1, 2, 3, 4))
+    sub.add_argument(
+        "--size", type=picture_size, metavar="SIDE|HEIGHTxWIDTH",
+        help="of the pictures in pixels; default: the square that the adapter was trained at",
+    )  # fmt: skip
     sub.add_argument("--out", type=Path, help="JSON")
     sub.add_argument("--steps", type=positive, help="default: what the adapter says, else 20")
     sub.add_argument(

@@ -14,6 +14,7 @@ from multicrafter.cli.options import (
     binding,
     force_option,
     loaded_pipeline,
+    picture_size,
     positive,
     real,
     separation_options,
@@ -71,6 +72,11 @@ def generate(arguments: argparse.Namespace) -> int:
     with user_input():
         references = [open_image(path) for path in arguments.reference]
         masks = [open_image(path) for path in arguments.mask] or None
+    counts = arguments.references_per_subject
+    if counts is not None and sum(counts) != len(references):
+        raise UserError(
+            f"--references-per-subject must add up to the {len(references)} given --reference, got {counts}"
+        )
     if arguments.device is not None:
         get_device(arguments.device)
     if not arguments.force:
@@ -87,22 +93,27 @@ def generate(arguments: argparse.Namespace) -> int:
     if masks is not None and kept_apart.mode != "masks":
         raise UserError(f"--mask is for --separation masks, got --separation {kept_apart.mode}")
     steps = arguments.steps or pipeline.num_steps
+    sizes = {
+        "size": arguments.size, "reference_size": arguments.reference_size, "reference_shape": arguments.reference_shape,
+        "references_per_subject": arguments.references_per_subject,
+    }  # fmt: skip
     for source, weight in loras:
         pipeline.load_lora(source, weight=weight)
-    if len(references) > pipeline.max_references:
+    subjects = len(arguments.references_per_subject or references)
+    if subjects > pipeline.max_references:
         what = "the adapter was" if pipeline.adapters is not None else "a base without adapter is"
         logger.warning(
-            f"{len(references)} references, but {what} trained for {pipeline.max_references}; expect blending"
+            f"{subjects} {'references' if arguments.references_per_subject is None else 'subjects'}, but {what} trained for "
+            f"{pipeline.max_references}; expect blending"
         )
     with tqdm(total=steps, desc="generate", disable=not sys.stderr.isatty()) as bar:
         pictures = pipeline(
             arguments.prompt, references, num_images=arguments.num_images, num_steps=steps, seed=arguments.seed,
             guidance=arguments.guidance, negative_prompt=arguments.negative_prompt, true_guidance=arguments.true_guidance,
-            size=arguments.size, reference_size=arguments.reference_size, progress=lambda _: bar.update(),
-            separation=kept_apart, masks=masks, force=arguments.force,
+            progress=lambda _: bar.update(), separation=kept_apart, masks=masks, force=arguments.force, **sizes,
         )  # fmt: skip
         if arguments.sheet is not None:
-            _sheet(pipeline, arguments, references, pictures, kept_apart, steps)
+            _sheet(pipeline, arguments, references, pictures, kept_apart, steps, sizes)
     for target, picture in zip(targets, pictures, strict=True):
         with appearing(target) as temporary:
             picture.save(temporary)
@@ -117,6 +128,7 @@ def _sheet(
     pictures: list[Any],
     kept_apart: Any,
     steps: int,
+    sizes: dict[str, Any],
 ) -> None:
     """References, and the first picture without and with separated attention, from the same noise, on one sheet."""
     from multicrafter.demo.figures import sheet
@@ -125,8 +137,7 @@ def _sheet(
     if kept_apart.mode != "none":
         free = pipeline(
             arguments.prompt, references, num_images=1, num_steps=steps, seed=arguments.seed, guidance=arguments.guidance,
-            negative_prompt=arguments.negative_prompt, true_guidance=arguments.true_guidance, size=arguments.size,
-            reference_size=arguments.reference_size, separation="none",
+            negative_prompt=arguments.negative_prompt, true_guidance=arguments.true_guidance, separation="none", **sizes,
         )  # fmt: skip
     labelled = {"attention as it is": free[0]}
     if kept_apart.mode != "none":
@@ -144,7 +155,7 @@ def add_parser(commands: Any) -> None:
         action="append",
         default=[],
         metavar="PICTURE",
-        help="once per subject; PNG, JPEG or WebP",
+        help="once per subject, or more often with --references-per-subject; PNG, JPEG or WebP",
     )
     sub.add_argument("--prompt", required=True)
     sub.add_argument("--out", type=Path, required=True)
@@ -164,12 +175,25 @@ def add_parser(commands: Any) -> None:
     separation_options(sub)
     sub.add_argument(
         "--mask", type=Path, action="append", default=[], metavar="PICTURE",
-        help="once per reference: white where its subject is to be; for --separation masks",
+        help="once per subject: white where it is to be; for --separation masks",
     )  # fmt: skip
     sub.add_argument("--negative-prompt", default="", help="used with --true-guidance")
     sub.add_argument("--true-guidance", type=real, help="scale of a second, negative pass; default: the backbone's")
-    sub.add_argument("--size", type=positive, help="side of the picture in pixels")
+    sub.add_argument(
+        "--size",
+        type=picture_size,
+        metavar="SIDE|HEIGHTxWIDTH",
+        help="of the picture in pixels, such as 512 or 512x768",
+    )
     sub.add_argument("--reference-size", type=positive, help="side of the references in pixels")
+    sub.add_argument(
+        "--reference-shape", choices=("square", "own"), default="square",
+        help="square: references are padded to squares; own: each keeps the shape of its picture, at about as many pixels",
+    )  # fmt: skip
+    sub.add_argument(
+        "--references-per-subject", type=positive, nargs="+", metavar="N",
+        help="how many neighbouring --reference show each subject, such as 2 1; default: one each",
+    )  # fmt: skip
     sub.add_argument(
         "--lora", action="append", default=[], metavar="FILE[=WEIGHT]", help="a plain LoRA to mix in; may be repeated"
     )

@@ -54,6 +54,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def picture_size(text: str) -> int | tuple[int, int]:
+    """A side in pixels, or HEIGHTxWIDTH.
+
+    >>> picture_size("512"), picture_size("512x768")
+    (512, (512, 768))
+    """
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() and part.isascii() and int(part) >= 1 for part in parts):
+        raise argparse.ArgumentTypeError(f"must be a side in pixels or HEIGHTxWIDTH, such as 512x768, got {text!r}")
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
 def real(text: str) -> float:
     """A finite number."""
     try:

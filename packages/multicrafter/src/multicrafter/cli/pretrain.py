@@ -24,7 +24,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     from multicrafter.config.run_options import annotate, chosen
     from multicrafter.training.distributed import is_main
     from multicrafter.training.run_folder import check_free
-    from multicrafter.training.runs import check_shapes, run_pretrain
+    from multicrafter.training.runs import run_pretrain
 
     writable(arguments.out, file=False)
     if is_main():  # the others may be late, when this one holds the folder already
@@ -43,14 +43,12 @@ def _pretrain(arguments: argparse.Namespace) -> int:
         run = replace(run, pretrain=_from_adapter(run.pretrain, arguments.adapter))
     if arguments.data is not None:
         run = replace(run, pretrain=_with_photos(run.pretrain, arguments))
-    check_shapes(run.pretrain)
     model = load(run, arguments)
     if is_main() and not (arguments.resume and (arguments.out / "recipe.yaml").exists()):
         recipes.save(arguments.out / "recipe.yaml", run)
     run_pretrain(model, run.pretrain, arguments.out, resume=arguments.resume, tracker=tracker(arguments, run))
     if is_main():
-        world = run.world
-        annotate(arguments.out, size=world.size, reference_size=world.reference_size, base_model=run.model.path)
+        annotate(arguments.out, base_model=run.model.path)
         print(f"adapter: {arguments.out / 'adapter'}")
     return 0
 

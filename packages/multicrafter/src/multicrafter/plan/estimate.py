@@ -129,9 +129,8 @@ def token_side(path: str | None, backbone: Backbone | None = None) -> int:
 def shape_of(run: Run) -> Shape:
     """Tokens of one sample: the largest number of references that the run has."""
     side, world = token_side(run.model.path, get_backbone(run.model.backbone)), run.world
-    picture = (world.size, world.size)
-    if isinstance(run, Stage1) and run.pretrain.shapes is not None:
-        picture = max(run.pretrain.shapes, key=math.prod)
+    shapes = run.pretrain.shapes if isinstance(run, Stage1) else run.align.shapes
+    picture = world.height_width if shapes is None else max(shapes, key=math.prod)
     return Shape(
         run.model.text_tokens,
         (picture[0] // side, picture[1] // side),

@@ -34,7 +34,8 @@ def is_small(run: Run) -> bool:
         return False
     rows, _ = rows_of(run, 1)
     scenes = run.pretrain.num_scenes if isinstance(run, Stage1) else run.num_scenes
-    pixels = max(world.size, world.reference_size) ** 2
+    shapes = run.pretrain.shapes if isinstance(run, Stage1) else run.align.shapes
+    pixels = max(world.reference_size**2, *map(math.prod, shapes or (world.height_width,)))
     return (
         adapters.rank * max(1, adapters.num_experts) <= 1024 and pixels * rows <= 1 << 22 and pixels * scenes <= 1 << 30
     )
@@ -72,7 +73,7 @@ def require_picture(
     model: str | Path | None,
     dtype: torch.dtype,
     *,
-    size: int | None,
+    size: int | tuple[int, int] | None,
     reference_size: int | None,
     references: int,
     pictures: int,
@@ -98,11 +99,13 @@ def require_picture(
     elif "temperal_downsample" in vae:  # a VAE of Qwen-Image, whose other names would be read as one level
         token_side = 2 ** (len(vae["temperal_downsample"]) + 1)
     side = size or int(vae.get("sample_size") or 512)
+    height, width = (side, side) if isinstance(side, int) else side
+    small = reference_size or min(height // 2, width // 2, 512)
     need = drawing_bytes(
-        transformer, vae, size=(side, side), reference_size=reference_size or min(side // 2, 512), references=references,
+        transformer, vae, size=(height, width), reference_size=small, references=references,
         pictures=pictures, text_tokens=1, itemsize=dtype.itemsize, token_side=token_side,
     )  # fmt: skip
-    require_drawing(need, device=device, what=f"{pictures} pictures of {side} x {side} pixels at once")
+    require_drawing(need, device=device, what=f"{pictures} pictures of {height} x {width} pixels at once")
 
 
 def require_weights(model: str | Path | None, dtype: torch.dtype, *, device: str | None = None) -> None:

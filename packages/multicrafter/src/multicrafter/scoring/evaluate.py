@@ -56,6 +56,7 @@ class EvaluateConfig:
         family: "people" or "objects".
         split: Identities; "validation" is for choosing settings, "test" for what is published.
         size, reference_size: Sides of pictures and references in pixels.
+        shape: Height and width of pictures in pixels, where they are no squares of ``size``.
         shared_attributes: See `WorldConfig`: how similar the subjects of a case may be.
         num_sampling_steps: Euler steps of a picture.
         guidance: Of a base that takes it as an input; training uses 1, as the paper does.
@@ -69,6 +70,7 @@ class EvaluateConfig:
     family: str = "people"
     split: Split = "test"
     size: int = 64
+    shape: tuple[int, int] | None = None
     reference_size: int = 32
     shared_attributes: int = 4
     num_sampling_steps: int = 16
@@ -89,6 +91,7 @@ class EvaluateConfig:
             split=self.split,
             numbers=(self.num_references,),
             size=self.size,
+            shape=self.shape,
             reference_size=self.reference_size,
             shared_attributes=self.shared_attributes,
         )

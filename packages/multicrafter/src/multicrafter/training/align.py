@@ -28,7 +28,7 @@ from multicrafter.training.encoding_cache import CachedText
 from multicrafter.training.optimization import learning_rate
 from multicrafter.training.previews import Preview, make_preview, row_of
 from multicrafter.training.rewarding import Reward
-from multicrafter.training.scenes import EncodedScenes
+from multicrafter.training.scenes import Buckets, EncodedScenes
 from multicrafter.training.trainee import Trainee
 
 if TYPE_CHECKING:
@@ -52,32 +52,41 @@ class Align:
         model: LoadedModel | DiffusionPipeline,
         adapters: Adapters,
         config: AlignConfig,
-        scenes: EncodedScenes,
+        scenes: EncodedScenes | Sequence[EncodedScenes],
         reward: Reward,
     ) -> None:
         """Trains ``adapters``, which sit on the model's transformer; only prompts and references of ``scenes`` are used.
+
+        Several `EncodedScenes` are buckets of different layouts: an iteration draws all its pictures in that of one bucket.
 
         Raises:
             ValueError: Experts are to be replayed that there are not, or the batch does not spread evenly over the ranks.
         """
         if adapters.experts is None and (config.routing_replay or config.routing_jitter):
             raise UserError("routing_replay and routing_jitter need an adapter with experts, got a plain one")
-        self.config, self.scenes, self.model, self.adapters = config, scenes, LoadedModel.of(model), adapters
+        self.config, self.buckets, self.model, self.adapters = config, Buckets(scenes), LoadedModel.of(model), adapters
+        self.scenes = self.buckets.buckets[0]  # the bucket of the present iteration
         self.online = online_config(config)
         with user_input():
             self.share = share_groups(config.prompts, self.online.group_size, rank=rank(), num_ranks=world_size())
         cache = config.execution.cache
-        self.text = CachedText(self.model, scenes.captions, cache) if cache else None
+        self.text = CachedText(self.model, self.buckets.captions, cache) if cache else None
         self.trainee = Trainee(
             adapters, config.execution, lr=config.lr, adamw=config.adamw, seed=self.online.seed, sync_in_backward=False
         )
         self.optimizer, self.generator = self.trainee.optimizer, self.trainee.generator
         self.trainer = PolicyTrainer(list(adapters.parameters()), self.optimizer, self.online.policy)
-        self.sigmas = self.model.sigmas(self.online.window.num_steps, scenes.tokens.shape[1])
-        self.reference_pictures = [list(pictures) for pictures in scenes.reference_images]
+        self.reference_pictures = {
+            id(bucket): [list(pictures) for pictures in bucket.reference_images] for bucket in self.buckets.buckets
+        }
         self.reward = RobustReward(_single(reward), retries=config.reward_retries, wait_s=config.reward_wait_s)
         self.routes: dict[int, RouteRecord] = {}
         self.last_pictures: Tensor | None = None
+
+    @property
+    def sigmas(self) -> Tensor:
+        """Noise levels of a rollout, which depend on the size of the pictures where the schedule is shifted by it."""
+        return self.model.sigmas(self.online.window.num_steps, self.scenes.tokens.shape[1])
 
     @torch.no_grad()
     def encode(self, rows: Tensor) -> Text:
@@ -111,13 +120,15 @@ class Align:
         decoded = [self.model.decode_pictures(part, self.scenes.grid) for part in self.parts(latents)]
         self.last_pictures = torch.cat(decoded)
         captions = [self.scenes.captions[r] for r in members]
-        return self.reward(list(self.last_pictures), captions, [self.reference_pictures[r] for r in members])
+        references = self.reference_pictures[id(self.scenes)]
+        return self.reward(list(self.last_pictures), captions, [references[r] for r in members])
 
     def step(self, index: int) -> dict[str, float]:
         """One iteration: rollout, reward, advantages, update."""
         config, replayed, failed = self.config, self.config.routing_replay, self.reward.num_failed
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config.schedule, config.lr, index, config.num_steps)
+        self.scenes = self.buckets.draw(self.generator)
         rows = torch.randint(len(self.scenes), (config.prompts,), generator=self.generator)
         noise = torch.randn(len(rows), *self.scenes.tokens.shape[1:], generator=self.generator)
         velocity = self.velocity(rows)
@@ -169,12 +180,13 @@ class Align:
 
     def preview(self) -> Preview:
         """Attention and routing on the first prompts, and the pictures drawn last."""
+        self.scenes = self.buckets.buckets[0]
         rows = torch.arange(min(3, len(self.scenes)))
         drawn = make_preview(self.trainee, self.scenes, self.encode(rows), rows)
         if self.last_pictures is None:
             return drawn
         shown = [p.float().cpu() for p in self.last_pictures[: min(8, self.share.num_members)]]
-        return Preview({**drawn.pictures, "group": row_of(shown, size=shown[0].shape[-1])}, drawn.metrics)
+        return Preview({**drawn.pictures, "group": row_of(shown, size=shown[0].shape[-2])}, drawn.metrics)
 
     def tensors(self) -> dict[str, Tensor]:
         """Adapters, optimizer, moving average, generator, clip range."""

@@ -16,6 +16,7 @@ from multicrafter.training.loop import LoopConfig
 from multicrafter.training.optimization import AdamWConfig, ScheduleConfig
 from multicrafter.training.precision import ExecutionConfig
 from multicrafter.world.rewards import RewardConfig
+from multicrafter.world.scenes import check_shapes
 
 Made = TypeVar("Made")
 
@@ -124,6 +125,8 @@ class AlignConfig:
 
     Attributes:
         num_steps: Iterations; each draws a rollout and updates on it.
+        shapes: Sizes (height, width) of the drawn scenes whose prompts and references are taken, as many of each; an iteration draws pictures
+            of one of them. None takes squares of the size that the adapter was trained at.
         prompts: Prompts (with their references) an iteration, on all ranks together.
         online: How groups are drawn, rewarded and learned from. One batch is always split over the ranks, and a velocity that is not finite
             always skips the step. ``micro_batch_size`` None takes ``execution.micro_batch``. The seed is also that of the prompts' order.
@@ -144,6 +147,7 @@ class AlignConfig:
     modern: ClassVar[Callable[[Mapping[str, Any]], dict[str, Any]]] = staticmethod(modern)
 
     num_steps: int = 40
+    shapes: tuple[tuple[int, int], ...] | None = None
     prompts: int = 8
     online: OnlineConfig = field(default_factory=online_defaults)
     guidance: float = 2.5
@@ -165,6 +169,7 @@ class AlignConfig:
         for name in ("num_steps", "prompts"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_shapes(self.shapes)
         if self.lr <= 0:
             raise UserError(f"lr must be positive, got {self.lr}")
         if self.guidance < 1:

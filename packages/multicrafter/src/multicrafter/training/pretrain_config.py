@@ -16,6 +16,7 @@ from multicrafter.training.loop import LoopConfig
 from multicrafter.training.optimization import AdamWConfig, ScheduleConfig, SigmaSamplingConfig
 from multicrafter.training.precision import ExecutionConfig
 from multicrafter.world import WorldConfig
+from multicrafter.world.scenes import check_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +131,8 @@ class PretrainConfig:
         sigma_sampling: At which noise levels.
         num_scenes: Scenes drawn and encoded; of photos, samples: more than there are records come again, cut anew, with other references.
         data: Folder of `multicrafter data build`: photos instead of drawn scenes, at the sizes of ``world``. None draws.
-        shapes: Sizes (height, width) of photos; each goes to the one nearest to its own aspect, cut so that faces stay inside, and a batch
-            holds one of them only. None takes squares of ``world.size``.
+        shapes: Sizes (height, width) of pictures; a batch holds one of them only. A photo goes to the one nearest to its own aspect, cut so
+            that faces stay inside; of drawn scenes there are as many of each. None takes ``world.shape``, or squares of ``world.size``.
         seed: Of data order, noise and adapters; scenes come from ``data_seed``.
         start: Folder of a stage-1 adapter whose weights training goes on from, as in a run of its own (a new schedule, new moving averages);
             None starts from adapters that change nothing.
@@ -171,8 +172,7 @@ class PretrainConfig:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.lr <= 0:
             raise UserError(f"lr must be positive, got {self.lr}")
-        if self.shapes is not None and (not self.shapes or any(side < 1 for shape in self.shapes for side in shape)):
-            raise UserError(f"shapes must hold sizes (height, width) in pixels, got {self.shapes}")
+        check_shapes(self.shapes)
         if not self.max_grad_norm > 0:
             raise UserError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
         if self.distillation is not None:

@@ -31,8 +31,11 @@ def heat(maps: Float[Tensor, "s h w"]) -> Float[Tensor, "s 3 h w"]:
 
 
 def row_of(pictures: list[Tensor], *, size: int, gap: int = 2) -> Float[Tensor, "3 H W"]:
-    """Pictures side by side, each scaled to a square of ``size`` (nearest), a white gap between them."""
-    scaled = [torch.nn.functional.interpolate(p[None], size=(size, size), mode="nearest")[0] for p in pictures]
+    """Pictures side by side, each scaled to a height of ``size`` (nearest), a white gap between them."""
+    scaled = [
+        torch.nn.functional.interpolate(p[None], size=(size, round(size * p.shape[2] / p.shape[1])), mode="nearest")[0]
+        for p in pictures
+    ]
     white = torch.ones(3, size, gap)
     return torch.cat([part for p in scaled for part in (p, white)][:-1], 2)
 
@@ -60,7 +63,7 @@ def make_preview(
     strips = []
     for row, maps_of_row in zip(rows.tolist(), share, strict=True):
         shown = [scenes.images[row], *scenes.reference_images[row], *heat(maps_of_row)]
-        strips.append(row_of([p.float() for p in shown], size=scenes.images.shape[-1]))
+        strips.append(row_of([p.float() for p in shown], size=scenes.images.shape[-2]))
     pictures, metrics = {"attention": torch.cat(strips, 1)}, {}
     experts = trainee.adapters.experts
     if experts is not None:

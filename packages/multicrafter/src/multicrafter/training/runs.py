@@ -23,7 +23,7 @@ from multicrafter.training.photo_scenes import encode_by_number
 from multicrafter.training.pretrain import Pretrain
 from multicrafter.training.pretrain_config import PretrainConfig, sampling_notes
 from multicrafter.training.rewarding import Reward
-from multicrafter.training.scenes import EncodedScenes, encode_scenes
+from multicrafter.training.scenes import EncodedScenes, encode_shaped_scenes
 from multicrafter.training.trackers import Tracker
 from multicrafter.world import WorldConfig
 from multicrafter.world.rewards import tiny_reward
@@ -69,22 +69,16 @@ def _check_resume(out: Path, run: PretrainConfig | AlignConfig, resume: loop.Res
         raise UserError(f"--resume needs the configuration of {path}, but {', '.join(changed)} changed")
 
 
-def check_shapes(config: PretrainConfig) -> None:
-    """Raises UserError where shapes are given and no photos that could have them."""
-    if config.shapes is not None and config.data is None:
-        raise UserError("pretrain.shapes are of photos: they need --data or pretrain.data, got none")
-
-
 def training_scenes(
     model: LoadedModel | DiffusionPipeline, config: PretrainConfig
 ) -> EncodedScenes | Sequence[EncodedScenes]:
     """What stage 1 trains on: drawn scenes, or the photos of ``config.data``."""
     world, cache = config.world, config.execution.cache
     if config.data is None:
-        check_shapes(config)
-        return encode_scenes(model, world, config.num_scenes, seed=config.data_seed, cache=cache)
+        return encode_shaped_scenes(model, world, config.num_scenes, config.shapes, seed=config.data_seed, cache=cache)
+    shapes = config.shapes or (None if world.shape is None else (world.shape,))
     return encode_by_number(
-        model, config.data, config.num_scenes, size=world.size, reference_size=world.reference_size, shapes=config.shapes,
+        model, config.data, config.num_scenes, size=world.size, reference_size=world.reference_size, shapes=shapes,
         seed=config.data_seed,
         cache=cache, progress=is_main() and sys.stderr.isatty(),
     )  # fmt: skip
@@ -135,7 +129,7 @@ def run_align(
     *,
     num_references: int = 2,
     family: str = "people",
-    scenes: EncodedScenes | None = None,
+    scenes: EncodedScenes | Sequence[EncodedScenes] | None = None,
     resume: loop.Resume = False,
     reward: Reward | None = None,
     settings: LoopConfig | None = None,
@@ -144,7 +138,8 @@ def run_align(
 ) -> list[dict[str, float]]:
     """Stage 2 into ``out``, as `run_pretrain`; returns the metrics of every iteration.
 
-    Without ``scenes`` prompts and references are drawn from the tiny world's ``family``, at the sizes that the adapter was trained at;
+    Without ``scenes`` prompts and references are drawn from the tiny world's ``family``, at the sizes that the adapter was trained at, or in
+    ``config.shapes``; several `EncodedScenes`, drawn or of photos (`photo_scenes.encode_shapes`), are buckets of different shapes;
     without ``reward`` it is the tiny world's, of people.
     ``sampling`` is what the stage-1 adapter says of how its pictures are drawn; the new one says the same.
     """
@@ -152,7 +147,9 @@ def run_align(
         _check_resume(out, config, resume)
     sizes: dict[str, Any] = {**trained_sizes(adapters.notes)}
     world = WorldConfig(family=family, numbers=(num_references,), shared_attributes=4, **sizes)
-    scenes = scenes or encode_scenes(model, world, 512, seed=config.online.seed + 10_000, cache=config.execution.cache)
+    scenes = scenes or encode_shaped_scenes(
+        model, world, 512, config.shapes, seed=config.online.seed + 10_000, cache=config.execution.cache
+    )
     stage = Align(model, adapters, config, scenes, reward or tiny_reward(config.reward))
     history = loop.run(
         stage,
@@ -166,7 +163,7 @@ def run_align(
     )
     stage.trainee.save(
         out, stage=2, num_references=num_references, steps=config.num_steps, sampling=dict(sampling or {}),
-        **sides_of(scenes, stage.model.token_side),
+        **sides_of(stage.buckets.buckets[0], stage.model.token_side),
     )  # fmt: skip
     return history
 

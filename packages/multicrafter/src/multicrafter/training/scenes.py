@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from multicrafter import UserError
 from multicrafter.models.flux.model import Text
+from multicrafter.models.flux.packing import Grid
 from multicrafter.models.loaded import LoadedModel
 from multicrafter.training.encoding_cache import CachedPictures, ScenesText
 from multicrafter.world import FAMILIES, Scenes, WorldConfig, make_scenes
@@ -153,14 +154,17 @@ def encode_scenes(
     """Draws ``count`` scenes with as many subjects each as the world's single number, and encodes them (once, with a ``cache`` folder).
 
     With ``one_by_one`` every scene has a generator of its own, and a stranger: the first twelve of a hundred are the twelve of a dozen.
+
+    Raises:
+        ValueError: The world has several numbers of subjects, or sizes that are not whole tokens.
     """
     if len(world.numbers) != 1:
         raise UserError(f"numbers must hold one number of subjects, got {world.numbers}")
     model = LoadedModel.of(model)
     encode = CachedPictures(model, cache)
     text = ScenesText(model, cache) if model.backbone.text_sees_references else None
-    factor = model.token_side
-    grid, reference_grid = (world.size // factor,) * 2, (world.reference_size // factor,) * 2
+    grid = token_grid(model, world.height_width, name="size" if world.shape is None else "shape")
+    reference_grid = token_grid(model, (world.reference_size,) * 2, name="reference_size")
     parts: list[tuple[Tensor, ...]] = []
     captions: list[str] = []
     strangers: list[Tensor] = []
@@ -193,6 +197,47 @@ def encode_scenes(
         **dict(zip(ENCODED, drawn, strict=True)), captions=captions, grid=grid, reference_grid=reference_grid,
         strangers=torch.cat(strangers) if strangers else None, text=text,
     )  # fmt: skip
+
+
+def token_grid(model: LoadedModel, size: tuple[int, int], *, name: str) -> Grid:
+    """Token rows and columns of pictures of a height and a width in pixels.
+
+    Raises:
+        ValueError: These are not whole tokens; ``name`` says of what.
+    """
+    side = model.token_side
+    for value in size:
+        if value < side or value % side:
+            raise UserError(f"{name} must be a positive multiple of {side} pixels, got {value}")
+    return size[0] // side, size[1] // side
+
+
+def encode_shaped_scenes(
+    model: LoadedModel | DiffusionPipeline,
+    world: WorldConfig,
+    count: int,
+    shapes: Sequence[tuple[int, int]] | None,
+    *,
+    seed: int,
+    cache: str | Path | None = None,
+) -> list[EncodedScenes]:
+    """``count`` scenes drawn in several shapes (height, width), as many of each: one `EncodedScenes` a shape. None is the world's own.
+
+    Raises:
+        ValueError: See `encode_scenes`; or there are more shapes than scenes.
+    """
+    model = LoadedModel.of(model)
+    if shapes is None:
+        return [encode_scenes(model, world, count, seed=seed, cache=cache)]
+    if len(shapes) > count:
+        raise UserError(f"shapes must be at most the number of scenes ({count}), got {len(shapes)}")
+    for shape in shapes:
+        token_grid(model, shape, name="shapes")  # before the first is drawn
+    parts = [count * (i + 1) // len(shapes) - count * i // len(shapes) for i in range(len(shapes))]
+    return [
+        encode_scenes(model, replace(world, shape=shape), part, seed=seed + i, cache=cache)
+        for i, (shape, part) in enumerate(zip(shapes, parts, strict=True))
+    ]
 
 
 class Buckets:

@@ -5,6 +5,7 @@ Nothing in the caption gives an identity away; the references show each subject 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ class WorldConfig:
         family: "people" or "objects".
         split: Which identities may appear.
         size: Side of a scene in pixels.
+        shape: Height and width of a scene in pixels, where it is no square of ``size``.
         reference_size: Side of a reference in pixels.
         numbers: Numbers of subjects a scene may have.
         shared_attributes: How many attributes every further subject of a scene shares with the first one, at most
@@ -57,6 +59,7 @@ class WorldConfig:
     family: str = "people"
     split: Split = "train"
     size: int = 64
+    shape: tuple[int, int] | None = None
     reference_size: int = 32
     numbers: tuple[int, ...] = (1, 2)
     shared_attributes: int = 0
@@ -74,10 +77,25 @@ class WorldConfig:
             raise UserError(f"weights must have one entry per number {self.numbers}, got {self.weights}")
         if self.size < 16 or self.reference_size < 16:
             raise UserError(f"size and reference_size must be at least 16, got {self.size} and {self.reference_size}")
+        if self.shape is not None and min(self.shape) < 16:
+            raise UserError(f"shape must be a height and a width of at least 16 pixels, got {self.shape}")
         if not 0 <= self.shared_attributes < len(FAMILIES[self.family].attributes):
             raise UserError(
                 f"shared_attributes must be in [0, {len(FAMILIES[self.family].attributes) - 1}], got {self.shared_attributes}"
             )
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Of a scene, in pixels."""
+        return self.shape or (self.size, self.size)
+
+
+def check_shapes(shapes: Sequence[tuple[int, int]] | None) -> None:
+    """Raises ValueError unless these are sizes (height, width) in pixels, each once, or None."""
+    if shapes is None:
+        return
+    if not shapes or any(len(shape) != 2 or min(shape) < 1 for shape in shapes) or len(set(shapes)) != len(shapes):
+        raise UserError(f"shapes must hold sizes (height, width) in pixels, each once, got {shapes}")
 
 
 class Scenes(NamedTuple):
@@ -132,7 +150,7 @@ def _uniform(generator: torch.Generator, *shape: int, low: float = 0.0, high: fl
 def _layout(
     number: Tensor, arrangement: Tensor, most: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Feet (x, y) and heights of up to ``most`` subjects, as fractions of the scene's side: three tensors (b, most).
+    """Feet (x, y) as fractions of the scene's width and height, heights as fractions of its shorter side: three tensors (b, most).
 
     Subjects take the places in random order: the order of the references does not say who stands where.
     """
@@ -163,8 +181,9 @@ def _layout(
     return foot_x, torch.where(n > 2, deep, foot_y), height
 
 
-def _background(setting: Tensor, time: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    b = len(setting)
+def _background(setting: Tensor, time: Tensor, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Sky and ground fill the picture, whatever its shape; the landmark is drawn in units of the shorter side, so that a sun stays round."""
+    b, side = len(setting), min(height, width)
     sky = torch.tensor([_BACKDROPS[s][0] for s in SETTINGS])[setting] * torch.tensor([_SKIES[t] for t in TIMES])[time]
     indoor = (
         torch.tensor([_BACKDROPS[s][0] for s in SETTINGS])[setting] * torch.tensor([_LIGHTS[t] for t in TIMES])[time]
@@ -174,33 +193,35 @@ def _background(setting: Tensor, time: Tensor, size: int, generator: torch.Gener
         torch.tensor([_BACKDROPS[s][1] for s in SETTINGS])[setting] * torch.tensor([_LIGHTS[t] for t in TIMES])[time]
     )
     horizon = torch.tensor([_BACKDROPS[s][2] for s in SETTINGS])[setting] + _uniform(generator, b, low=-0.05, high=0.05)
-    y = ((torch.arange(size) + 0.5) / size)[None, :, None]
-    x = ((torch.arange(size) + 0.5) / size)[None, None, :]
-    below = ((y - horizon[:, None, None]) * size + 0.5).clamp(0, 1)
+    y = ((torch.arange(height) + 0.5) / height)[None, :, None]
+    below = ((y - horizon[:, None, None]) * height + 0.5).clamp(0, 1)
     shade = 1 - 0.18 * (y - horizon[:, None, None]).abs()
     picture = torch.lerp(sky[:, :, None, None], ground[:, :, None, None], below[:, None]) * shade[:, None]
     # one landmark a setting: tree, sun over the sea, window, building, cactus, snowy hill
-    place = _uniform(generator, b, low=0.1, high=0.9)[:, None, None]
-    level = horizon[:, None, None]
+    place = _uniform(generator, b, low=0.1, high=0.9)[:, None, None] * (width / side)
+    level = horizon[:, None, None] * (height / side)
+    y = ((torch.arange(height) + 0.5) / side)[None, :, None]
+    x = ((torch.arange(width) + 0.5) / side)[None, None, :]
+    shape = (b, height, width)
     shapes = torch.stack(
         [
             torch.minimum(circle(x, y, place, level - 0.22, 0.13), box(x, y, place, level - 0.06, 0.02, 0.08)).expand(
-                b, size, size
+                shape
             ),
-            circle(x, y, place, level - 0.02, 0.11).maximum(y - level).expand(b, size, size),
-            box(x, y, place, 0.3, 0.11, 0.13).expand(b, size, size),
-            box(x, y, place, level - 0.2, 0.13, 0.22).maximum(y - level).expand(b, size, size),
+            circle(x, y, place, level - 0.02, 0.11).maximum(y - level).expand(shape),
+            box(x, y, place, 0.3, 0.11, 0.13).expand(shape),
+            box(x, y, place, level - 0.2, 0.13, 0.22).maximum(y - level).expand(shape),
             torch.minimum(
                 box(x, y, place, level - 0.05, 0.025, 0.14), box(x, y, place, level - 0.06, 0.08, 0.022)
-            ).expand(b, size, size),
-            circle(x, y, place, level + 0.22, 0.33).maximum(y - level).expand(b, size, size),
+            ).expand(shape),
+            circle(x, y, place, level + 0.22, 0.33).maximum(y - level).expand(shape),
         ]
     )[setting, torch.arange(b)]
     colours = torch.tensor(
         [(0.20, 0.48, 0.22), (1.0, 0.92, 0.6), (0.72, 0.9, 1.0), (0.5, 0.34, 0.32), (0.3, 0.5, 0.28), (0.86, 0.9, 0.96)]
     )
     tint = colours[setting] * torch.tensor([_LIGHTS[t] for t in TIMES])[time]
-    return picture.lerp(tint[:, :, None, None], (0.5 - shapes * size).clamp(0, 1)[:, None])
+    return picture.lerp(tint[:, :, None, None], (0.5 - shapes * side).clamp(0, 1)[:, None])
 
 
 def _paste(
@@ -208,15 +229,15 @@ def _paste(
 ) -> None:
     """Paints boxes (n, ., h, w) into canvases ``rows`` at integer corners; everything outside the canvas is cut."""
     h, w = alpha.shape[1:]
-    size = canvas.shape[-1]
+    height, width = canvas.shape[-2:]
     yy = top[:, None] + torch.arange(h)
     xx = left[:, None] + torch.arange(w)
-    inside = ((yy >= 0) & (yy < size))[:, :, None] & ((xx >= 0) & (xx < size))[:, None, :]
+    inside = ((yy >= 0) & (yy < height))[:, :, None] & ((xx >= 0) & (xx < width))[:, None, :]
     alpha = alpha * inside
-    where = (rows[:, None, None], yy.clamp(0, size - 1)[:, :, None], xx.clamp(0, size - 1)[:, None, :])
-    full = torch.zeros(len(canvas), size, size)
+    where = (rows[:, None, None], yy.clamp(0, height - 1)[:, :, None], xx.clamp(0, width - 1)[:, None, :])
+    full = torch.zeros(len(canvas), height, width)
     full.index_put_(where, alpha, accumulate=True)
-    painted = torch.zeros(len(canvas), size, size, 3)
+    painted = torch.zeros(len(canvas), height, width, 3)
     painted.index_put_(where, (rgb * alpha[:, None]).permute(0, 2, 3, 1), accumulate=True)
     canvas.mul_(1 - full[:, None]).add_(painted.permute(0, 3, 1, 2))
     masks.mul_(1 - full[:, None])
@@ -269,14 +290,17 @@ def make_scenes(
     time = drawn[:, 1] if time is None else time
     arrangement = drawn[:, 2] if arrangement is None else arrangement
 
-    foot_x, foot_y, height = (config.size * v for v in _layout(number, arrangement, most, generator))
+    rows_of_scene, columns_of_scene = config.height_width
+    side = min(config.height_width)
+    fractions = _layout(number, arrangement, most, generator)
+    foot_x, foot_y, height = (n * v for n, v in zip((columns_of_scene, rows_of_scene, side), fractions, strict=True))
     poses = _uniform(generator, count, most, POSE_SIZE, low=-1.0)
     light = torch.tensor([_LIGHTS[t] for t in TIMES])[time] * _uniform(generator, count, 1, low=0.88, high=1.08)
-    images = _background(setting, time, config.size, generator)
-    masks = torch.zeros(count, most, config.size, config.size)
+    images = _background(setting, time, rows_of_scene, columns_of_scene, generator)
+    masks = torch.zeros(count, most, rows_of_scene, columns_of_scene)
     boxes = torch.zeros(count, most, 4)
     # a child of the tallest subject fits this box; narrower boxes for smaller crowds are not worth the code
-    rows_px, columns_px = int(config.size * 0.92), int(config.size * 0.68)
+    rows_px, columns_px = int(side * 0.92), int(side * 0.68)
     order = torch.argsort(foot_y + (~present) * 1e3, dim=1)
     for rank in range(most):
         slot = order[:, rank]
