@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gspo import OnlineConfig, PolicyConfig, SlidingWindow
+from gspo import OnlineConfig, PolicyConfig, SlidingWindow, policy_step
 from moe_lora.dispatch import experts
 from multicrafter.cli import main
 from multicrafter.config import settings
@@ -17,10 +17,10 @@ from multicrafter.config.recipes import Stage2, get_recipe
 from multicrafter.models.backbones import get_backbone
 from multicrafter.plan import CARDS, Card, card_for, measure, predict, require_memory, require_weights
 from multicrafter.plan.estimate import rows_of, shape_of, transformer_config, with_cache
-from multicrafter.plan.steps import Shape
+from multicrafter.plan.steps import Shape, iteration_evaluations
 from multicrafter.plan.tracker import Answers, MemoryTracker
 from multicrafter.training.precision import ExecutionConfig
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 TINY = {
     **transformer_config(get_backbone("flux1_dev"), None),
@@ -99,6 +99,26 @@ def test_fake_tensors_answer_checks():
         assert not bool(x.isnan().any())
         assert not bool(x.isnan().any() | (x + 1).isnan().any())
         assert bool((x > 0).any())
+        assert float(x.mean()) == 0
+
+
+def test_what_does_not_depend_on_the_network_is_answered_truly():
+    with FakeTensorMode(), Answers():
+        unknown = torch.randn(4)
+        levels = torch.tensor([1.0, 0.5, 0.0])
+        assert levels.tolist() == [1.0, 0.5, 0.0]
+        assert not bool((levels[1:] > levels[:-1]).any())
+        assert torch.unique(torch.tensor([3, 1, 3, 2])).tolist() == [1, 2, 3]
+        keep = torch.tensor([0.0, float("nan"), 2.0, 3.0])
+        assert torch.isfinite(keep).nonzero()[:, 0].tolist() == [0, 2, 3]
+        kept = unknown[torch.isfinite(keep)]
+        assert kept.shape == (3,) and float(kept.sum()) == 0, "three numbers that nobody knows"
+        table = torch.zeros(2, 4)
+        table[0] = torch.arange(4.0)
+        assert table.sum(1).tolist() == [6.0, 0.0]
+        table[1] = unknown
+        assert float(table[0].sum()) == 0, "what the network wrote into is no longer known"
+        assert isinstance(levels, FakeTensor) and isinstance(kept, FakeTensor)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +214,7 @@ def test_fits_at_the_edge(batch):
 
 
 def test_arithmetic_of_stage_2():
-    """Rollouts of all samples without gradients, then window x epochs passes with them."""
+    """Rollouts of all samples without gradients, then window x epochs passes with them; the second epoch looks at its ratios first."""
     run = with_cache(get_recipe("tiny_stage2"))
     assert isinstance(run, Stage2)
     align = replace(
@@ -212,12 +232,47 @@ def test_arithmetic_of_stage_2():
         "a rollout at once needs more than an update in parts"
     )
     assert plan.flops == pytest.approx(
-        3 * (8 * one.forward_flops + 2 * align.online.policy.num_inner_epochs * one.flops)
+        3 * ((8 + 2) * one.forward_flops + 2 * align.online.policy.num_inner_epochs * one.flops)
     )
     assert plan.seconds > 0
     assert plan.seconds == pytest.approx(
         predict(run, replace(BIG, tflops=50.0, bandwidth=500.0), measured=one).seconds / 2
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "policy", "forward", "backward"),
+    [
+        ({}, {"num_inner_epochs": 1}, 8, 2),
+        ({}, {"num_inner_epochs": 3}, 8 + 2 * 2, 3 * 2),  # a sequence ratio is known only after a pass over its window
+        ({}, {"num_inner_epochs": 3, "ratio": "step", "clip_range": 1e-3}, 8, 3 * 2),
+        ({"tail_steps": 3}, {"num_inner_epochs": 1}, 2 + 3, 2),
+        ({}, {"num_inner_epochs": 1, "kl_coef": 0.1}, 8 + 2, 2),  # the reference's mean, at each step of the window
+    ],
+)
+def test_evaluations_of_an_iteration_by_hand(changes, policy, forward, backward):
+    """Those of gspo's own step, for each of 2 x 3 samples."""
+    online = OnlineConfig(window=SlidingWindow(8), group_size=3, policy=PolicyConfig(**policy), **changes)
+    assert iteration_evaluations(online, 2) == (6 * forward, 6 * backward)
+
+
+@pytest.mark.parametrize(("rows", "fake"), [(1, True), (2, True), (2, False)])
+def test_the_planned_pass_of_stage_2_is_gspos_own(rows, fake, monkeypatch):
+    """Rollout, advantages and update are called, and what is left for a pass with gradients is a forward and its backward."""
+    taken = []
+
+    def step(*args, **kwargs):
+        taken.append(policy_step(*args, **kwargs))
+        return taken[-1]
+
+    monkeypatch.setattr("multicrafter.plan.steps.policy_step", step)
+    run = settings.override(get_recipe("tiny_stage2"), ["align.execution.gradient_checkpointing=false"])
+    one = measure(run, rows=rows, device="cpu", config=TINY, fake=fake)
+    (report,) = taken
+    assert report.update.num_samples == len(report.advantages) == max(rows, 2)
+    assert report.update.initial_log_ratio == 0 and not report.update.skipped
+    assert report.rollout.num_function_evaluations == 2 * max(rows, 2)
+    assert 2 * one.forward_flops < one.flops < 3 * one.forward_flops, "frozen weights need no gradient of their own"
 
 
 def test_shapes_of_the_recipes():

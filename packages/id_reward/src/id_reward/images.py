@@ -133,7 +133,7 @@ def to_rgb(picture: Image.Image, *, background: tuple[int, int, int] = GROUND) -
         raise
     except Exception as error:  # Pillow raises what it likes on damaged files and impossible properties
         name = getattr(picture, "filename", "") or "the picture"
-        raise InputError(f"{name} must be a readable picture, got: {type(error).__name__}: {_line(error)}") from None
+        raise InputError(f"{name} must be a readable picture, got: {type(error).__name__}: {_line(error)}") from error
     return result
 
 
@@ -190,7 +190,7 @@ def open_image(
         folder = isinstance(source, (str, os.PathLike)) and Path(source).is_dir()
         said = _line(error) if isinstance(error, InputError) else f"{type(error).__name__}: {_line(error)}"
         reason = "it is a folder" if folder else said
-        raise InputError(f"{name} must be a readable picture, got: {reason}") from None
+        raise InputError(f"{name} must be a readable picture, got: {reason}") from error
 
 
 def _values(image: Any) -> np.ndarray:
@@ -198,8 +198,8 @@ def _values(image: Any) -> np.ndarray:
     if not hasattr(image, "detach"):
         try:
             return np.asarray(image)
-        except Exception:  # a list of unequal things, or an object with an __array__ of its own mind
-            raise InputError(f"a picture must be {KINDS}, got {_about(image)}") from None
+        except Exception as error:  # a list of unequal things, or an object with an __array__ of its own mind
+            raise InputError(f"a picture must be {KINDS}, got {_about(image)}") from error
     tensor = image.detach().cpu()
     values: np.ndarray = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     return values.transpose(1, 2, 0) if values.ndim == 3 and values.shape[0] in (1, 3, 4) else values

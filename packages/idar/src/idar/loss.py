@@ -104,7 +104,7 @@ def idar_loss(
     """Attention loss of subjects against their masks; overlapping masks are allowed.
 
     A subject whose mask is empty (absent from the target) is left out. The default is the form that made pictures better in this
-    project's studies (docs/adr/0020), on maps of "image_to_reference"; the paper's letter, which did not, is ``kind="dice"`` and
+    project's studies (docs/adr/0020), on maps of "image_to_reference"; the paper's own form, which did not, is ``kind="dice"`` and
     ``normalization="max"`` on maps of "reference_to_image".
 
     Args:

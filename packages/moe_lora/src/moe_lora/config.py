@@ -20,7 +20,7 @@ class MoELoRAConfig:
         num_experts: Number of experts e.
         top_k: Experts a token is sent to.
         gating: "softmax_then_topk" (Switch Transformer: the kept probabilities are the weights, the router learns also with
-            top_k 1) or "topk_then_softmax" (MultiCrafter's letter: with top_k 1 the weight is 1 and the router's gradient zero).
+            top_k 1) or "topk_then_softmax" (as MultiCrafter writes it: with top_k 1 the weight is 1 and the router's gradient zero).
         dispatch: How experts are computed; all give the same values.
         jitter: Half width of the uniform noise that multiplies the router's input in training, in [0, 1).
         balance_coef: Weight of the load-balance loss; 0 turns it off.

@@ -46,7 +46,7 @@ def route(
     """Top-k routing in fp32.
 
     "softmax_then_topk": ``p = softmax(logits)``, the k largest p are the weights as they are (Switch, arXiv 2101.03961, section 2.1).
-    "topk_then_softmax": softmax over the k largest logits (MultiCrafter's letter, arXiv 2509.21953; Mixtral, arXiv 2401.04088).
+    "topk_then_softmax": softmax over the k largest logits (as MultiCrafter writes it, arXiv 2509.21953; Mixtral, arXiv 2401.04088).
 
     Args:
         gate_logits: Router outputs.

@@ -231,7 +231,7 @@ class MultiCrafterPipeline:
             except Exception as error:
                 reason = " ".join(str(error).split())[:300]
                 what = name if isinstance(source, dict) else source
-                raise UserError(f"lora {what} must fit {self.backbone.name}, got {reason}") from None
+                raise UserError(f"lora {what} must fit {self.backbone.name}, got {reason}") from error
         self.loras[name], self._handles[name] = weight, handle
         self._activate()
         return name

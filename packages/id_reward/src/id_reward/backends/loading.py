@@ -29,7 +29,7 @@ def load(cls: Any, source: str | Path, what: str, *, local_files_only: bool = Tr
         return cls.from_pretrained(str(source), local_files_only=local_files_only, **options)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{what} must be in transformers' format, but {source} cannot be read: {reason}") from None
+        raise InputError(f"{what} must be in transformers' format, but {source} cannot be read: {reason}") from error
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -52,4 +52,4 @@ def read_state(path: Path) -> dict[str, Any]:
         return {name.removeprefix("module."): value for name, value in state.items()}
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} must be a checkpoint of tensors, got: {first}") from None
+        raise InputError(f"{path} must be a checkpoint of tensors, got: {first}") from error

@@ -133,7 +133,7 @@ def _language_model(hf: Any, config: Any, state: dict[str, Tensor], dtype: torch
                 None, config=config, state_dict=state, torch_dtype=dtype, output_loading_info=True
             )
     except Exception as error:
-        raise InputError(f"checkpoint must fit its base model, got: {str(error).strip().splitlines()[0]}") from None
+        raise InputError(f"checkpoint must fit its base model, got: {str(error).strip().splitlines()[0]}") from error
     wrong = sorted({*found["missing_keys"], *found["unexpected_keys"], *map(str, found.get("mismatched_keys", ()))})
     if wrong:
         raise InputError(f"checkpoint must fit its base model, but {len(wrong)} tensors do not, {wrong[0]} for one")

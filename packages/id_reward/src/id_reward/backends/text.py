@@ -164,7 +164,7 @@ class OpenClip:
             tokenizer = library.get_tokenizer(name)
         except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"{name} with {checkpoint or 'its own weights'} cannot be loaded: {first}") from None
+            raise InputError(f"{name} with {checkpoint or 'its own weights'} cannot be loaded: {first}") from error
         return cls(model, preprocess, tokenizer, batch_size=batch_size)
 
     @property

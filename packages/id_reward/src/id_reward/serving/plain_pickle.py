@@ -101,7 +101,7 @@ def read_plain(data: bytes) -> Any:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"a pickle must be whole and of plain data, got: {type(error).__name__}") from None
+        raise InputError(f"a pickle must be whole and of plain data, got: {type(error).__name__}") from error
     raise InputError("a pickle must be whole, but its end is missing")
 
 

@@ -132,7 +132,7 @@ def _loaded(given: Any, name: str, convert: Any) -> Any:
             given = loading_utils.PIL.Image.open(given)
             given.load()
         except Exception as error:
-            raise ValueError(f"{name} must be a readable image, got {type(error).__name__}") from None
+            raise ValueError(f"{name} must be a readable image, got {type(error).__name__}") from error
     if getattr(given, "n_frames", 1) > 1:
         raise ValueError(f"{name} must be one picture, got {given.n_frames} in one file")
     return load_image(given, convert_method=convert)

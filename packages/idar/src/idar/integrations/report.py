@@ -61,7 +61,7 @@ def load_pipeline(
         pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"MODEL {model} must be a readable pipeline, got {type(error).__name__}: {reason}") from None
+        raise ValueError(f"MODEL {model} must be a readable pipeline, got {type(error).__name__}: {reason}") from error
     if lora is not None:
         try:
             pipe.load_lora_weights(lora)
@@ -69,7 +69,7 @@ def load_pipeline(
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"--lora {lora} must be readable LoRA weights, got {type(error).__name__}: {reason}"
-            ) from None
+            ) from error
     return pipe.to(device)
 
 

@@ -32,8 +32,8 @@ def lora(given: str) -> tuple[str, float]:
         return given, 1.0
     try:
         return path, finite("weight", float(weight))
-    except ValueError:
-        raise UserError(f"--lora must be FILE or FILE=WEIGHT, with a finite number as weight, got {given!r}") from None
+    except ValueError as error:
+        raise UserError(f"--lora must be FILE or FILE=WEIGHT, with a finite number as weight, got {given!r}") from error
 
 
 def names(out: Path, count: int) -> list[Path]:

@@ -36,7 +36,7 @@ def writable(path: Path, *, file: bool | None = None, most: int = 1) -> None:
     except OSError as error:  # a name that is too long cannot even be looked for
         raise UserError(
             f"--out must be a name that a file can have, got {str(path)[:60]!r}...: {error.strerror}"
-        ) from None
+        ) from error
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"--out {path} must be writable, but {folder} is not a folder that can be written to")
     extra = len(f"..tmp{path.suffix}") + (len(f"_{most - 1}") if most > 1 else 0)
@@ -70,8 +70,8 @@ def real(text: str) -> float:
     """A finite number."""
     try:
         return finite("it", float(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}") from None
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}") from error
 
 
 def add_command(

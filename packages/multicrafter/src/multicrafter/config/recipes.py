@@ -50,7 +50,7 @@ def tiny(*, seed: int = 0) -> Recipe:
 
 
 def ablation(*, seed: int = 0) -> dict[str, Recipe]:
-    """The four rows of the paper's ablation, each adding one part, the paper's letter of the attention loss, and separated attention.
+    """The four rows of the paper's ablation, each adding one part, the attention loss as the paper writes it, and separated attention.
 
     Same data, steps and seed; plain LoRA has the rank at which it trains about as many parameters as one active expert.
     """

@@ -229,7 +229,7 @@ class Adapters:
             adapters.load_state_dict(state)
         except ValueError as error:
             adapters.detach()
-            raise UserError(f"adapter {folder}: {error}") from None
+            raise UserError(f"adapter {folder}: {error}") from error
         adapters.notes = meta
         return adapters, meta
 

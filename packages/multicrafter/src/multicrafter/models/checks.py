@@ -23,8 +23,8 @@ def finite(name: str, value: Any) -> float:
         raise UserError(f"{name} must be a finite number, got {value!r}")
     try:
         number = float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        raise UserError(f"{name} must be a finite number, got {type(value).__name__}") from None
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise UserError(f"{name} must be a finite number, got {type(value).__name__}") from error
     if not math.isfinite(number):
         raise UserError(f"{name} must be a finite number, got {number}")
     return number

@@ -39,10 +39,10 @@ def get_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
-    except Exception:
+    except Exception as error:
         found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         found += ["mps"] if torch.backends.mps.is_available() else []
-        raise UserError(f"device must be one of {', '.join(found)}, got {str(name)!r}") from None
+        raise UserError(f"device must be one of {', '.join(found)}, got {str(name)!r}") from error
     return device
 
 

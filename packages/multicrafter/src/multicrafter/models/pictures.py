@@ -42,9 +42,9 @@ def open_picture(given: Any, *, name: str = "reference") -> Image.Image:
         return Image.fromarray(as_array(given))
     except ValueError as error:
         text = str(error)
-        raise UserError(text if isinstance(given, (str, Path)) else f"{name}: {text}") from None
+        raise UserError(text if isinstance(given, (str, Path)) else f"{name}: {text}") from error
     except (TypeError, OSError) as error:
-        raise UserError(f"{name} must be a picture, got {type(given).__name__}: {error}") from None
+        raise UserError(f"{name} must be a picture, got {type(given).__name__}: {error}") from error
 
 
 def lists_of(given: Any, count: int, *, name: str) -> list[list[Any]]:

@@ -23,8 +23,8 @@ class CnnDetector:
         """
         try:
             import dlib
-        except ImportError:
-            raise ImportError('the detector dlib_cnn needs dlib: pip install "id-reward[dlib]"') from None
+        except ImportError as error:
+            raise ImportError('the detector dlib_cnn needs dlib: pip install "id-reward[dlib]"') from error
         self._dlib = dlib
         self._model = dlib.cnn_face_detection_model_v1(str(model_folder() / "mmod_human_face_detector.dat"))
 

@@ -165,11 +165,11 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                         raise UserError(f"{path}, line {number}: must be a JSON object, got {type(row).__name__}")
                     yield number, row
     except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}, line {number}: must be JSON, got {error}") from None
+        raise UserError(f"{path}, line {number}: must be JSON, got {error}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} must be UTF-8, got {error}") from None
+        raise UserError(f"{path} must be UTF-8, got {error}") from error
     except csv.Error as error:
-        raise UserError(f"{path} must be CSV, got {error}") from None
+        raise UserError(f"{path} must be CSV, got {error}") from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

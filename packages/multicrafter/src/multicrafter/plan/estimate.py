@@ -19,8 +19,9 @@ from multicrafter import UserError
 from multicrafter.config.recipes import Run, Stage1, Stage2
 from multicrafter.models.backbones import BACKBONES, Backbone, get_backbone
 from multicrafter.plan.hardware import EFFICIENCY, FRAGMENTATION, FUSION, RESERVED, Card
-from multicrafter.plan.steps import PlannedPolicy, PlannedPretrain, Shape, build
+from multicrafter.plan.steps import PlannedPolicy, PlannedPretrain, Shape, build, iteration_evaluations
 from multicrafter.plan.tracker import Answers, MemoryTracker, bytes_of
+from multicrafter.training.align import online_config
 from multicrafter.training.distributed import transformer_blocks
 
 NF4_BYTES = 0.5 + 4 / 64  # half a byte a weight and an fp32 scale per 64
@@ -172,7 +173,10 @@ def measure(
         if isinstance(run, Stage1):
             stage = PlannedPretrain(attached, run.pretrain, shape, rows=rows)
         else:
-            stage = PlannedPolicy(attached, run.execution, shape, rows=rows, lr=run.align.lr, adamw=run.align.adamw)
+            align = run.align
+            stage = PlannedPolicy(
+                attached, run.execution, shape, rows=rows, lr=align.lr, adamw=align.adamw, online=online_config(align)
+            )
         for group in stage.optimizer.param_groups:
             group["foreach"] = device == "cuda"
         trained = {id(p) for p in stage.adapters.parameters()}
@@ -193,27 +197,36 @@ def measure(
             and "norm" not in n
             and "lora" not in n
         )
-        forward = _count_forward(stage, tracker)
+        forward = _Forward(stage, tracker)
         with around or nullcontext(), tracker.phase():
             stage.once()
+        flops, moved = float(tracker.flops), float(tracker.moved)
+        if isinstance(stage, PlannedPolicy):
+            flops = (flops - forward.unlearned * forward.flops) / stage.passes
+            moved = (moved - forward.unlearned * forward.moved) / stage.passes
     return Pass(
         rows=rows, base=bytes_of(frozen), adapters=bytes_of(own) + bytes_of(ema), optimizer=bytes_of(states), gradients=bytes_of(own),
-        peak=tracker.peak, block=max(sizes), linears=linears, flops=tracker.flops, forward_flops=forward[0], moved=tracker.moved,
-        forward_moved=forward[1],
+        peak=tracker.peak, block=max(sizes), linears=linears, flops=flops, forward_flops=forward.flops, moved=moved,
+        forward_moved=forward.moved,
     )  # fmt: skip
 
 
-def _count_forward(stage: PlannedPretrain | PlannedPolicy, tracker: MemoryTracker) -> list[float]:
-    """Operations and traffic of the function evaluation inside the pass, filled in when it has run."""
-    counted, predict_ = [0.0, 0.0], stage.trainee.predict
+class _Forward:
+    """Operations and traffic of one function evaluation of a pass, and how many of them there are without gradients."""
 
-    def predict_and_note(*args: Any, **kwargs: Any) -> Any:
-        velocity = predict_(*args, **kwargs)
-        counted[:] = float(tracker.flops), float(tracker.moved)
+    def __init__(self, stage: PlannedPretrain | PlannedPolicy, tracker: MemoryTracker) -> None:
+        """Looks at the tracker around every evaluation of the stage."""
+        self.flops = self.moved = 0.0
+        self.unlearned, self.tracker, self.predict = 0, tracker, stage.trainee.predict
+        stage.trainee.predict = self  # type: ignore[method-assign,assignment]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainee.predict`."""
+        flops, moved = self.tracker.flops, self.tracker.moved
+        velocity = self.predict(*args, **kwargs)
+        self.flops, self.moved = float(self.tracker.flops - flops), float(self.tracker.moved - moved)
+        self.unlearned += not torch.is_grad_enabled()
         return velocity
-
-    stage.trainee.predict = predict_and_note  # type: ignore[method-assign]
-    return counted
 
 
 def rows_of(run: Run, gpus: int) -> tuple[int, int]:
@@ -248,11 +261,8 @@ def predict(run: Run, card: Card, *, gpus: int = 1, measured: Pass | None = None
     if isinstance(run, Stage1):
         passes, evaluations = total / rows, 0.0
     else:
-        online = run.align.online
-        window = online.window
-        steps = window.num_steps if online.tail_steps is None else window.size + 2 * online.tail_steps
-        passes = window.size * online.policy.num_inner_epochs * total / rows
-        evaluations = steps * total / rows
+        counted = iteration_evaluations(online_config(run.align), run.align.prompts)
+        passes, evaluations = counted.backward / rows, counted.forward / rows
     flops = passes * one.flops + evaluations * one.forward_flops
     moved = passes * one.moved + evaluations * one.forward_moved
     exchanged = 0.0

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from gspo import OnlineConfig, PolicyTrainer, SlidingWindow, policy_step
 from torch import Tensor, nn
 
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import Backbone
+from multicrafter.training.align import policy_velocity
+from multicrafter.training.align_config import online_defaults
 from multicrafter.training.optimization import AdamWConfig
 from multicrafter.training.precision import ExecutionConfig, prepare_transformer
 from multicrafter.training.pretrain import Objective
@@ -111,42 +115,90 @@ class PlannedPretrain:
 
 
 class PlannedPolicy:
-    """Stage 2: the velocity of a rollout, and forward and backward of one row of the window."""
+    """Stage 2 on invented scenes: gspo's own iteration, without pipeline, pictures and loop.
+
+    It is `gspo.policy_step` with the run's kernel, ratio, clip range and KL, as short as it can be: one group, drawn in one stochastic step
+    and one other, and one pass with gradients over it. `iteration_evaluations` says how many such passes a whole iteration has. Two things
+    are invented, because only data would tell them: every group has two different rewards, so that no sample is dropped, and the policy is
+    still the one that drew, so that nothing is passed over twice (on fake tensors `Answers` says so).
+    """
 
     def __init__(
-        self, adapters: Adapters, execution: ExecutionConfig, shape: Shape, *, rows: int, lr: float, adamw: AdamWConfig
+        self,
+        adapters: Adapters,
+        execution: ExecutionConfig,
+        shape: Shape,
+        *,
+        rows: int,
+        lr: float,
+        adamw: AdamWConfig,
+        online: OnlineConfig | None = None,
     ) -> None:
-        """Makes the optimizer, states included."""
+        """Makes the optimizer, states included; ``rows`` samples go through the network at once."""
         backbone, transformer = adapters.backbone, adapters.transformer
-        self.backbone, self.rows, self.adapters = backbone, rows, adapters
-        self.trainee = Trainee(
-            self.adapters,
-            replace(execution, attention_backend=None, optimizer="adamw"),
-            lr=lr,
-            adamw=adamw,
-            seed=0,
-        )
+        self.rows, self.adapters = rows, adapters
+        execution = replace(execution, attention_backend=None, optimizer="adamw")
+        self.trainee = Trainee(adapters, execution, lr=lr, adamw=adamw, seed=0)
         self.optimizer = self.trainee.optimizer
         self.planned = scenes_of(backbone, transformer, shape, rows)
         self.text = backbone.empty_text(transformer, rows, shape.text)
+        policy = replace((online or online_defaults()).policy, num_inner_epochs=1, micro_batch_size=rows)
+        self.online = replace(
+            online or online_defaults(), window=SlidingWindow(2, size=1), tail_steps=None, group_size=max(rows, 2),
+            micro_batch_size=rows, policy=policy,
+        )  # fmt: skip
+        self.trainer = PolicyTrainer(list(adapters.parameters()), self.optimizer, policy, process_group=None)
         make_states(self.optimizer)
 
-    def evaluate(self, rows: int | None = None) -> Tensor:
-        """One function evaluation."""
-        part, device = slice(0, rows or self.rows), self.trainee.device
-        context, text = self.planned.context(part, device), self.text.rows(part).to(device)
-        sigma = torch.full((part.stop,), 0.5, device=device)
-        return self.trainee.predict(self.planned.tokens[part].to(device), sigma, text, **context)
+    @property
+    def passes(self) -> int:
+        """Passes with gradients in `once`: two where a group, which has two members at least, does not go through at once."""
+        return self.online.group_size // self.rows
 
     def once(self) -> None:
-        """Forward and backward of one micro-batch, and the update."""
-        self.optimizer.zero_grad()
-        velocity = self.evaluate()
-        mean = (
-            self.planned.tokens.to(velocity.device) - velocity
-        )  # the kernel's step: a few tensors of the picture's size
-        (mean.square().flatten(1).sum(1)).sum().backward()
-        self.trainee.apply(1.0)
+        """Rollout, advantages, and the update."""
+        device = self.trainee.device
+        velocity = policy_velocity(self.trainee, self.planned, torch.zeros(1).long(), self.text.to(device))
+        policy_step(
+            self.trainer, velocity, self.planned.tokens[:1].to(device), (1.0, 0.5, 0.0), unequal_rewards, self.online,
+            reference=self.adapters.disable,
+        )  # fmt: skip
+
+
+def unequal_rewards(latents: Tensor, index: Tensor) -> list[float]:
+    """0 and 1 in turn, so that every group says who did better."""
+    return [float(row % 2) for row in range(len(latents))]
+
+
+class Evaluations(NamedTuple):
+    """Samples times function evaluations: without gradients and with them."""
+
+    forward: int
+    backward: int
+
+
+def iteration_evaluations(online: OnlineConfig, prompts: int) -> Evaluations:
+    """What an iteration of stage 2 asks of the network, counted while `gspo.policy_step` takes it with a policy of one number.
+
+    The window stands at its first place, where an iteration is dearest: no step before it is shared by a group. The second of two
+    iterations is counted, because the first one also measures the clip range. Nobody is dropped (see `unequal_rewards`).
+    """
+    policy = nn.Parameter(torch.ones(()))
+    trainer = PolicyTrainer([policy], torch.optim.SGD([policy], lr=1e-3), online.policy, process_group=None)
+    counts = {False: 0, True: 0}
+
+    def velocity(x: Tensor, sigma: Tensor, index: Tensor) -> Tensor:
+        counts[torch.is_grad_enabled()] += len(x)
+        return policy * x
+
+    generator, steps = torch.Generator().manual_seed(0), online.window.num_steps
+    for _ in range(2):
+        counts.update({False: 0, True: 0})
+        policy_step(
+            trainer, velocity, torch.ones(prompts, 1), torch.linspace(1, 0, steps + 1), unequal_rewards, online,
+            generator=generator, reference=nullcontext,
+        )  # fmt: skip
+    return Evaluations(counts[False], counts[True])
 
 
 def make_states(optimizer: torch.optim.Optimizer) -> None:

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -117,27 +119,83 @@ def _is_view(func: Any, outputs: list[Tensor], args: Any) -> bool:
 
 
 class Answers(TorchDispatchMode):
-    """Lets code that checks values run on fake tensors, which have none: nothing is NaN, and whatever else is asked is true."""
+    """Lets code that looks at values run on fake tensors, which have none.
+
+    A value either depends on the network or it does not. A schedule, an index, a reward given as numbers do not: such tensors, if they are
+    small, are computed for real beside the fake ones, and answered truly. What depends on the network is answered as in a step in which
+    all goes well: nothing is NaN, every other flag is true, and every number is 0 (the policy that is updated is still the one that drew).
+    """
 
     def __init__(self) -> None:
-        """No answer given yet."""
+        """Nothing known yet."""
         super().__init__()
         self._false = WeakIdKeyDictionary()
+        self._real = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answers ``bool(tensor)``; remembers which flags stem from a test for NaN."""
+        """Runs the operation on fake tensors, and on real ones where all of its tensors are known."""
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return self._answer(args[0])
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        known = all(not isinstance(t, FakeTensor) or t in self._real for t in inputs) and _repeats(func)
+        try:
+            result = func(*args, **kwargs)
+        except DynamicOutputShapeException:  # as many rows as a mask has flags, or as there are different numbers
+            real = self._computed(func, args, kwargs)
+            fake = next(t for t in inputs if isinstance(t, FakeTensor)).fake_mode
+            result = tree_map_only(Tensor, fake.from_tensor, real)
+        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        if known and all(t.numel() <= SMALL for t in outputs):
+            computed = [t for t in tree_leaves(self._computed(func, args, kwargs)) if isinstance(t, Tensor)]
+            self._real.update(zip(outputs, computed, strict=True))
+        elif func._schema.is_mutable:
+            self._forget(inputs)
+        self._note_nan(func, inputs, result)
+        return result
+
+    def _answer(self, scalar: Tensor) -> Any:
+        """The value of a scalar, or what it is when all goes well."""
+        if scalar in self._real:
+            with unset_fake_temporarily():
+                return self._real[scalar].item()
+        return scalar not in self._false if scalar.dtype == torch.bool else 0
+
+    def _computed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The operation on real tensors; for those that nobody knows stands what they are when all goes well."""
+
+        def real(tensor: Tensor) -> Tensor:
+            if not isinstance(tensor, FakeTensor) or tensor in self._real:
+                return self._real.get(tensor, tensor)
+            return torch.full(tuple(tensor.shape), tensor.dtype == torch.bool, dtype=tensor.dtype)
+
+        with unset_fake_temporarily():
+            args, kwargs = tree_map_only(Tensor, real, (args, kwargs))
+            return func(*args, **kwargs)
+
+    def _forget(self, inputs: list[Tensor]) -> None:
+        """What the network has written into is no longer known, nor is anything that shares its memory."""
+        written = {t.untyped_storage()._cdata for t in inputs if t in self._real}
+        for tensor in [t for t in self._real if t.untyped_storage()._cdata in written] if written else ():
+            del self._real[tensor]
+
+    def _note_nan(self, func: Any, inputs: list[Tensor], result: Any) -> None:
+        """Remembers which flags stem from a test for NaN."""
         name = str(func._overloadpacket)
-        if name == "aten._local_scalar_dense":
-            return args[0] not in self._false
-        result = func(*args, **(kwargs or {}))
-        inputs = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
         nan = name == "aten.isnan" or (name == "aten.ne" and len(inputs) == 2 and inputs[0] is inputs[1])
         if isinstance(result, Tensor) and (nan or (name in _FLAGS and all(t in self._false for t in inputs))):
             self._false[result] = True
-        return result
 
+
+SMALL = 4096
+"""Elements up to which a tensor that does not depend on the network is computed for real."""
 
 _FLAGS = ("aten.any", "aten.all", "aten.bitwise_or", "aten.logical_or", "aten.__or__")
+
+
+def _repeats(func: Any) -> bool:
+    """Whether an operation gives the same again: draws do not, and would move a generator on twice."""
+    return torch.Tag.nondeterministic_seeded not in func.tags
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from gspo import OnlineConfig, PolicyTrainer, RobustReward, Rollout, Scores, StepReport, policy_step, share_groups
+from gspo.rollout import VelocityFunction
 from moe_lora.replay import RouteRecord, record, replay
 from torch import Tensor
 
@@ -42,6 +43,27 @@ def online_config(config: AlignConfig) -> OnlineConfig:
         # a sharded model averages gradients in its backward, and needs the same passes on every rank
         policy = replace(policy, reduce_gradients=False, drop_zero_variance=False)
     return replace(config.online, policy=policy, split_batch=True, micro_batch_size=config.micro_batch)
+
+
+def policy_velocity(
+    trainee: Trainee, scenes: EncodedScenes, rows: Tensor, text: Text, *, first: int = 0, guidance: float = 1.0
+) -> VelocityFunction:
+    """The policy as gspo asks for it: (latents, sigma, index into ``rows``) -> velocity in fp32.
+
+    Args:
+        trainee: Whose model it is.
+        scenes: Where the references are.
+        rows: The scenes of a batch.
+        text: Encoded prompts of some of them, in their order.
+        first: Which of ``rows`` the first of these prompts belongs to.
+        guidance: Of a base that takes it as an input.
+    """
+
+    def velocity_fn(x: Tensor, sigma: Tensor, index: Tensor) -> Tensor:
+        context = scenes.context(rows[index.cpu()], x.device)
+        return trainee.predict(x, sigma, text.rows(index - first), guidance=guidance, **context)
+
+    return velocity_fn
 
 
 class Align:
@@ -97,17 +119,11 @@ class Align:
             text = self.text([self.scenes.captions[r] for r in rows.tolist()])
         return text.to(self.trainee.device)
 
-    def velocity(self, rows: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The policy for a whole batch of scenes ``rows``: (latents, sigma, index into rows) -> velocity in fp32, for this rank's prompts."""
+    def velocity(self, rows: Tensor) -> VelocityFunction:
+        """The policy for a whole batch of scenes ``rows``, of which this rank encodes its own prompts."""
         here = self.share.prompts
         text = self.encode(rows[here])
-
-        def velocity_fn(x: Tensor, sigma: Tensor, index: Tensor) -> Tensor:
-            context = self.scenes.context(rows[index.cpu()], x.device)
-            known = text.rows(index - here.start)
-            return self.trainee.predict(x, sigma, known, guidance=self.config.guidance, **context)
-
-        return velocity_fn
+        return policy_velocity(self.trainee, self.scenes, rows, text, first=here.start, guidance=self.config.guidance)
 
     def parts(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Rows of this rank in parts that go through a model at once."""
@@ -161,7 +177,7 @@ class Align:
         return replay(self.adapters.experts, self.routes[position].rows(rows.cpu()))
 
     @torch.no_grad()
-    def _jitter(self, velocity: Callable[[Tensor, Tensor, Tensor], Tensor], drawn: Rollout) -> float:
+    def _jitter(self, velocity: VelocityFunction, drawn: Rollout) -> float:
         """Share of (token, layer) at the first step of the window whose experts the policy would choose otherwise now (all ranks)."""
         assert self.adapters.experts is not None
         step, parts = drawn.trajectory[0], []

@@ -21,11 +21,11 @@ from multicrafter.world.scenes import check_shapes
 
 @dataclass(frozen=True, kw_only=True)
 class IDARConfig:
-    """Attention supervision; the defaults are the centre of ``studies/regime.py`` (docs/adr/0020-which-arrows.md).
+    """Attention supervision; the defaults are the setting that did best in ``studies/regime.py`` (docs/adr/0020-which-arrows.md).
 
     Attributes:
         coef: lambda; 0 switches it off.
-        direction: "reference_to_image" is the paper's letter; "image_to_reference" supervises the arrows that carry features.
+        direction: "reference_to_image" is what the paper supervises; "image_to_reference" is the attention that carries features.
         kind: Loss, see `idar.idar_loss`.
         normalization: Of the maps, see `idar.normalize_maps`.
         sigma_max: Samples noisier than this are not supervised: there the place of a subject cannot be known yet.
@@ -53,7 +53,7 @@ class IDARConfig:
 
     @classmethod
     def paper(cls, coef: float = 0.3) -> IDARConfig:
-        """The paper's letter: Dice on maps of reference queries over image keys, divided by their maximum, double blocks."""
+        """As the paper writes it: Dice on maps of reference queries over image keys, divided by their maximum, double blocks."""
         return cls(
             coef=coef,
             direction="reference_to_image",

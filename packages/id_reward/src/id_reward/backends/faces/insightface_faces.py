@@ -73,7 +73,7 @@ def download_pack(model: str, root: str | Path) -> Path:
         for empty in (folder, folder.parent):
             with contextlib.suppress(OSError):  # not there, or not empty
                 empty.rmdir()
-        raise InputError(_missing(model, root) + f" (downloading it failed: {type(error).__name__})") from None
+        raise InputError(_missing(model, root) + f" (downloading it failed: {type(error).__name__})") from error
     return found
 
 
@@ -143,7 +143,7 @@ class InsightFaceBackend:
         except Exception as error:
             raise InputError(
                 f"model must be a folder with a detection and a recognition .onnx, but {folder} is not: {type(error).__name__} {error}".strip()
-            ) from None
+            ) from error
         application.prepare(0, det_thresh=threshold, det_size=det_size)
         self.detector, self.recognizer = application.det_model, application.models.get("recognition")
         if self.recognizer is None or not self.detector.use_kps:

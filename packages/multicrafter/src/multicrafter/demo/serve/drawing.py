@@ -179,8 +179,8 @@ def read_upload(content: bytes, name: str, limits: Limits) -> Image.Image:
             picture = open_image(content, max_pixels=limits.max_pixels)
     except UserError as error:
         if "pixels" in str(error):
-            raise UserError(f"{shown} has too many pixels, at most {limits.max_pixels:,} are read.") from None
-        raise UserError(f"{shown} cannot be read as a picture: send a PNG, JPEG or WebP file.") from None
+            raise UserError(f"{shown} has too many pixels, at most {limits.max_pixels:,} are read.") from error
+        raise UserError(f"{shown} cannot be read as a picture: send a PNG, JPEG or WebP file.") from error
     picture.thumbnail((KEPT_SIDE, KEPT_SIDE), Image.Resampling.LANCZOS)
     return picture
 

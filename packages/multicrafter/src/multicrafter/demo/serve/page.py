@@ -251,6 +251,6 @@ def import_gradio() -> Any:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
-    except ImportError:
-        raise ImportError('the page needs gradio: pip install "multicrafter[serve]"') from None
+    except ImportError as error:
+        raise ImportError('the page needs gradio: pip install "multicrafter[serve]"') from error
     return gradio

@@ -133,14 +133,14 @@ def listening(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         made = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
-        raise UserError(f"--host must be an address of this machine, got {host!r}: {error}") from None
+        raise UserError(f"--host must be an address of this machine, got {host!r}: {error}") from error
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
         made.listen(128)
     except (OSError, OverflowError) as error:
         made.close()
-        raise UserError(f"--host and --port must be free to listen on, got {host}:{port}: {error}") from None
+        raise UserError(f"--host and --port must be free to listen on, got {host}:{port}: {error}") from error
     return made
 
 
