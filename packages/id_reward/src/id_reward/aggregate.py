@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from id_reward.errors import InputError
-from id_reward.floats import part_values
+from id_reward.floats import finite, part_values, whole
 from id_reward.inputs import listed_batch
 from id_reward.protocols import FaceBackend, Scorer
 from id_reward.shapes import Float
@@ -21,6 +21,7 @@ from id_reward.statistics import RunningStatistics
 
 NanPolicy = Literal["propagate", "zero", "raise"]
 Normalization = tuple[float, float] | Literal["batch"]
+REAL = (int, float, np.integer, np.floating)
 
 
 class CompositeScore(NamedTuple):
@@ -61,7 +62,7 @@ def _check_normalization(given: Mapping[str, Any], parts: Mapping[str, Any]) -> 
     for name, how in given.items():
         if isinstance(how, str) and how == "batch":
             continue
-        pair = isinstance(how, (tuple, list)) and len(how) == 2 and all(isinstance(x, (int, float)) for x in how)
+        pair = isinstance(how, (tuple, list)) and len(how) == 2 and all(isinstance(x, REAL) for x in how)
         if not pair or not (math.isfinite(how[0]) and 0 < how[1] < math.inf):
             raise InputError(
                 f"normalization must be 'batch' or (shift, scale), finite and with positive scales, got {how!r} for {name}"
@@ -97,19 +98,24 @@ class CompositeReward:
         threads: bool = True,
     ) -> None:
         """Validates names, weights and policy."""
+        if not isinstance(parts, Mapping):
+            raise InputError(f"parts must map names to (scorer, weight), got {type(parts).__name__}")
         if not parts:
             raise InputError("parts must hold at least one scorer, got none")
+        if "total" in parts:
+            raise InputError("parts must have names of their own, got 'total', which is the name of their sum")
         if nan_policy not in ("propagate", "zero", "raise"):
             raise InputError(f"nan_policy must be 'propagate', 'zero' or 'raise', got {nan_policy!r}")
-        if batch_size is not None and batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        if batch_size is not None:
+            batch_size = whole("batch_size", batch_size, least=1)
         for name, part in parts.items():
             if not (isinstance(part, tuple) and len(part) == 2 and callable(part[0])):
                 raise InputError(f"parts must map names to (scorer, weight), got {part!r} for {name}")
-            if not (isinstance(part[1], (int, float, np.number)) and math.isfinite(part[1])):
-                raise InputError(f"the weight of {name} must be a finite number, got {part[1]!r}")
+            finite(f"the weight of {name}", part[1])
         self.parts, self.nan_policy = dict(parts), nan_policy
         self.batch_size, self.threads = batch_size, threads
+        if not isinstance(normalization or {}, Mapping):
+            raise InputError(f"normalization must map names to (shift, scale) or 'batch', got {normalization!r}")
         self.normalization = dict(normalization or {})
         _check_normalization(self.normalization, self.parts)
         self._lock = threading.Lock()
@@ -172,7 +178,7 @@ class CompositeReward:
             how = self.normalization.get(name, (0.0, 1.0))
             self._say_what_is_missing(name, values, how)
             if weight:
-                part = weight * normalize(values, how)
+                part = float(weight) * normalize(values, how)
                 totals += np.where(np.isnan(part), 0.0, part) if self.nan_policy == "zero" else part
             raw[name] = values
             with self._lock:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from id_reward.errors import InputError
-from id_reward.floats import as_floats
+from id_reward.floats import as_floats, finite
 from id_reward.matching import Matching, check_similarity, match, match_with_penalties
 from id_reward.shapes import Float
 
@@ -26,6 +25,8 @@ class IdentityScore(NamedTuple):
 
 def _unit(vectors: np.ndarray, name: str) -> np.ndarray:
     rows = np.atleast_2d(as_floats(vectors))
+    if rows.ndim > 2:
+        raise InputError(f"{name} must be one row each, got shape {rows.shape}")
     if not np.isfinite(rows).all():
         raise InputError(f"{name} must be finite, got NaN or infinity")
     # the largest entry first, so that squares neither overflow nor vanish
@@ -112,10 +113,8 @@ def check_options(
         ("extra_penalty", extra_penalty),
         ("off_pair_penalty", off_pair_penalty),
     ):
-        if not 0 <= value < math.inf:
-            raise InputError(f"{name} must be finite and not negative, got {value}")
-    if not math.isfinite(min_similarity):
-        raise InputError(f"min_similarity must be finite, got {min_similarity}")
+        finite(name, value, least=0.0)
+    finite("min_similarity", min_similarity)
 
 
 def score_similarity(
@@ -295,6 +294,8 @@ def swap_rate(confusion: Float[np.ndarray, "r r"]) -> float:
     1.0
     """
     matrix = as_floats(confusion)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise InputError(f"confusion must be (num_references, num_references), got shape {matrix.shape}")
     painted = [j for j in range(len(matrix)) if not np.isnan(matrix[:, j]).any()]
     if not painted:
         return float("nan")

@@ -22,8 +22,8 @@ def load_object(name: str) -> Any:
     Raises:
         InputError: There is no such module, or nothing of that name in it.
     """
-    module, _, attribute = name.partition(":")
-    if not (module and attribute):
+    module, _, attribute = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if not (attribute and all(part.isidentifier() for part in module.split("."))):
         raise InputError(f"scorer must be package.module:name, got {name!r}")
     try:
         found = importlib.import_module(module)
@@ -47,6 +47,8 @@ def build_scorer(options: Mapping[str, Any]) -> CompositeReward:
     Raises:
         InputError: An option is unknown or does not fit.
     """
+    if not isinstance(options, Mapping):
+        raise InputError(f"options must be a dictionary, got {type(options).__name__}")
     given = {name: value for name, value in options.items() if value is not None}
     if "scorer" in given:
         factory = load_object(given.pop("scorer"))

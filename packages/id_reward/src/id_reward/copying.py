@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from id_reward.errors import InputError
+from id_reward.floats import finite, whole
 from id_reward.identity import IdentityScorer, largest_face
 from id_reward.images import as_image
 from id_reward.inputs import listed, listed_references, row_keys
@@ -135,10 +136,9 @@ class CopyPaste:
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
-        if not -1 <= self.free < 1:
+        if finite("free", self.free, least=-1.0) >= 1:
             raise InputError(f"free must be in [-1, 1), got {self.free}")
-        if self.cache_size < 1:
-            raise InputError(f"cache_size must be at least 1, got {self.cache_size}")
+        whole("cache_size", self.cache_size, least=1)
 
     @property
     def releases_gil(self) -> bool:

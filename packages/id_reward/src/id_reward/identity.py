@@ -20,7 +20,7 @@ from id_reward.alignment import (
     off_pair_similarity,
 )
 from id_reward.errors import InputError
-from id_reward.floats import as_floats
+from id_reward.floats import as_floats, whole
 from id_reward.images import file_name
 from id_reward.inputs import content_key, listed, listed_references, row_keys
 from id_reward.protocols import FaceBackend, Faces
@@ -93,8 +93,7 @@ class IdentityScorer:
             off_pair_penalty=self.off_pair_penalty,
             min_similarity=self.min_similarity,
         )
-        if self.cache_size < 1:
-            raise InputError(f"cache_size must be at least 1, got {self.cache_size}")
+        whole("cache_size", self.cache_size, least=1)
         if self.several_faces not in ("largest", "error"):
             raise InputError(f"several_faces must be 'largest' or 'error', got {self.several_faces!r}")
         if self.no_face not in ("nan", "error", "whole"):

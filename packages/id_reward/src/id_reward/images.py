@@ -17,9 +17,12 @@ So every scorer, backend and drawing of this package looks through `as_array` or
 from __future__ import annotations
 
 import io
+import math
 import os
+import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 100_000_000
 GROUND = (128, 128, 128)  # mid gray: what is transparent is neither light nor dark
 HALF_LEVEL = 0.5 / 255
+BAND = 1 << 20  # pixels that are worked on at a time, so that a picture needs little memory beside its own
 KINDS = "a path, a PIL picture, an array (h, w, 3) or a tensor (3, h, w)"
 
 
@@ -44,6 +48,34 @@ def _pillow() -> Any:
     except ImportError:
         raise ImportError('reading pictures needs Pillow: pip install "id-reward[image]"') from None
     return PIL
+
+
+def _bands(height: int, width: int) -> Iterator[slice]:
+    """Rows in pieces of about `BAND` pixels."""
+    step = max(1, BAND // max(width, 1))
+    return (slice(top, min(top + step, height)) for top in range(0, height, step))
+
+
+def _float_scale(pieces: Iterable[Float[np.ndarray, "*shape"]]) -> float:
+    """What makes levels of floats: 255 for values in [0, 1], 1 for levels from 0 to 255; see `float_levels`."""
+    low, high, between, above = math.inf, -math.inf, 0, 0
+    for values in pieces:
+        if not np.isfinite(values).all():
+            raise InputError("a picture must be finite, got NaN or infinity")
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
+        between += int(((values > HALF_LEVEL) & (values < 1)).sum())
+        above += int((values > 1).sum())
+    if low >= -HALF_LEVEL and high <= 1 + HALF_LEVEL:
+        return 255.0
+    if low >= -0.5 and 2 <= high <= 255.5 and above > between:
+        return 1.0
+    raise InputError(
+        f"a picture of floats must lie in [0, 1], or hold levels from 0 to 255, got values from {low:.4g} to {high:.4g}"
+    )
+
+
+def _scaled(values: Float[np.ndarray, "*shape"], scale: float) -> UInt8[np.ndarray, "*shape"]:
+    return np.asarray(np.clip((values * scale).round(), 0, 255), np.uint8)
 
 
 def float_levels(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
@@ -58,43 +90,53 @@ def float_levels(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*sha
     >>> float_levels(np.array([0.0, 0.5, 1.0])).tolist(), float_levels(np.array([0.0, 254.6])).tolist()
     ([0, 128, 255], [0, 255])
     """
-    if not np.isfinite(values).all():
-        raise InputError("a picture must be finite, got NaN or infinity")
-    low, high = float(values.min()), float(values.max())
-    if low >= -HALF_LEVEL and high <= 1 + HALF_LEVEL:
-        return np.asarray((np.clip(values, 0, 1) * 255).round(), np.uint8)
-    between = int(((values > HALF_LEVEL) & (values < 1)).sum())
-    if low >= -0.5 and 2 <= high <= 255.5 and int((values > 1).sum()) > between:
-        return np.asarray(np.clip(values.round(), 0, 255), np.uint8)
-    raise InputError(
-        f"a picture of floats must lie in [0, 1], or hold levels from 0 to 255, got values from {low:.4g} to {high:.4g}"
-    )
+    pieces = list(_bands(len(values), values[0].size))
+    scale = _float_scale(values[rows] for rows in pieces)
+    levels = np.empty(values.shape, np.uint8)
+    for rows in pieces:
+        levels[rows] = _scaled(values[rows], scale)
+    return levels
 
 
-def _integer_levels(values: np.ndarray, *, sixteen_bits: bool) -> UInt8[np.ndarray, "h w"]:
-    """Gray of 16 or 32 bits as 8-bit levels: 65535 is white, unless 32 bits hold nothing above 255."""
-    low, high = int(values.min()), int(values.max())
+def _eight_bits(low: int, high: int, *, sixteen_bits: bool) -> bool:
+    """Whether gray of 16 or 32 bits holds 8-bit levels: never where 65535 is known to be white."""
     if low < 0 or high > 65535:
         raise InputError(
             f"a picture of 32-bit integers must hold values from 0 to 65535, got {low} to {high}; save it in 8 or 16 bits"
         )
-    if not sixteen_bits and high <= 255:
-        if high:
-            warnings.warn(
-                f"a picture of 32-bit integers states no range: its values, at most {high}, are taken for 8-bit levels",
-                stacklevel=2,
-            )
-        return values.astype(np.uint8)
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if sixteen_bits or high > 255:
+        return False
+    if high:
+        warnings.warn(
+            f"a picture of 32-bit integers states no range: its values, at most {high}, are taken for 8-bit levels",
+            stacklevel=2,
+        )
+    return True
+
+
+def _from_sixteen(values: np.ndarray) -> UInt8[np.ndarray, "*shape"]:
+    """65535 is white, however dark the picture is."""
+    return np.asarray((values.astype(np.uint32) + 128) // 257, np.uint8)
 
 
 def _over(
     colours: UInt8[np.ndarray, "h w 3"], alpha: UInt8[np.ndarray, "h w 1"], background: tuple[int, int, int]
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """``round((alpha c + (255 - alpha) background) / 255)``."""
-    a = alpha.astype(np.uint32)
-    mixed: np.ndarray = (a * colours + (255 - a) * np.array(background, np.uint32) + 127) // 255
+    """``round((alpha c + (255 - alpha) background) / 255)``; every sum is below 2^16."""
+    a = alpha.astype(np.uint16)
+    mixed: np.ndarray = (a * colours + (255 - a) * np.array(background, np.uint16) + 127) // 255
     return mixed.astype(np.uint8)
+
+
+def _gray_levels(picture: Any, pieces: Sequence[Any], *, deep: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """What makes 8-bit levels of the values of a picture with one channel of more than 8 bits."""
+    if picture.mode == "F":
+        scale = _float_scale(np.asarray(piece()) for piece in pieces)
+        return lambda values: _scaled(values, scale)
+    # Pillow knows no extrema of the rarer kinds of 16 bits
+    low = min(int(np.asarray(piece()).min()) for piece in pieces)
+    high = max(int(np.asarray(piece()).max()) for piece in pieces)
+    return (lambda v: v.astype(np.uint8)) if _eight_bits(low, high, sixteen_bits=deep) else _from_sixteen
 
 
 def _pil_array(picture: Any, background: tuple[int, int, int]) -> UInt8[np.ndarray, "h w 3"]:
@@ -104,19 +146,31 @@ def _pil_array(picture: Any, background: tuple[int, int, int]) -> UInt8[np.ndarr
     upright = _pillow().ImageOps.exif_transpose(picture)
     if 0 in upright.size:
         raise InputError(f"a picture must have pixels, got {upright.size[0]} x {upright.size[1]}")
-    if upright.mode.startswith("I") or upright.mode == "F":
-        values = np.asarray(upright)
-        gray = float_levels(values) if upright.mode == "F" else _integer_levels(values, sixteen_bits=deep)
-        colours = np.repeat(gray[..., None], 3, axis=2)
-        seen = np.ones_like(gray) if clear is None else values != clear
-        return _over(colours, 255 * seen[..., None].astype(np.uint8), background)
-    if upright.mode == "La":  # gray with its alpha multiplied in; Pillow knows one way out
-        upright = upright.convert("LA")
+    width, height = upright.size
+    bands = list(_bands(height, width))
+    pieces = [partial(upright.crop, (0, rows.start, width, rows.stop)) for rows in bands]
+    gray = upright.mode.startswith("I") or upright.mode == "F"
+    levels = _gray_levels(upright, pieces, deep=deep) if gray else None
     palette = getattr(upright.palette, "mode", "") if upright.mode == "P" else ""
-    if upright.mode in ("RGBA", "LA", "PA", "RGBa") or clear is not None or palette.endswith("A"):
-        rgba = np.asarray(upright.convert("RGBA"))
-        return _over(rgba[..., :3], rgba[..., 3:], background)
-    return np.array(upright.convert("RGB"))
+    through = upright.mode in ("RGBA", "LA", "La", "PA", "RGBa") or clear is not None or palette.endswith("A")
+    result = np.empty((height, width, 3), np.uint8)
+    for rows, piece in zip(bands, pieces, strict=True):
+        part = piece()
+        if levels is not None:
+            values = np.asarray(part)
+            colours = np.repeat(levels(values)[..., None], 3, axis=2)
+            result[rows] = (
+                colours if clear is None else _over(colours, np.where(values != clear, 255, 0)[..., None], background)
+            )
+        elif through:
+            # gray with its alpha multiplied in: Pillow knows one way out
+            layer = (part.convert("LA") if part.mode == "La" else part).convert("RGBA")
+            ground = _pillow().Image.new("RGB", part.size, background)
+            ground.paste(layer.convert("RGB"), mask=layer.getchannel("A"))  # the formula of `_over`
+            result[rows] = np.asarray(ground)
+        else:
+            result[rows] = np.asarray(part.convert("RGB"))
+    return result
 
 
 def to_rgb(picture: Image.Image, *, background: tuple[int, int, int] = GROUND) -> Image.Image:
@@ -149,6 +203,30 @@ def file_name(source: Any) -> str:
     return text if text.strip() and text.isprintable() else repr(text)
 
 
+def require_file(source: str | os.PathLike[str]) -> None:
+    """Refuses what is there and is no file: a pipe or a device would be read for ever.
+
+    Raises:
+        ValueError: It is a pipe, a socket or a device.
+    """
+    try:
+        kind = os.stat(source).st_mode
+    except (OSError, ValueError):
+        return  # whoever opens it says what is wrong
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        raise InputError(f"{file_name(source)} must be a file, got a pipe or a device")
+
+
+def count_pixels(data: bytes) -> int:
+    """Width times height as the header of a file in memory says; 0 where it cannot be read, which whoever opens it will say."""
+    pil = _pillow()
+    try:
+        with pil.Image.open(io.BytesIO(data)) as picture:
+            return int(picture.width * picture.height)
+    except Exception:  # Pillow raises what it likes
+        return 0
+
+
 def open_image(
     source: str | os.PathLike[str] | bytes | Any,
     *,
@@ -171,6 +249,8 @@ def open_image(
     pil = _pillow()
     file = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
     name = file_name(source)
+    if isinstance(source, (str, os.PathLike)):
+        require_file(source)
     try:
         with pil.Image.open(file) as picture:
             if picture.width * picture.height > max_pixels:
@@ -196,12 +276,17 @@ def open_image(
 def _values(image: Any) -> np.ndarray:
     """The pixels of an array or tensor, channels last; a tensor's channels come first unless only the last axis can be theirs."""
     if not hasattr(image, "detach"):
+        if np.ma.is_masked(image):
+            raise InputError("a picture must have all its pixels, got a masked array; .filled(level) fills it")
         try:
             return np.asarray(image)
         except Exception as error:  # a list of unequal things, or an object with an __array__ of its own mind
             raise InputError(f"a picture must be {KINDS}, got {_about(image)}") from error
-    tensor = image.detach().cpu()
-    values: np.ndarray = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    try:
+        tensor = image.detach().cpu()
+        values: np.ndarray = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    except (RuntimeError, TypeError) as error:  # of the device "meta", sparse, or no tensor at all
+        raise InputError(f"a picture must be {KINDS}, got {_about(image)} without readable values") from error
     return values.transpose(1, 2, 0) if values.ndim == 3 and values.shape[0] in (1, 3, 4) else values
 
 
@@ -212,7 +297,7 @@ def _array_levels(values: np.ndarray) -> UInt8[np.ndarray, "h w c"]:
     if values.dtype == np.bool_:
         return values.astype(np.uint8) * np.uint8(255)
     if values.dtype == np.uint16:
-        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        return _from_sixteen(values)
     if np.issubdtype(values.dtype, np.floating):
         return float_levels(values.astype(np.float32) if values.dtype == np.float16 else values)
     raise InputError(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from id_reward.errors import InputError
-from id_reward.images import to_rgb
+from id_reward.images import require_file, to_rgb
 
 FILES = (str, os.PathLike, bytes, bytearray, memoryview)
 
@@ -32,7 +32,7 @@ def _short(item: Any) -> str:
 
 def _one_by_one(items: Any, name: str, what: str) -> list[Any]:
     """The items of any ordered container; what is a thing of its own, or has no order, is refused."""
-    alone = isinstance(items, (*FILES, Mapping, Set)) or hasattr(items, "convert") or hasattr(items, "_fields")
+    alone = isinstance(items, (*FILES, Mapping, Set)) or any(hasattr(items, a) for a in ("convert", "_fields", "read"))
     scalar = getattr(items, "ndim", 1) == 0
     if alone or scalar or hasattr(items, "iterrows") or not isinstance(items, Iterable):
         raise InputError(f"{name} must be a list of {what}, got {_short(items)}")
@@ -108,6 +108,9 @@ def listed_batch(images: Any, prompts: Any, references: Any) -> tuple[Sequence[A
         raise InputError(
             f"prompts and references must have one entry per picture ({len(pictures)}), got {len(texts)} and {len(outer)}"
         )
+    for number, prompt in enumerate(texts):
+        if not isinstance(prompt, str):
+            raise InputError(f"prompts[{number}] must be a string, got {_short(prompt)}")
     return pictures, texts, listed_references(outer, len(pictures))
 
 
@@ -132,9 +135,12 @@ def content_key(picture: Any) -> Hashable | None:
         return "file", _digest(picture)
     if isinstance(picture, (str, os.PathLike)):
         try:
+            require_file(picture)
             return "file", _digest(Path(picture).read_bytes())
         except (OSError, ValueError):
             return None  # whoever opens it says what is wrong
+    if hasattr(picture, "read"):
+        return None  # an open file: reading it here would move it, and its "detach" is no tensor's
     if hasattr(picture, "convert") and hasattr(picture, "tobytes"):
         try:
             seen = _digest(to_rgb(picture).tobytes())

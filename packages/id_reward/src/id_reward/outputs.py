@@ -26,6 +26,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def _is_ours(path: Path) -> bool:
     """Whether an existing file was written by the same command before: a marked PNG, or JSON of scores."""
+    if not path.is_file():  # a pipe would be waited for
+        return False
     try:
         if path.suffix.lower() == ".png":
             from PIL import Image

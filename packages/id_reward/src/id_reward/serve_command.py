@@ -57,6 +57,13 @@ def add_serve(commands: Any) -> argparse.ArgumentParser:
     add("--max-references", type=int, default=16, metavar="N", help="of one picture (%(default)s)")
     add("--max-pixels", type=int, default=16_777_216, metavar="N", help="of one picture (%(default)s)")
     add(
+        "--max-total-pixels",
+        type=int,
+        default=201_326_592,
+        metavar="N",
+        help="of all pictures of one request (%(default)s)",
+    )
+    add(
         "--missing-score",
         type=float,
         default=0.0,
@@ -98,6 +105,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
         limits=Limits(
             max_bytes=int(arguments.max_megabytes * 1e6), max_pictures=arguments.max_pictures,
             max_references=arguments.max_references, max_pixels=arguments.max_pixels,
+            max_total_pixels=arguments.max_total_pixels,
         ),
         timeout=arguments.timeout, batch_timeout=arguments.batch_timeout, max_batch=arguments.max_batch,
         max_wait=arguments.max_wait, max_queue=arguments.max_queue, missing_score=arguments.missing_score,

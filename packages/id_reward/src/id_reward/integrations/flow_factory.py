@@ -21,6 +21,7 @@ from typing import Any
 
 from id_reward.building import build_scorer
 from id_reward.errors import InputError
+from id_reward.floats import finite
 
 try:
     import torch
@@ -47,7 +48,7 @@ class IdentityRewardModel(PointwiseRewardModel):  # type: ignore[misc]
         """Builds the scorer from what the configuration says beyond Flow-Factory's own fields."""
         super().__init__(config, accelerator)
         extra: Mapping[str, Any] = getattr(config, "extra_kwargs", None) or {}
-        self.missing_score = float(extra.get("missing_score", 0.0))
+        self.missing_score = finite("missing_score", extra.get("missing_score", 0.0))
         self.reward = build_scorer({name: value for name, value in extra.items() if name not in OWN})
         if "batch" in self.reward.normalization.values():
             raise InputError(

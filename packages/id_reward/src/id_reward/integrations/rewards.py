@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from id_reward.aggregate import CompositeReward, as_composite
 from id_reward.errors import InputError
+from id_reward.floats import finite
 from id_reward.inputs import listed
 from id_reward.protocols import Scorer
 from id_reward.shapes import Float
@@ -16,14 +17,37 @@ from id_reward.shapes import Float
 Rewarding = CompositeReward | Scorer | Mapping[str, tuple[Scorer, float]]
 
 
-def _text(prompt: Any) -> str:
-    """A prompt as a string; of a conversation, what its last message says."""
+def _text(prompt: Any, number: int) -> str:
+    """A prompt as a string; of a conversation, what its last message says.
+
+    Raises:
+        InputError: It is neither.
+    """
     if isinstance(prompt, str):
         return prompt
-    content = prompt[-1]["content"]
-    if isinstance(content, str):
-        return content
-    return " ".join(part.get("text", "") for part in content if part.get("type") == "text")
+    try:
+        content = prompt[-1]["content"]
+        text = (
+            content
+            if isinstance(content, str)
+            else " ".join(part.get("text", "") for part in content if part.get("type") == "text")
+        )
+    except (TypeError, LookupError, AttributeError):
+        text = None
+    if not isinstance(text, str):
+        raise InputError(f"prompts[{number}] must be a string or a conversation, got {repr(prompt)[:100]}")
+    return text
+
+
+def _mapping(given: Any, name: str) -> Mapping[str, Any]:
+    """What holds the references.
+
+    Raises:
+        InputError: It is no dictionary.
+    """
+    if not isinstance(given, Mapping):
+        raise InputError(f"{name} must be a dictionary, got {repr(given)[:100]}")
+    return given
 
 
 def _number(value: float) -> float | None:
@@ -61,7 +85,7 @@ class TRLReward:
             raise InputError(
                 f"the data set must have a column {self.references!r}, got {', '.join(sorted(columns)) or 'none'}"
             )
-        texts = [_text(prompt) for prompt in listed(prompts, "prompts", "prompts")]
+        texts = [_text(prompt, number) for number, prompt in enumerate(listed(prompts, "prompts", "prompts"))]
         score = self.reward(completions, texts, columns[self.references])
         log = columns.get("log_metric")
         if callable(log):  # recent versions of TRL hand a logger over
@@ -84,6 +108,8 @@ class FlowGRPOReward:
     def __init__(self, reward: Rewarding, *, references: str = "references") -> None:
         """Keeps the reward."""
         self.reward, self.references = as_composite(reward), references
+        if "avg" in self.reward.parts:
+            raise InputError("parts must have names of their own, got 'avg', which is Flow-GRPO's name of their sum")
 
     def __call__(
         self, images: Any, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], only_strict: bool = True
@@ -93,11 +119,15 @@ class FlowGRPOReward:
         Raises:
             ValueError: A sample's metadata has no references.
         """
-        metadata = list(metadata)
-        lacking = [number for number, one in enumerate(metadata) if self.references not in one]
+        if isinstance(metadata, (str, bytes, Mapping)) or not isinstance(metadata, Iterable):
+            raise InputError(
+                f"metadata must be a list of dictionaries, one for each picture, got {type(metadata).__name__}"
+            )
+        rows = [_mapping(one, f"metadata[{number}]") for number, one in enumerate(metadata)]
+        lacking = [number for number, one in enumerate(rows) if self.references not in one]
         if lacking:
             raise InputError(f"metadata must hold {self.references!r}, which sample {lacking[0]} lacks")
-        score = self.reward(images, prompts, [one[self.references] for one in metadata])
+        score = self.reward(images, prompts, [one[self.references] for one in rows])
         known = score.totals[~np.isnan(score.totals)]
         totals = np.where(np.isnan(score.totals), known.mean() if len(known) else 0.0, score.totals)
         scores = {name: values.tolist() for name, values in score.parts.items()}
@@ -123,7 +153,12 @@ class VerlOmniReward:
             raise InputError(
                 f"verl scores one picture at a time, so {batch[0]} must be normalised by (shift, scale), got 'batch'"
             )
-        self.reward, self.references, self.missing_score = reward, references, missing_score
+        if "score" in reward.parts:
+            raise InputError(
+                "parts must have names of their own, got 'score', which is verl's name of what is trained on"
+            )
+        self.reward, self.references = reward, references
+        self.missing_score = finite("missing_score", missing_score)
 
     def __call__(
         self,
@@ -138,12 +173,12 @@ class VerlOmniReward:
         Raises:
             ValueError: ``extra_info`` has no references.
         """
-        if self.references not in (extra_info or {}):
-            raise InputError(
-                f"extra_info must hold {self.references!r}, got {', '.join(sorted(extra_info or {})) or 'nothing'}"
-            )
-        assert extra_info is not None
+        extra = _mapping(extra_info or {}, "extra_info")
+        if self.references not in extra:
+            raise InputError(f"extra_info must hold {self.references!r}, got {', '.join(map(str, extra)) or 'nothing'}")
         frames = list(solution_image) if getattr(solution_image, "ndim", 3) == 4 else [solution_image]
-        score = self.reward(frames, [ground_truth] * len(frames), [extra_info[self.references]] * len(frames))
+        if not frames:
+            raise InputError("solution_image must hold at least one frame, got none")
+        score = self.reward(frames, [ground_truth] * len(frames), [extra[self.references]] * len(frames))
         parts = {name: _known_mean(values, float("nan")) for name, values in score.parts.items()}
         return {"score": _known_mean(score.totals, self.missing_score), **parts}

@@ -25,6 +25,7 @@ from functools import lru_cache
 from typing import Any
 
 from id_reward.building import build_scorer
+from id_reward.errors import InputError
 from id_reward.integrations.rewards import VerlOmniReward
 
 BUILDING = threading.Lock()
@@ -102,6 +103,9 @@ def compute_score(
         "extra_penalty": extra_penalty, "off_pair_penalty": off_pair_penalty, "min_similarity": min_similarity,
     }  # fmt: skip
     given = tuple(sorted((name, value) for name, value in options.items() if value is not None))
+    for name, value in (*given, ("references", references)):
+        if not isinstance(value, (str, int, float)):
+            raise InputError(f"{name} must be a number or a string, got {value!r}")
     with BUILDING:  # verl-omni calls from several threads at once
         reward = _reward(given, references, missing_score)
     return reward(data_source, solution_image, ground_truth, extra_info)

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -20,10 +20,13 @@ import numpy as np
 
 from id_reward.aggregate import CompositeScore
 from id_reward.errors import InputError
-from id_reward.images import as_image
+from id_reward.floats import finite, whole
+from id_reward.images import as_image, file_name, require_file
 from id_reward.inputs import listed_batch
+from id_reward.serving.engine import MAX_SECONDS
 from id_reward.shapes import Float
 
+MAX_ANSWER = 16_000_000  # bytes
 AGAIN = {408, 429, 500, 502, 503, 504}  # of these another try, or another server, may know better
 
 
@@ -42,13 +45,26 @@ def encode(picture: Any) -> bytes:
     if isinstance(picture, (bytes, bytearray)):
         return bytes(picture)
     if isinstance(picture, (str, PathLike)):
+        require_file(picture)
         try:
             return Path(picture).read_bytes()
-        except OSError as error:
-            raise InputError(f"{picture} must be a picture, got: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{file_name(picture)} must be a picture, got: {reason}") from None
     buffer = io.BytesIO()
     as_image(picture).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def _check_url(url: Any) -> None:
+    """Raises InputError where nobody can be asked at it."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except (TypeError, ValueError, AttributeError):  # no text, or a port that is none
+        good = False
+    if not good or not isinstance(url, str) or not url.isprintable() or " " in url:
+        raise InputError(f"urls must be like http://machine:8765, got {url!r}")
 
 
 @dataclass(frozen=True)
@@ -74,19 +90,20 @@ class RemoteScorer:
     _turn: Any = field(default_factory=itertools.count, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        urls = (self.urls,) if isinstance(self.urls, str) else tuple(self.urls)
-        object.__setattr__(self, "urls", urls)
+        urls = (self.urls,) if isinstance(self.urls, str) or not isinstance(self.urls, Iterable) else tuple(self.urls)
         for url in urls:
-            parts = urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise InputError(f"urls must be like http://machine:8765, got {url!r}")
+            _check_url(url)
         if not urls:
             raise InputError("urls must name at least one server, got none")
-        if not (self.timeout > 0 and self.retries >= 0 and self.backoff >= 0 and self.batch_size >= 1):
-            raise InputError(
-                "timeout must be positive, retries and backoff not negative and batch_size at least 1, "
-                f"got {self.timeout}, {self.retries}, {self.backoff} and {self.batch_size}"
-            )
+        found = {
+            "urls": urls,
+            "timeout": finite("timeout", self.timeout, above=0.0, most=MAX_SECONDS),
+            "retries": whole("retries", self.retries, least=0),
+            "backoff": finite("backoff", self.backoff, least=0.0, most=MAX_SECONDS),
+            "batch_size": whole("batch_size", self.batch_size, least=1),
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
     def _ask(self, url: str, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         """One request to one server."""
@@ -97,7 +114,10 @@ class RemoteScorer:
             headers = {"Content-Type": "application/json"} if body is not None else {}
             connection.request(method, parts.path.rstrip("/") + path, body, headers)
             response = connection.getresponse()
-            return response.status, response.read()
+            content = response.read(MAX_ANSWER + 1)
+            if len(content) > MAX_ANSWER:
+                raise http.client.HTTPException(f"an answer of more than {MAX_ANSWER:,} bytes")
+            return response.status, content
         finally:
             connection.close()
 
@@ -110,11 +130,14 @@ class RemoteScorer:
                 try:
                     status, content = self._ask(url, "POST", "/score", body)
                     found = json.loads(content)
-                except (OSError, http.client.HTTPException, ValueError) as error:
+                except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
                     reason = f"{url}: {type(error).__name__} {error}".strip()
                     continue
+                if status == 200 and isinstance(found, dict) and isinstance(found.get("parts", {}), dict):
+                    return found
                 if status == 200:
-                    return dict(found)
+                    reason = f"{url}: an answer without scores"
+                    continue
                 text = found.get("error", "") if isinstance(found, dict) else ""
                 if status not in AGAIN:
                     raise InputError(f"{url} refuses the request: {text} ({status})")
@@ -150,7 +173,12 @@ class RemoteScorer:
             found = self._post(_body(images[part], prompts[part], rows[part]))
             count = len(images[part])
             totals += _numbers(found.get("scores"), count)
-            for name, values in found.get("parts", {}).items():
+            answered = found.get("parts", {})
+            if start and answered.keys() != parts.keys():
+                raise ScorerUnavailable(
+                    f"every server must answer with the parts {sorted(parts)}, got {sorted(answered)}"
+                )
+            for name, values in answered.items():
                 parts.setdefault(name, []).extend(_numbers(values, count))
         return CompositeScore(np.array(totals), {name: np.array(values) for name, values in parts.items()})
 
@@ -182,9 +210,14 @@ def _body(images: Sequence[Any], prompts: Sequence[str], rows: Sequence[Sequence
     return json.dumps(content).encode()
 
 
+def _is_score(value: Any) -> bool:
+    """A finite number; JSON of others may hold NaN, infinity, and whole numbers without end."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
 def _numbers(values: Any, count: int) -> list[float]:
     """A server's numbers, null as NaN."""
     right = isinstance(values, list) and len(values) == count
-    if not right or not all(v is None or isinstance(v, (int, float)) for v in values):
+    if not right or not all(v is None or _is_score(v) for v in values):
         raise ScorerUnavailable(f"the server must answer with {count} numbers, got {str(values)[:80]}")
     return [math.nan if value is None else float(value) for value in values]

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from id_reward.errors import InputError
+from id_reward.floats import finite, whole
 from id_reward.serving.messages import Refused, ScoreRequest
 from id_reward.serving.workers import Result, Worker, WorkerDied, WorkerSlow
 
+MAX_SECONDS = 86_400.0  # a day: what waits longer waits for ever
 COUNTERS = {
     "requests": "requests answered, by status",
     "pictures": "pictures scored",
@@ -74,11 +76,9 @@ class Engine:
         """Starts the threads."""
         if not workers:
             raise InputError("workers must hold at least one, got none")
-        if not (max_batch >= 1 and max_queue >= 1 and max_wait >= 0 and batch_timeout > 0):
-            raise InputError(
-                "max_batch and max_queue must be at least 1, max_wait not negative and batch_timeout positive, "
-                f"got {max_batch}, {max_queue}, {max_wait} and {batch_timeout}"
-            )
+        max_batch, max_queue = whole("max_batch", max_batch, least=1), whole("max_queue", max_queue, least=1)
+        max_wait = finite("max_wait", max_wait, least=0.0, most=MAX_SECONDS)
+        batch_timeout = finite("batch_timeout", batch_timeout, above=0.0, most=MAX_SECONDS)
         self.workers, self.metrics = list(workers), Metrics()
         self.max_batch, self.max_wait, self.max_queue = max_batch, max_wait, max_queue
         self.batch_timeout = batch_timeout

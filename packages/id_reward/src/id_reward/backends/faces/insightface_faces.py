@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from id_reward.errors import InputError
+from id_reward.floats import finite, whole
 from id_reward.images import as_array
 from id_reward.protocols import Faces
 from id_reward.shapes import Float
@@ -126,8 +127,11 @@ class InsightFaceBackend:
         download: bool = False,
     ) -> None:
         """Loads both models."""
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        batch_size = whole("batch_size", batch_size, least=1)
+        threshold, reference_threshold = (
+            finite("threshold", threshold),
+            finite("reference_threshold", reference_threshold),
+        )
         if not (0 < threshold < 1 and 0 < reference_threshold < 1):
             raise InputError(
                 f"threshold and reference_threshold must be between 0 and 1, got {threshold} and {reference_threshold}"

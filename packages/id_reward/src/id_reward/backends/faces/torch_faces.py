@@ -14,6 +14,7 @@ import numpy as np
 from id_reward.backends.faces.center import mean_face
 from id_reward.backends.faces.dlib_faces import CHIP, AlignedFaces, DlibBackend
 from id_reward.errors import InputError
+from id_reward.floats import whole
 from id_reward.matching import match_with_penalties
 from id_reward.protocols import Faces
 from id_reward.shapes import Float
@@ -95,8 +96,7 @@ class TorchFaceBackend:
         **detector: Any,
     ) -> None:
         """Loads the weights, frozen; gradients reach pixels only."""
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        batch_size = whole("batch_size", batch_size, least=1)
         self.detector = DlibBackend(embedder=None, **detector)
         self.network, self.batch_size = load_network(weights).to(device), batch_size
 
