@@ -307,6 +307,19 @@ def test_many_pictures_of_a_few_bytes_are_refused_together() -> None:
     assert len(parse(json.dumps(content).encode(), "/score", limits)[0].images) == 4
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (b'"refrences": []', "must spell 'references' so"), (b'"reference_images": []', "must come with references"),
+        (b'"prompts": ["y"]', "a name that is there twice"),
+    ],
+)  # fmt: skip
+def test_a_name_that_is_nearly_one_is_not_passed_over(change: bytes, words: str) -> None:
+    body = b'{"images": ["' + base64.b64encode(file(1)) + b'"], "prompts": ["x"], ' + change + b"}"
+    with pytest.raises(Refused, match=words):
+        parse(body, "/score", Limits())
+
+
 def test_requests_that_come_together_are_decoded_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers_module, "TOGETHER", 40)
     sizes: list[int] = []
@@ -341,7 +354,7 @@ def test_a_body_that_trickles_does_not_hold_its_place(monkeypatch: pytest.Monkey
     "options",
     [
         {"timeout": INF}, {"timeout": "1"}, {"max_connections": 1.5}, {"missing_score": NAN}, {"missing_score": "0"}, {"max_wait": INF},
-        {"max_batch": 2.5}, {"max_queue": NAN}, {"batch_timeout": INF},
+        {"max_batch": 2.5}, {"max_queue": NAN}, {"batch_timeout": INF}, {"host": ""}, {"host": None}, {"port": "x"}, {"port": 70000},
     ],
 )  # fmt: skip
 def test_settings_of_a_server(options: dict[str, Any]) -> None:

@@ -98,7 +98,7 @@ class RemoteScorer:
         found = {
             "urls": urls,
             "timeout": finite("timeout", self.timeout, above=0.0, most=MAX_SECONDS),
-            "retries": whole("retries", self.retries, least=0),
+            "retries": whole("retries", self.retries, least=0, most=100),
             "backoff": finite("backoff", self.backoff, least=0.0, most=MAX_SECONDS),
             "batch_size": whole("batch_size", self.batch_size, least=1),
         }

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -107,10 +108,33 @@ def _list(value: Any, name: str, longest: int) -> list[Any]:
     return list(value)
 
 
+KNOWN = ("images", "prompts", "references", "reference_images", "metadata", "prompt", "image", "condition_images")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names are all different: of two answers JSON would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise Refused("the body must name everything once, got a name that is there twice")
+    return found
+
+
+def _spelled(content: Mapping[str, Any]) -> None:
+    """Refuses what is nearly a name: "refrences" would be scored without references, and every score be null."""
+    for name in content:
+        near = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.8) if isinstance(name, str) else ["images"]
+        if near and name not in KNOWN and name not in ("video", "condition_videos", "videos"):
+            raise Refused(f"the body must spell {near[0]!r} so, got {str(name)[:40]!r}")
+    if "reference_images" in content and content.get("references") is None:
+        raise Refused("reference_images must come with references that name them, got none")
+
+
 def _content(body: bytes) -> Mapping[str, Any]:
     """The dictionary in a body."""
     try:
-        content = read_plain(body) if body[:1] == b"\x80" else json.loads(body)
+        content = read_plain(body) if body[:1] == b"\x80" else json.loads(body, object_pairs_hook=_once)
+    except Refused:
+        raise
     except InputError as error:
         raise Refused(str(error)) from None
     except (ValueError, RecursionError) as error:
@@ -133,6 +157,7 @@ def parse(body: bytes, path: str, limits: Limits, references: Sequence[bytes] = 
         Refused: It does not fit, or holds too much.
     """
     content = _content(body)
+    _spelled(content)
     dialect: Dialect = "compute" if path == "/compute" else "pickle" if body[:1] == b"\x80" else "score"
     names = ("image", "prompt", "condition_images") if dialect == "compute" else ("images", "prompts", "references")
     images = [

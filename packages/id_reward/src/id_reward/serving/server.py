@@ -206,6 +206,9 @@ class ScorerServer:
         timeout = finite("timeout", timeout, above=0.0, most=MAX_SECONDS)
         missing_score = finite("missing_score", missing_score)
         max_connections = whole("max_connections", max_connections, least=1)
+        port = whole("port", port, least=0, most=65535)
+        if not isinstance(host, str) or not host.strip():
+            raise InputError(f"host must be an address, such as 127.0.0.1 (0.0.0.0 is all of them), got {host!r}")
         self.host, self.limits, self.timeout = host, limits or Limits(), timeout
         self.references, self.missing_score = list(references), missing_score
         try:
