@@ -33,8 +33,8 @@ def as_floats(values: Any) -> Float[np.ndarray, "*shape"]:
         try:
             tensor = values.detach().cpu()
             values = (tensor.double() if tensor.is_floating_point() else tensor).numpy()
-        except (RuntimeError, TypeError):  # of the device "meta", sparse, or of a type that NumPy lacks
-            raise InputError(f"numbers are expected, got a {type(given).__name__} without readable values") from None
+        except (RuntimeError, TypeError) as error:  # of the device "meta", sparse, or of a type that NumPy lacks
+            raise InputError(f"numbers are expected, got a {type(given).__name__} without readable values") from error
     elif isinstance(values, (list, tuple)) and any(
         hasattr(v, "detach") or isinstance(v, (list, tuple)) for v in values
     ):
