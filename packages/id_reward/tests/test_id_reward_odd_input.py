@@ -362,6 +362,14 @@ def test_settings_of_a_server(options: dict[str, Any]) -> None:
         ScorerServer.of_scorer(brightness, **options).close()
 
 
+def test_settings_are_looked_at_before_a_process_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused setting left the processes of the scorer behind, and the command never ended."""
+    monkeypatch.setattr(server_module, "ProcessWorker", lambda *a, **k: pytest.fail("a process was started"))
+    for options in ({"timeout": INF}, {"port": -1}, {"max_batch": 0}, {"host": " "}):
+        with pytest.raises(ValueError, match="must be"):
+            ScorerServer.of_options({}, **options)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -113,7 +113,7 @@ def check_options(
         ("extra_penalty", extra_penalty),
         ("off_pair_penalty", off_pair_penalty),
     ):
-        finite(name, value, least=0.0)
+        finite(name, value, least=0.0, most=1e100)
     finite("min_similarity", min_similarity)
 
 

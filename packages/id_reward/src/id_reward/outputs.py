@@ -87,6 +87,8 @@ def check_targets(json_file: str | None, sheets: Sequence[Path], inputs: Sequenc
             raise InputError(
                 f"--json must name a file for JSON, got {json_file}; put --json last, or write --json=FILE"
             )
+        if any(path in (sheet, sheet.parent) for sheet in sheets):
+            raise InputError(f"--json must be another place than --annotate, got {json_file} for both")
         check_target(path, f"--json {json_file}", inputs)
     for sheet in sheets:
         check_target(sheet, f"--annotate {sheet.parent}", inputs)

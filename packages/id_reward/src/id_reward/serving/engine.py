@@ -53,6 +53,20 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 
+def check_batching(
+    *, max_batch: int = 32, max_wait: float = 0.005, max_queue: int = 256, batch_timeout: float = 300.0
+) -> None:
+    """Settings of an `Engine`.
+
+    Raises:
+        InputError: One does not fit.
+    """
+    whole("max_batch", max_batch, least=1)
+    whole("max_queue", max_queue, least=1)
+    finite("max_wait", max_wait, least=0.0, most=MAX_SECONDS)
+    finite("batch_timeout", batch_timeout, above=0.0, most=MAX_SECONDS)
+
+
 class Engine:
     """A queue, and a thread for each worker that takes batches out of it.
 
@@ -76,9 +90,7 @@ class Engine:
         """Starts the threads."""
         if not workers:
             raise InputError("workers must hold at least one, got none")
-        max_batch, max_queue = whole("max_batch", max_batch, least=1), whole("max_queue", max_queue, least=1)
-        max_wait = finite("max_wait", max_wait, least=0.0, most=MAX_SECONDS)
-        batch_timeout = finite("batch_timeout", batch_timeout, above=0.0, most=MAX_SECONDS)
+        check_batching(max_batch=max_batch, max_wait=max_wait, max_queue=max_queue, batch_timeout=batch_timeout)
         self.workers, self.metrics = list(workers), Metrics()
         self.max_batch, self.max_wait, self.max_queue = max_batch, max_wait, max_queue
         self.batch_timeout = batch_timeout

@@ -17,7 +17,7 @@ import id_reward
 from id_reward.aggregate import as_composite
 from id_reward.errors import InputError
 from id_reward.floats import finite, whole
-from id_reward.serving.engine import MAX_SECONDS, Engine
+from id_reward.serving.engine import MAX_SECONDS, Engine, check_batching
 from id_reward.serving.messages import Dialect, Limits, Refused, answer, error_answer, parse
 from id_reward.serving.workers import ProcessWorker, Result, ThreadWorker, Worker
 
@@ -170,6 +170,29 @@ class _Server(ThreadingHTTPServer):
         """A client that went away is its own affair."""
 
 
+def check_settings(
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    timeout: float = 60.0,
+    max_connections: int = 128,
+    missing_score: float = 0.0,
+    **batching: Any,
+) -> None:
+    """Settings of a server, asked before a model is loaded.
+
+    Raises:
+        InputError: One does not fit.
+    """
+    finite("timeout", timeout, above=0.0, most=MAX_SECONDS)
+    finite("missing_score", missing_score)
+    whole("max_connections", max_connections, least=1)
+    whole("port", port, least=0, most=65535)
+    if not isinstance(host, str) or not host.strip():
+        raise InputError(f"host must be an address, such as 127.0.0.1 (0.0.0.0 is all of them), got {host!r}")
+    check_batching(**batching)
+
+
 class ScorerServer:
     """A scorer behind HTTP, from `start` (in a thread) or `serve_forever` until `close`; also a context manager.
 
@@ -203,12 +226,8 @@ class ScorerServer:
         Raises:
             InputError: The address is taken, or an option does not fit.
         """
-        timeout = finite("timeout", timeout, above=0.0, most=MAX_SECONDS)
-        missing_score = finite("missing_score", missing_score)
-        max_connections = whole("max_connections", max_connections, least=1)
-        port = whole("port", port, least=0, most=65535)
-        if not isinstance(host, str) or not host.strip():
-            raise InputError(f"host must be an address, such as 127.0.0.1 (0.0.0.0 is all of them), got {host!r}")
+        settings = {"timeout": timeout, "missing_score": missing_score, "max_connections": max_connections}
+        check_settings(host=host, port=port, **settings, **batching)
         self.host, self.limits, self.timeout = host, limits or Limits(), timeout
         self.references, self.missing_score = list(references), missing_score
         try:
@@ -236,8 +255,8 @@ class ScorerServer:
         Raises:
             InputError: It cannot be built.
         """
-        if processes < 1:
-            raise InputError(f"processes must be at least 1, got {processes}")
+        processes = whole("processes", processes, least=1)
+        check_settings(**{name: value for name, value in options.items() if name != "references"})
         limits, workers = limits or Limits(), []
         try:
             for _ in range(processes):
