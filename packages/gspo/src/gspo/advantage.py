@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gspo.distributed import ProcessGroup, gather_rows, total
-from gspo.inputs import Ids, Numbers, as_ids, as_numbers, floating_dtype
+from gspo.inputs import Ids, Numbers, as_ids, as_numbers, check_real, floating_dtype
 
 Scale = Literal["group", "global", "none"]
 
@@ -72,6 +72,8 @@ def _group(rewards: Numbers, group_ids: Ids, process_group: ProcessGroup | None)
     count = zeros.index_add(0, index, valid.double())
     mean = zeros.index_add(0, index, value) / count.clamp_min(1)
     squares = zeros.index_add(0, index, torch.where(valid, value - mean[index], torch.zeros_like(value)).square())
+    if not bool(torch.isfinite(squares).all()):
+        raise ValueError(f"rewards must be small enough to be squared, got {float(value.abs().max()):.4g}")
     # rounding alone must not look like a signal; whole numbers have none
     rounding = 0.0 if bool((value == value.round()).all()) else 1e-6
     flat = (squares / count.clamp_min(1)).sqrt() <= rounding * (1e-6 + mean.abs())
@@ -122,6 +124,9 @@ def group_advantages(
     """
     if scale not in ("group", "global", "none"):
         raise ValueError(f"scale must be 'group', 'global' or 'none', got {scale!r}")
+    check_real("eps", eps, least=0.0)
+    if eps is None or isinstance(ddof, bool) or ddof not in (0, 1):
+        raise ValueError(f"ddof must be 0 or 1 and eps a number, got {ddof!r} and {eps!r}")
     groups = _group(rewards, group_ids, process_group)
     _warn_if_all_missing(bool(groups.valid.any()))
     deviation = groups.rewards - groups.mean[groups.index]
@@ -176,7 +181,7 @@ def multi_reward_advantages(
             # in the order of names, so that ranks meet in it
             name: weights[name]
             * group_advantages(rewards[name], group_ids, scale=scale, ddof=ddof, eps=eps, process_group=process_group)
-            for name in sorted(rewards)
+            for name in sorted(rewards, key=str)
             if weights[name] != 0
         }
     parts = [by_name[name] for name in rewards if name in by_name]
@@ -194,8 +199,15 @@ def check_weights(rewards: Mapping[str, object], weights: Mapping[str, float]) -
     Raises:
         ValueError: Names differ, there is no reward, or no weight is a finite number other than 0.
     """
+    if not isinstance(rewards, Mapping) or not isinstance(weights, Mapping):
+        raise ValueError(
+            f"rewards and weights must be dictionaries by name, got {type(rewards).__name__} and {type(weights).__name__}"
+        )
     if not rewards or rewards.keys() != weights.keys():
-        raise ValueError(f"weights must name the rewards {sorted(rewards)}, got {sorted(weights)}")
+        raise ValueError(f"weights must name the rewards {sorted(rewards, key=str)}, got {sorted(weights, key=str)}")
+    for name, weight in weights.items():
+        if weight is None or isinstance(weight, str | bytes):
+            raise ValueError(f"weights must be finite numbers, got {weight!r} for {name!r}")
     if not all(math.isfinite(w) for w in weights.values()) or not any(weights.values()):
         raise ValueError(f"weights must be finite numbers, at least one of them not 0, got {dict(weights)}")
 
@@ -227,9 +239,14 @@ def group_has_signal(
     >>> group_has_signal(torch.tensor([-1.0, 0.0, 1.0, 0.0, 0.0]), torch.tensor([0, 0, 0, 1, 1])).tolist()
     [True, True, True, False, False]
     """
-    signal = torch.isfinite(advantages) & (advantages != 0)
-    rows = torch.stack([signal.long().cpu(), group_ids.cpu()], 1)
+    values, ids = as_numbers("advantages", advantages), as_ids("group_ids", group_ids)
+    if values.dim() != 1 or ids.shape != values.shape:
+        raise ValueError(
+            f"advantages and group_ids must both be (b,), got {tuple(values.shape)} and {tuple(ids.shape)}"
+        )
+    signal = torch.isfinite(values) & (values != 0)
+    rows = torch.stack([signal.long().cpu(), ids.cpu()], 1)
     everyone, mine = gather_rows(rows, process_group)
     _, index = torch.unique(everyone[:, 1], return_inverse=True)
     some = torch.zeros(len(everyone), dtype=torch.int64).index_add(0, index, everyone[:, 0])
-    return (some[index] > 0)[mine].to(advantages.device)
+    return (some[index] > 0)[mine].to(values.device)

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gspo.advantage import check_weights, nan_sum
+from gspo.inputs import as_ids, as_numbers
 from gspo.loop import OnlineConfig, RewardFunction, Rewards, as_rewards, policy_step
 from gspo.objective_loop import objective_step
 from gspo.objective_trainer import ObjectiveConfig, ObjectiveTrainer
@@ -131,8 +133,10 @@ def diagnose(
     Raises:
         ValueError: Fewer than 3 batches, a batch left no gradient, or weights have moved.
     """
-    if num_batches < 3:
-        raise ValueError(f"num_batches must be at least 3 (an error bar needs them), got {num_batches}")
+    if not isinstance(num_batches, int) or num_batches < 3:
+        raise ValueError(f"num_batches must be at least 3 (an error bar needs them), got {num_batches!r}")
+    if not isinstance(max_grad_norm, (int, float)) or not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm!r}")
     trained = list(parameters)
     if not trained:
         raise ValueError("parameters must hold at least one parameter, got none")
@@ -142,14 +146,16 @@ def diagnose(
         for number in range(num_batches):
             for parameter in trained:
                 parameter.grad = None
-            outcomes.append(batch(number))
+            outcomes.append(_read(batch(number), number))
             if all(p.grad is None for p in trained):
                 raise ValueError(f"batch must leave a gradient in the parameters, batch {number} left none")
             gradients.append(flat_gradient(trained).cpu())
+            if not bool(torch.isfinite(gradients[-1]).all()):
+                raise ValueError(f"gradients must be finite, got NaN or infinity in batch {number}")
     finally:
         for parameter in trained:
             parameter.grad = None
-    if not all(torch.equal(a, b) for a, b in zip(before, trained, strict=True)):
+    if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, trained, strict=True)):
         raise ValueError("batch must not move the parameters (use a learning rate of 0), and they have moved")
     samples = sum(float(torch.isfinite(o.rewards).sum()) for o in outcomes) / num_batches
     found = gradient_signal(torch.stack(gradients), samples)
@@ -158,10 +164,39 @@ def diagnose(
         _controlled(outcomes),
         clip_activity(torch.stack(gradients).norm(dim=1), max_grad_norm),
         found.squared_noise / found.squared_signal if found.squared_signal > 0 else math.inf,
-        float(torch.cat([o.rewards for o in outcomes]).nanmean()),
+        float(torch.cat([o.rewards[torch.isfinite(o.rewards)].double() for o in outcomes]).mean()),
         samples,
         num_batches,
     )
+
+
+def _read(outcome: BatchOutcome, number: int) -> BatchOutcome:
+    """What a batch gave, as tensors; rewards in any form that `group_advantages` takes.
+
+    Raises:
+        ValueError: It is no outcome, its lengths differ, or no reward in it is finite.
+    """
+    if not isinstance(outcome, BatchOutcome):
+        raise ValueError(f"batch must return a BatchOutcome, batch {number} returned {type(outcome).__name__}")
+
+    def both(rewards: Any, ids: Any, name: str) -> tuple[Tensor, Tensor]:
+        values, groups = as_numbers(f"{name}rewards", rewards), as_ids(f"{name}group_ids", ids)
+        if values.dim() != 1 or groups.shape != values.shape:
+            raise ValueError(
+                f"{name}rewards and {name}group_ids of batch {number} must both be (b,), got {tuple(values.shape)} and {tuple(groups.shape)}"
+            )
+        if not bool(torch.isfinite(values).any()):
+            raise ValueError(
+                f"{name}rewards of batch {number} must hold a finite number, got only None, NaN or infinity"
+            )
+        return values, groups
+
+    rewards, ids = both(outcome.rewards, outcome.group_ids, "")
+    if (outcome.free_rewards is None) != (outcome.free_group_ids is None):
+        raise ValueError(f"free_rewards and free_group_ids must be given together, batch {number} gave one of them")
+    if outcome.free_rewards is None:
+        return BatchOutcome(rewards, ids)
+    return BatchOutcome(rewards, ids, *both(outcome.free_rewards, outcome.free_group_ids, "free_"))
 
 
 def _controlled(outcomes: Sequence[BatchOutcome]) -> ControlledVariance | None:
@@ -263,7 +298,8 @@ def _total(values: Rewards, weights: Mapping[str, float], ids: Tensor) -> Tensor
         return as_rewards(values.totals if isinstance(values, TotalsAndParts) else values, count, device)
     parts = {name: as_rewards(part, count, device, name) for name, part in values.items()}
     used = dict(weights) or dict.fromkeys(parts, 1.0)
-    return torch.stack([used[name] * part for name, part in parts.items()]).sum(0)
+    check_weights(parts, used)
+    return nan_sum([used[name] * part for name, part in parts.items() if used[name] != 0])
 
 
 def objective_batches(

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gspo.credit import token_log_ratio
+from gspo.inputs import require_real
 from gspo.objective import gaussian_kl
 from gspo.points import RowLosses, mean_of_rest, reduce_rows
 from gspo.ratio import gaussian_log_ratio
@@ -148,6 +149,7 @@ class FlowDPPO:
     kernel: Kernel | None = None
 
     def __post_init__(self) -> None:
+        require_real(self, "threshold")
         if not self.threshold >= 0:
             raise ValueError(f"threshold must not be negative, got {self.threshold}")
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gspo.inputs import require_real, require_whole
 from gspo.rollout import Rollout
 from gspo.sde import wide
 
@@ -87,8 +88,8 @@ class NoiseLevels:
     shift: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"count must be at least 1, got {self.count}")
+        require_whole(self, 1, "count")
+        require_real(self, "low", "high")
         if self.sampling not in ("uniform", "logit_normal"):
             raise ValueError(f"sampling must be 'uniform' or 'logit_normal', got {self.sampling!r}")
         if not 0 <= self.low < self.high <= 1:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from gspo.advantage import Scale, multi_reward_advantages
 from gspo.distributed import ProcessGroup, total
+from gspo.inputs import Numbers, as_numbers, check_real, floating_dtype
 
 
 def whiten(
-    advantages: Float[Tensor, " b"],
+    advantages: Numbers,
     *,
     center: bool = True,
     eps: float = 1e-4,
@@ -33,9 +34,12 @@ def whiten(
     >>> whiten(torch.tensor([3.0, -3.0, float("nan")]), eps=0.0).tolist()
     [1.0, -1.0, nan]
     """
+    check_real("eps", eps, least=0.0)
+    given = floating_dtype(advantages)
+    advantages = as_numbers("advantages", advantages)
     if advantages.dim() != 1 or advantages.numel() == 0:
         raise ValueError(f"advantages must be (b,) with b at least 1, got shape {tuple(advantages.shape)}")
-    dtype = advantages.dtype if advantages.is_floating_point() else torch.float32
+    dtype = given
     keep = torch.isfinite(advantages)
     value = torch.where(keep, advantages, torch.zeros_like(advantages)).double()
     count = max(total(float(keep.sum()), process_group), 1.0)
@@ -77,5 +81,5 @@ def gdpo_advantages(
     >>> [round(a, 2) for a in gdpo_advantages(rewards, {"a": 3.0, "b": 1.0}, torch.tensor([0, 0])).tolist()]
     [-1.0, 1.0]
     """
-    summed_up = multi_reward_advantages(dict(rewards), dict(weights), group_ids, scale=scale, ddof=ddof, eps=eps)
+    summed_up = multi_reward_advantages(rewards, weights, group_ids, scale=scale, ddof=ddof, eps=eps)
     return whiten(summed_up, eps=eps, process_group=process_group)

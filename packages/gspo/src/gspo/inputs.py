@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -41,8 +43,76 @@ def require_tensor(**values: object) -> None:
             raise ValueError(f"{name} must be a torch tensor, got {type(value).__name__}")
 
 
+def _optional(owner: object, name: str) -> bool:
+    """Whether a setting of a dataclass may be None."""
+    return "None" in str(type(owner).__annotations__.get(name, ""))
+
+
+def require_whole(owner: object, low: int, *names: str) -> None:
+    """Refuses settings of a dataclass that are no whole numbers of at least ``low``.
+
+    Raises:
+        ValueError: Naming the setting.
+    """
+    for name in names:
+        value, optional = getattr(owner, name), _optional(owner, name)
+        good = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= low  # type: ignore[operator]
+        if not good and not (value is None and optional):
+            raise ValueError(
+                f"{name} must be at least {low}{' or None' if optional else ''}, as a whole number, got {value!r}"
+            )
+
+
+def require_real(owner: object, *names: str) -> None:
+    """Refuses settings of a dataclass that are no finite real numbers.
+
+    Raises:
+        ValueError: Naming the setting.
+    """
+    for name in names:
+        value = getattr(owner, name)
+        if value is None and not _optional(owner, name):
+            raise ValueError(f"{name} must be a finite number, got None")
+        check_real(name, value)
+
+
+def check_real(name: str, value: Any, *, least: float = -math.inf) -> None:
+    """Refuses what is no finite real number, or is below ``least``; None is left to the caller.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    good = value is None or (isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value))
+    if not good or (value is not None and value < least):
+        limit = "" if least == -math.inf else f" of at least {least:g}"
+        raise ValueError(f"{name} must be a finite number{limit}, got {value!r}")
+
+
+def check_seed(seed: Any) -> None:
+    """Refuses a seed that torch's generators do not take.
+
+    Raises:
+        ValueError: It is no whole number of 64 bits.
+    """
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not -(2**63) <= int(seed) < 2**63:
+        raise ValueError(f"seed must be a whole number of 64 bits, got {seed!r}")
+
+
+def one_by_one(name: str, values: Any) -> list[Any]:
+    """The entries of an ordered container, by their places: a column of pandas has labels, which are not places.
+
+    Raises:
+        ValueError: It has no order, or is one text.
+    """
+    if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a list, got {type(values).__name__}")
+    return list(values)
+
+
 def as_numbers(name: str, values: Numbers) -> Tensor:
-    """``values`` as a floating tensor; floating tensors and arrays keep their dtype, all else becomes float64 (None becomes NaN).
+    """``values`` as a floating tensor; floating tensors and arrays keep their dtype, all else becomes float64.
+
+    None becomes NaN, and so does what a masked array masks.
 
     Raises:
         ValueError: Something in it is no real number, or a whole number too large for float64.
@@ -53,15 +123,20 @@ def as_numbers(name: str, values: Numbers) -> Tensor:
     if isinstance(values, Tensor):
         if values.is_complex():
             raise ValueError(f"{name} must be real numbers, got dtype {values.dtype}")
+        if values.layout != torch.strided or values.is_meta:
+            kind = "the device meta" if values.is_meta else str(values.layout)
+            raise ValueError(f"{name} must be a dense tensor with values, got one of {kind}")
         if values.is_floating_point():
             return values.detach()
-        if values.numel() and values.dtype != torch.bool and bool((values.long().abs() > EXACT).any()):
-            raise ValueError(f"{name} must be at most 2^53 as whole numbers, got {int(values.long().abs().max())}")
+        if values.numel() and values.dtype != torch.bool:
+            low, high = int(values.min()) if values.dtype != torch.uint64 else 0, max(values.tolist())
+            if low < -EXACT or high > EXACT:
+                raise ValueError(f"{name} must be at most 2^53 as whole numbers, got {high if high > EXACT else low}")
         return values.double()
     if isinstance(values, str | bytes | Mapping | Set):
         raise ValueError(f"{name} must be numbers, one per sample, got {type(values).__name__}")
     if isinstance(values, SupportsArray):
-        array = _array(values)
+        array = _unmasked(values)
         if array.dtype.kind == "f":
             return torch.tensor(array if array.dtype.itemsize <= 8 else array.astype("float64"))
         values = array.tolist()
@@ -76,11 +151,20 @@ def _array(values: Any) -> Any:
     return values.__array__()
 
 
+def _unmasked(values: Any) -> Any:
+    """The array, with NaN where a masked one of NumPy has no value: its ``__array__`` knows of no mask."""
+    if hasattr(values, "filled") and hasattr(values, "mask"):
+        kind = values.dtype.kind
+        values = values if kind == "f" or not values.mask.any() else values.astype("float64")
+        return values.filled(math.nan) if kind == "f" or values.dtype.kind == "f" else values.filled()
+    return _array(values)
+
+
 def _number(name: str, value: Any) -> float:
     if value is None:
         return float("nan")
     try:
-        if isinstance(value, str | bytes):
+        if isinstance(value, str | bytes) or getattr(getattr(value, "dtype", None), "kind", "") == "c":
             raise TypeError
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -109,7 +193,7 @@ def as_ids(name: str, values: Ids) -> Int[Tensor, " b"]:
     elif isinstance(values, str | bytes | Mapping | Set):
         raise ValueError(f"{what}, got {type(values).__name__}")
     elif isinstance(values, SupportsArray):
-        values = _array(values).tolist()
+        values = _unmasked(values).tolist()
     try:
         return torch.tensor([operator.index(value) for value in values], dtype=torch.int64)  # type: ignore[union-attr]
     except (TypeError, ValueError, RuntimeError, OverflowError):

@@ -13,7 +13,7 @@ from torch import Tensor
 from gspo.advantage import GroupStatistics, group_statistics
 from gspo.distributed import ProcessGroup, gather_rows, largest, rank_in, resolve, total, world_size
 from gspo.finite import FiniteVelocity
-from gspo.inputs import Ids, as_ids, require_tensor
+from gspo.inputs import Ids, as_ids, check_real, require_tensor
 from gspo.online_config import OnlineConfig as OnlineConfig
 from gspo.reward import RewardFunction as RewardFunction
 from gspo.reward import Rewards as Rewards
@@ -305,12 +305,21 @@ class OnlineTrainer:
         Raises:
             ValueError: It is no state of an `OnlineTrainer`; nothing has changed then.
         """
-        if not {"iteration", "generator"} <= state.keys():
+        if not isinstance(state, Mapping) or not {"iteration", "generator"} <= state.keys():
             raise ValueError(
-                f"state must hold 'iteration' and 'generator' as state_dict() writes it, got {sorted(state)}"
+                f"state must hold 'iteration' and 'generator' as state_dict() writes it, got {sorted(state, key=str)}"
             )
-        self.trainer.load_state_dict(
-            {k.removeprefix("policy."): float(v) for k, v in state.items() if k.startswith("policy.")}
-        )
-        self.generator.set_state(state["generator"].cpu())
-        self.iteration = int(state["iteration"])
+        require_tensor(**{"state['generator']": state["generator"]})
+        iteration, before = float(state["iteration"]), self.generator.get_state()
+        if not (iteration >= 0 and iteration == int(iteration)):
+            raise ValueError(f"state must hold an iteration from 0 on, got {iteration:g}")
+        ranges = {k.removeprefix("policy."): float(v) for k, v in state.items() if k.startswith("policy.")}
+        for name, value in ranges.items():
+            check_real(f"state['policy.{name}']", value)
+        try:
+            self.generator.set_state(state["generator"].cpu())
+            self.trainer.load_state_dict(ranges)
+        except (RuntimeError, TypeError, ValueError) as error:
+            self.generator.set_state(before)
+            raise ValueError(f"state must be one of this kind of generator and clip range: {error}") from error
+        self.iteration = int(iteration)

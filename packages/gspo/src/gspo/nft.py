@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gspo.forward import ForwardPoint, NoiseLevels, forward_points, level_weight
+from gspo.inputs import require_real, require_tensor
 from gspo.points import RowLosses, check_velocities, mean_of_rest, reduce_rows
 from gspo.rollout import Rollout
 from gspo.sde import wide
@@ -32,8 +34,9 @@ def optimality(advantages: Float[Tensor, "b ..."], *, advantage_clip: float = 5.
     >>> optimality(torch.tensor([-9.0, 0.0, 2.5]), advantage_clip=5.0).tolist()
     [0.0, 0.5, 0.75]
     """
-    if not advantage_clip > 0:
+    if not 0 < advantage_clip < math.inf:
         raise ValueError(f"advantage_clip must be positive, got {advantage_clip}")
+    require_tensor(advantages=advantages)
     return 0.5 + 0.5 * (advantages / advantage_clip).clamp(-1, 1)
 
 
@@ -119,6 +122,7 @@ class DecaySchedule:
     cap: float = 0.5
 
     def __post_init__(self) -> None:
+        require_real(self, "flat", "rate")
         if self.flat < 0:
             raise ValueError(f"flat must not be negative, got {self.flat}")
         if not self.rate >= 0:
@@ -158,6 +162,7 @@ class DiffusionNFT:
     schedule: DecaySchedule = field(default_factory=DecaySchedule)
 
     def __post_init__(self) -> None:
+        require_real(self, "beta", "advantage_clip")
         for name in ("beta", "advantage_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gspo.advantage import GroupStatistics, Scale, group_advantages, group_statistics, multi_reward_advantages
+from gspo.advantage import GroupStatistics, Scale, group_advantages, group_statistics, multi_reward_advantages, nan_sum
 from gspo.draw import Solver, draw
 from gspo.gdpo import whiten
+from gspo.inputs import Ids, as_ids, require_tensor
 from gspo.loop import RewardFunction, as_rewards
 from gspo.objective_trainer import ObjectiveStatistics, ObjectiveTrainer, Reference
 from gspo.reward import TotalsAndParts
@@ -68,7 +69,10 @@ def reward_advantages(
         return values, {}, group_advantages(values, group_ids, scale=scale)
     parts, used = dict(values), dict(weights) or dict.fromkeys(values, 1.0)
     advantages = multi_reward_advantages(parts, used, group_ids, scale=scale)
-    return torch.stack([used[name] * part for name, part in parts.items()]).sum(0), parts, advantages
+    counted = [
+        used[name] * part for name, part in parts.items() if used[name] != 0
+    ]  # as the advantages do: what is missing plays no part
+    return nan_sum(counted), parts, advantages
 
 
 def objective_step(
@@ -84,7 +88,7 @@ def objective_step(
     advantage_scale: Scale = "group",
     reward_weights: Mapping[str, float] | None = None,
     whiten_batch: bool = False,
-    group_ids: Int[Tensor, " p"] | None = None,
+    group_ids: Ids | None = None,
     reference: Reference | None = None,
 ) -> ObjectiveReport:
     """One step with an objective that needs no trajectory: the old policy draws, the samples are rewarded, the policy is updated.
@@ -107,6 +111,8 @@ def objective_step(
     Raises:
         ValueError: Sizes do not fit, or see the functions it calls.
     """
+    if not isinstance(group_size, int) or isinstance(group_size, bool):
+        raise ValueError(f"group_size must be a whole number of at least 2, got {group_size!r}")
     if group_size < 2:
         raise ValueError(f"group_size must be at least 2 (a group of one has no advantage), got {group_size}")
     if trainer.objective.needs_trajectory:
@@ -114,6 +120,7 @@ def objective_step(
             f"trainer must have an objective without a trajectory, got {type(trainer.objective).__name__}: "
             "draw with gspo.rollout and call trainer.update"
         )
+    require_tensor(noise=noise)
     with trainer.old_policy():
         drawn = draw(
             velocity_fn, noise, sigmas, group_size=group_size, solver=solver, micro_batch_size=micro_batch_size
@@ -126,7 +133,12 @@ def objective_step(
         found = {name: as_rewards(part, count, device, name) for name, part in values.items()}
     else:
         found = as_rewards(values.totals if isinstance(values, TotalsAndParts) else values, count, device)
-    ids = drawn.index if group_ids is None else group_ids.to(device)[drawn.index]
+    ids = drawn.index
+    if group_ids is not None:
+        given, prompts = as_ids("group_ids", group_ids).to(device), count // group_size
+        if given.shape != (prompts,):
+            raise ValueError(f"group_ids must have one entry per prompt ({prompts}), got {tuple(given.shape)}")
+        ids = given[drawn.index]
     rewards, parts, advantages = reward_advantages(found, ids, reward_weights or {}, advantage_scale)
     if whiten_batch:
         advantages = whiten(advantages, process_group=trainer.ranks)

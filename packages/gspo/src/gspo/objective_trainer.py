@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gspo.distributed import ProcessGroup, resolve, sum_gradients, total, world_size
+from gspo.inputs import Numbers, as_numbers, require_real, require_whole
 from gspo.moving_average import MovingAverage
 from gspo.points import Objective
 from gspo.rollout import Hook, Rollout, VelocityFunction
@@ -47,8 +48,9 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         for name in ("num_inner_epochs", "micro_batch_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None:
+                require_whole(self, 1, name)
+        require_real(self, "kl_coef")
         if not self.kl_coef >= 0:
             raise ValueError(f"kl_coef must not be negative, got {self.kl_coef}")
         if not self.max_grad_norm > 0:
@@ -177,7 +179,7 @@ class ObjectiveTrainer:
         self,
         velocity_fn: VelocityFunction,
         rollout: Rollout,
-        advantages: Tensor,
+        advantages: Tensor | Numbers,
         *,
         reference: Reference | None = None,
         replay: Hook | None = None,
@@ -216,11 +218,13 @@ class ObjectiveTrainer:
         self,
         velocity_fn: VelocityFunction,
         rollout: Rollout,
-        advantages: Tensor,
+        advantages: Tensor | Numbers,
         reference: Reference | None,
         replay: Hook | None,
     ) -> _Problem:
         config, objective, data = self.config, self.objective, rollout.latents
+        if not isinstance(advantages, Tensor):
+            advantages = as_numbers("advantages", advantages)
         if advantages.dim() not in (1, 2) or advantages.shape != data.shape[: advantages.dim()]:
             raise ValueError(
                 f"advantages must be (b,) or (b, n) for latents {tuple(data.shape)}, got {tuple(advantages.shape)}"

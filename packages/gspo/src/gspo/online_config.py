@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gspo.advantage import Scale
+from gspo.inputs import check_real, check_seed, require_whole
 from gspo.policy_config import PolicyConfig
 from gspo.sde import FlowSDE, Kernel
 from gspo.window import SlidingWindow
@@ -51,11 +52,14 @@ class OnlineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_whole(self, 1, "group_size", "tail_steps", "micro_batch_size")
+        check_seed(self.seed)
+        if not isinstance(self.reward_weights, Mapping):
+            raise ValueError(f"reward_weights must be a dictionary by name, got {self.reward_weights!r}")
+        for name, weight in self.reward_weights.items():
+            check_real(f"reward_weights[{name!r}]", weight)
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2 (a group of one has no advantage), got {self.group_size}")
-        for name in ("tail_steps", "micro_batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
         for name, choices in (
             ("advantage_scale", ("group", "global", "none")),
             ("advantage_ddof", (0, 1)),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import Literal
 
+from gspo.inputs import require_real, require_whole
 from gspo.objective import clip_bounds
 from gspo.ratio import RatioKind
 
@@ -55,20 +57,19 @@ class PolicyConfig:
                 raise ValueError(
                     f"clip_range must be a positive number, two of them (below, above) or 'auto', got {self.clip_range!r}"
                 ) from None
+        require_real(self, "target_clip_fraction", "clip_range_rate", "max_advantage")
         if not 0 < self.target_clip_fraction < 1:
             raise ValueError(f"target_clip_fraction must be in (0, 1), got {self.target_clip_fraction}")
         if not 0 < self.clip_range_rate <= 1:
             raise ValueError(f"clip_range_rate must be in (0, 1], got {self.clip_range_rate}")
-        if not 0 <= self.kl_coef < float("inf"):
+        if not (isinstance(self.kl_coef, numbers.Real) and 0 <= self.kl_coef < float("inf")):
             raise ValueError(f"kl_coef must be a number that is not negative, got {self.kl_coef}")
         for name in ("max_grad_norm", "max_advantage"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         for name in ("num_inner_epochs", "micro_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            require_whole(self, 1, name)
         if self.off_policy not in ("warn", "raise", "allow"):
             raise ValueError(f"off_policy must be 'warn', 'raise' or 'allow', got {self.off_policy!r}")
         if self.on_nonfinite not in ("raise", "skip"):

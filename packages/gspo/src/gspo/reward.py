@@ -14,9 +14,10 @@ from torch import Tensor
 
 from gspo.advantage import Scale, check_weights, group_advantages, multi_reward_advantages, nan_sum
 from gspo.distributed import ProcessGroup, gather_objects
-from gspo.inputs import Numbers, as_numbers
+from gspo.inputs import Numbers, as_numbers, check_real
 
 logger = logging.getLogger("gspo")
+CPU = torch.device("cpu")
 
 
 @runtime_checkable
@@ -171,8 +172,11 @@ class RobustReward:
         Raises:
             ValueError: A number is negative.
         """
-        if retries < 0 or not wait_s >= 0:
-            raise ValueError(f"retries and wait_s must not be negative, got {retries} and {wait_s}")
+        check_real("wait_s", wait_s, least=0.0)
+        if not isinstance(retries, int) or isinstance(retries, bool) or not 0 <= retries <= 100 or wait_s is None:
+            raise ValueError(
+                f"retries must be a whole number from 0 to 100 and wait_s not negative, got {retries} and {wait_s}"
+            )
         self.score, self.retries, self.wait_s, self.sleep = score, retries, wait_s, sleep
         self.num_failed = 0
         self.last_error: str | None = None
@@ -195,6 +199,8 @@ class RobustReward:
         self.last_error = f"{type(raised).__name__}: {raised}"
 
     def _one_by_one(self, columns: tuple[Sequence[Any] | Tensor, ...]) -> Rewards:
+        if not columns:
+            raise ValueError("a reward must be called with at least one column, got none")
         count = len(columns[0])
         totals: list[float] = [float("nan")] * count
         parts: dict[str, list[float]] = {}
@@ -211,9 +217,9 @@ class RobustReward:
             if isinstance(scored, TotalsAndParts):
                 with_totals, found, scored = True, scored.parts, scored.totals
             for name, values in found.items():
-                parts.setdefault(name, [float("nan")] * count)[row] = float(as_numbers(name, values)[0])
+                parts.setdefault(name, [float("nan")] * count)[row] = float(as_rewards(values, 1, CPU, str(name))[0])
             if not isinstance(scored, Mapping):
-                totals[row] = float(as_numbers("rewards", scored)[0])
+                totals[row] = float(as_rewards(scored, 1, CPU)[0])
         if by_name:
             return parts
         return Scores(totals, parts) if with_totals else torch.tensor(totals)

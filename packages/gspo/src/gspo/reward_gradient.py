@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gspo.distributed import ProcessGroup, resolve, sum_gradients, total, world_size
 from gspo.draw import check_levels
+from gspo.inputs import require_real, require_whole
 from gspo.rollout import VelocityFunction
 from gspo.sde import wide
 from gspo.signal_log import SignalLog
@@ -148,10 +149,8 @@ class RewardGradientConfig:
     def __post_init__(self) -> None:
         if self.method not in ("draft", "refl"):
             raise ValueError(f"method must be 'draft' or 'refl', got {self.method!r}")
-        for name in ("last_steps", "micro_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1 or None, got {value}")
+        require_whole(self, 1, "last_steps", "micro_batch_size")
+        require_real(self, "refl_from")
         if not 0 <= self.refl_from < 1:
             raise ValueError(f"refl_from must be in [0, 1), got {self.refl_from}")
         if not self.max_grad_norm > 0:

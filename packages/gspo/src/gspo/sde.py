@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.inputs import require_tensor
+from gspo.inputs import require_real, require_tensor
 
 LOG_TWO_PI = math.log(2 * math.pi)
 
@@ -218,6 +218,7 @@ class FlowSDE(_Stochastic):
     kind: str = field(default="flow_sde", init=False, repr=False)
 
     def __post_init__(self) -> None:
+        require_real(self, "noise_level")
         if not self.noise_level > 0:
             raise ValueError(f"noise_level must be positive, got {self.noise_level}")
 
@@ -272,6 +273,7 @@ class FlowCPS(_Stochastic):
     kind: str = field(default="flow_cps", init=False, repr=False)
 
     def __post_init__(self) -> None:
+        require_real(self, "noise_level")
         if not 0 < self.noise_level <= 1:
             raise ValueError(f"noise_level must be in (0, 1], got {self.noise_level}")
 
@@ -298,6 +300,7 @@ class DanceSDE(_Stochastic):
     kind: str = field(default="dance_sde", init=False, repr=False)
 
     def __post_init__(self) -> None:
+        require_real(self, "eta")
         if not self.eta > 0:
             raise ValueError(f"eta must be positive, got {self.eta}")
 

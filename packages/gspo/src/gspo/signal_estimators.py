@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gspo.inputs import as_ids, as_numbers, require_tensor
+
 
 class GradientSignal(NamedTuple):
     """Signal and noise of a batch's gradient.
@@ -84,11 +86,12 @@ def gradient_signal(gradients: Float[Tensor, "m p"], samples_per_batch: float) -
     >>> found.squared_signal, found.squared_noise, found.cosine
     (0.0, 2.0, 0.0)
     """
+    require_tensor(gradients=gradients)
     if gradients.dim() != 2 or len(gradients) < 2:
         raise ValueError(f"gradients must be (m, p) with m at least 2, got shape {tuple(gradients.shape)}")
     if not bool(torch.isfinite(gradients).all()):
         raise ValueError("gradients must be finite, got NaN or infinity")
-    if not samples_per_batch > 0:
+    if not 0 < samples_per_batch < math.inf:
         raise ValueError(f"samples_per_batch must be positive, got {samples_per_batch}")
     wide = gradients.double()
     products = wide @ wide.T
@@ -116,6 +119,7 @@ def within_group_variance(rewards: Float[Tensor, " b"], group_ids: Int[Tensor, "
     >>> within_group_variance(torch.tensor([0.0, 2.0, 5.0, 5.0]), torch.tensor([0, 0, 1, 1]))
     1.0
     """
+    rewards, group_ids = as_numbers("rewards", rewards), as_ids("group_ids", group_ids)
     if rewards.dim() != 1 or group_ids.shape != rewards.shape:
         raise ValueError(
             f"rewards and group_ids must both be (b,), got {tuple(rewards.shape)} and {tuple(group_ids.shape)}"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+import numbers
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
+from gspo.inputs import require_real, require_whole
+
+MAX_STEPS = 100_000
 Strategy = Literal["progressive", "random", "exp_decay"]
 
 
@@ -47,8 +51,10 @@ class SlidingWindow:
     decay_from: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_steps < 2:
-            raise ValueError(f"num_steps must be at least 2, got {self.num_steps}")
+        require_whole(self, 1, "num_steps", "size", "stride", "interval")
+        require_real(self, "decay_rate")
+        if not 2 <= self.num_steps <= MAX_STEPS:
+            raise ValueError(f"num_steps must be at least 2 and at most {MAX_STEPS}, got {self.num_steps}")
         if not 1 <= self.size <= self.num_steps - 1:
             raise ValueError(f"size must be in [1, num_steps - 1 = {self.num_steps - 1}], got {self.size}")
         for name in ("stride", "interval"):
@@ -88,8 +94,8 @@ class SlidingWindow:
         >>> SlidingWindow(16).at(0), SlidingWindow(16).at(50), SlidingWindow(16).at(50 * 14)
         ((0, 1), (1, 2), (0, 1))
         """
-        if iteration < 0:
-            raise ValueError(f"iteration must not be negative, got {iteration}")
+        if not isinstance(iteration, numbers.Integral) or iteration < 0:
+            raise ValueError(f"iteration must be a whole number and not negative, got {iteration!r}")
         start = self.starts[self._position(iteration)]
         return tuple(range(start, start + self.size))
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gspo.inputs import one_by_one
 from gspo.integrations.trl_config import GRPOSettings as GRPOSettings
 from gspo.integrations.trl_config import translate
 from gspo.loop import RewardFunction, as_rewards
@@ -40,36 +42,56 @@ def trl_reward(
         ValueError: Two functions share a name, or a column has another length than prompts; when called, a function returns another
             number of rewards.
     """
-    functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+    functions = [reward_funcs] if callable(reward_funcs) else one_by_one("reward_funcs", reward_funcs)
+    if not all(map(callable, functions)):
+        raise ValueError(f"reward_funcs must be functions, got {functions!r}")
     names = [getattr(f, "__name__", type(f).__name__) for f in functions]
     if not functions or len(set(names)) != len(names):
         raise ValueError(f"reward_funcs must be at least one function, each with its own name, got {names}")
     if isinstance(prompts, str):
         raise ValueError(f"prompts must be a list of prompts, got the string {prompts!r}; write [{prompts!r}]")
-    columns = dict(columns or {})
-    for name, column in columns.items():
+    texts = one_by_one("prompts", prompts)  # by their places: the labels of a shuffled column of pandas are others
+    given: dict[str, list[Any]] = {}
+    for name, column in (columns or {}).items():
+        if name in ("prompts", "completions", "completion_ids"):
+            raise ValueError(
+                f"columns must have names of their own, got {name!r}, which every reward function is given"
+            )
         if isinstance(column, str):
             raise ValueError(f"columns[{name!r}] must be a list, got the string {column!r}")
-        if len(column) != len(prompts):
-            raise ValueError(f"columns[{name!r}] must have one entry per prompt ({len(prompts)}), got {len(column)}")
+        given[name] = one_by_one(f"columns[{name!r}]", column)
+        if len(given[name]) != len(texts):
+            raise ValueError(f"columns[{name!r}] must have one entry per prompt ({len(texts)}), got {len(given[name])}")
 
     def reward_fn(latents: Tensor, index: Tensor) -> dict[str, Tensor]:
         rows = index.tolist()
+        if rows and max(rows) >= len(texts):
+            raise ValueError(f"prompts must have one entry per row of noise, got {len(texts)} for row {max(rows)}")
+        decoded = decode(latents, index)
+        completions = [decoded] if isinstance(decoded, str) else list(decoded)
+        if len(completions) != len(rows):
+            raise ValueError(f"decode must give one completion per sample ({len(rows)}), got {len(completions)}")
         options = {
-            "prompts": [prompts[i] for i in rows],
-            "completions": list(decode(latents, index)),
+            "prompts": [texts[i] for i in rows],
+            "completions": completions,
             "completion_ids": [None] * len(rows),
-            **{name: [column[i] for i in rows] for name, column in columns.items()},
+            **{name: [column[i] for i in rows] for name, column in given.items()},
         }
         results = {}
         for name, function in zip(names, functions, strict=True):
             values = function(**options)
             if inspect.isawaitable(values):
-                values = asyncio.run(_wait(values))
+                values = _awaited(values)
             results[name] = as_rewards(values, len(rows), torch.device("cpu"), name).to(latents.device)
         return results
 
     return reward_fn
+
+
+def _awaited(values: Any) -> Any:
+    """What a coroutine gives; in a thread of its own where a loop runs already, as in a notebook."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, _wait(values)).result()
 
 
 async def _wait(values: Any) -> Any:

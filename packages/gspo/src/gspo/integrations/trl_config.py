@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gspo.inputs import check_real, check_seed, one_by_one
 from gspo.step import PolicyConfig
 
 RATIOS = {"sequence": "sequence", "sequence_token": "sequence", "token": "step"}
@@ -126,6 +127,16 @@ class GRPOSettings(NamedTuple):
 def translate(config: Any, reward_names: Sequence[str]) -> GRPOSettings:
     """See `gspo.integrations.trl.from_grpo_config`."""
     fields = _fields(config)
+    for name in ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"):
+        if name in fields and fields[name] is None:
+            raise ValueError(f"{name} must be a number, got None")
+        check_real(name, fields.get(name), least=0.0)
+    for name in ("num_generations", "generation_batch_size", "gradient_accumulation_steps", "steps_per_generation"):
+        value = fields.get(name)
+        optional = value is None and name in ("generation_batch_size", "steps_per_generation")
+        least = 2 if name == "num_generations" else 1
+        if name in fields and not optional and (type(value) is not int or value < least):
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     for name, value in fields.items():
         if name in REFUSED:
             neutral, why = REFUSED[name]
@@ -182,6 +193,9 @@ def _online(fields: dict[str, Any], reward_names: list[str]) -> dict[str, Any]:
             "use_bias_correction_kl must be False with beta > 0 (the KL here is exact, not an estimate to correct), got True"
         )
     weights = fields.get("reward_weights")
+    for weight in one_by_one("reward_weights", weights) if weights is not None else ():
+        check_real("reward_weights", weight)
+    check_seed(fields.get("seed", 42))
     if weights is not None and len(weights) != len(reward_names):
         raise ValueError(f"reward_names must name the rewards of reward_weights {weights}, got {reward_names}")
     policy = PolicyConfig(

@@ -226,8 +226,9 @@ class ScorerServer:
         Raises:
             InputError: The address is taken, or an option does not fit.
         """
-        settings = {"timeout": timeout, "missing_score": missing_score, "max_connections": max_connections}
-        check_settings(host=host, port=port, **settings, **batching)
+        check_settings(
+            host=host, port=port, timeout=timeout, missing_score=missing_score, max_connections=max_connections, **batching
+        )
         self.host, self.limits, self.timeout = host, limits or Limits(), timeout
         self.references, self.missing_score = list(references), missing_score
         try:

@@ -1,0 +1,383 @@
+"""What strangers handed over and what came of it: each of these was a wrong number without a word, a traceback, or half a change once."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from gspo import (
+    AdvantageWeightedMatching,
+    DanceSDE,
+    DecaySchedule,
+    DiffusionNFT,
+    FlowDPPO,
+    FlowSDE,
+    NoiseLevels,
+    ObjectiveConfig,
+    ObjectiveTrainer,
+    OnlineConfig,
+    OnlineTrainer,
+    PolicyConfig,
+    RobustReward,
+    SlidingWindow,
+    controlled_variance,
+    diagnose,
+    finished_samples,
+    gdpo_advantages,
+    gradient_signal,
+    group_advantages,
+    group_has_signal,
+    group_statistics,
+    multi_reward_advantages,
+    objective_batches,
+    objective_step,
+    optimality,
+    policy_batches,
+    whiten,
+)
+from gspo.diagnostics import BatchOutcome
+from gspo.integrations.trl import from_grpo_config, trl_reward
+
+NAN, INF = math.nan, math.inf
+IDS, LINE = [0, 0, 1, 1], torch.linspace(1, 0, 5)
+REWARDS = [1.0, 2.0, 3.0, 5.0]
+
+
+@pytest.fixture(autouse=True)
+def without_shape_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' shape hook would catch wrong kinds before the package does; here the package must."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+class Column:
+    """A column of pandas whose labels were shuffled: iteration goes by place, indexing by label."""
+
+    def __init__(self, values: list[Any], labels: list[int]) -> None:
+        self.values, self.labels = values, labels
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __iter__(self) -> Any:
+        return iter(self.values)
+
+    def __getitem__(self, label: int) -> Any:
+        return self.values[self.labels.index(label)]
+
+
+def call(
+    functions: Any, prompts: Any = ("A", "B"), decode: Any = None, rows: tuple[int, ...] = (0, 0, 1, 1), **columns: Any
+) -> Any:
+    decode = decode or (lambda latents, index: [f"picture {i}" for i in index.tolist()])
+    return trl_reward(functions, prompts, decode, columns=columns)(torch.zeros(4, 2), torch.tensor(rows))
+
+
+# advantages
+
+
+@pytest.mark.parametrize(
+    "masked", [np.ma.array([1.0, 9.0, 3.0, 5.0], mask=[0, 1, 0, 0]), np.ma.array([1, 9, 3, 5], mask=[0, 1, 0, 0])]
+)
+def test_a_masked_reward_is_missing(masked: Any) -> None:
+    want = group_advantages([1.0, None, 3.0, 5.0], IDS)
+    torch.testing.assert_close(group_advantages(masked, IDS).to(want.dtype), want, equal_nan=True)
+    assert group_statistics(masked, IDS).num_invalid_rewards == 1
+
+
+@pytest.mark.parametrize(
+    ("call_it", "words"),
+    [
+        (lambda: group_advantages(REWARDS, IDS, eps=NAN), "eps must be"), (lambda: group_advantages(REWARDS, IDS, eps=-1.0), "eps must be"),
+        (lambda: group_advantages(REWARDS, IDS, eps=INF), "eps must be"), (lambda: group_advantages(REWARDS, IDS, eps="a"), "eps must be"),
+        (lambda: group_advantages(REWARDS, IDS, ddof=5), "ddof must be 0 or 1"), (lambda: group_advantages(REWARDS, IDS, ddof=NAN), "ddof must"),
+        (lambda: group_advantages(REWARDS, IDS, ddof=0.5), "ddof must be 0 or 1"),
+        (lambda: group_advantages([1e308, -1e308, 1.0, 2.0], IDS), "small enough to be squared"),
+        (lambda: group_advantages([np.complex64(1 + 2j), 1, 2, 3], IDS), "rewards must be numbers"),
+        (lambda: group_advantages(torch.eye(4)[0].to_sparse(), IDS), "dense tensor"),
+        (lambda: group_advantages(torch.zeros(4, device="meta"), IDS), "device meta"),
+        (lambda: group_advantages(torch.tensor([2**64 - 1, 0, 1, 2], dtype=torch.uint64), IDS), r"at most 2\^53"),
+        (lambda: group_advantages(torch.tensor([-(2**63), 0, 1, 2]), IDS), r"at most 2\^53"),
+        (lambda: multi_reward_advantages({"a": REWARDS}, {"a": "1"}, IDS), "weights must be finite numbers, got '1'"),
+        (lambda: multi_reward_advantages({"a": REWARDS}, {"a": None}, IDS), "weights must be finite numbers, got None"),
+        (lambda: multi_reward_advantages([REWARDS], [1.0], IDS), "dictionaries by name, got list"),
+        (lambda: gdpo_advantages([REWARDS], [1.0], IDS), "dictionaries by name, got list"),
+        (lambda: whiten([1.0, 2.0], eps=NAN), "eps must be"), (lambda: whiten([1.0, 2.0], eps=-2.0), "eps must be"),
+        (lambda: group_has_signal([1.0, 0.0], torch.zeros(2)), "group_ids must be whole"),
+        (lambda: group_has_signal([1.0, 0.0], [0, 0, 1]), r"must both be \(b,\)"),
+        (lambda: gradient_signal([[1.0], [2.0]], 4), "gradients must be a torch tensor"),
+        (lambda: gradient_signal(torch.randn(3, 2), INF), "samples_per_batch must be positive"),
+        (lambda: optimality([1.0]), "advantages must be a torch tensor"),
+        (lambda: optimality(torch.ones(2), advantage_clip=INF), "advantage_clip must be positive"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant(call_it: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        call_it()
+    assert "\n" not in str(caught.value)
+
+
+def test_lists_and_arrays_are_taken_everywhere() -> None:
+    assert whiten([3.0, -3.0], eps=0.0).tolist() == whiten(np.array([3.0, -3.0]), eps=0.0).tolist() == [1.0, -1.0]
+    assert group_has_signal([1.0, 0.0, 0.0, 0.0], IDS).tolist() == [True, True, False, False]
+    assert controlled_variance([0.0, 1.0], [0, 0], [0.0, 2.0], [0, 0]).share == 0.25
+    mixed = {"a": REWARDS, 1: REWARDS}
+    assert torch.equal(multi_reward_advantages(mixed, {"a": 1, 1: 1}, IDS), 2 * group_advantages(REWARDS, IDS))
+
+
+# settings
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (DiffusionNFT, {"beta": INF}), (DiffusionNFT, {"beta": "1"}), (DiffusionNFT, {"advantage_clip": INF}), (DiffusionNFT, {"beta": None}),
+        (AdvantageWeightedMatching, {"clip_range": INF}), (AdvantageWeightedMatching, {"old_coef": INF}),
+        (AdvantageWeightedMatching, {"clip_range": "a"}), (FlowDPPO, {"threshold": INF}), (FlowDPPO, {"threshold": "a"}),
+        (DecaySchedule, {"rate": INF}), (DecaySchedule, {"flat": NAN}), (NoiseLevels, {"count": 1.5}), (NoiseLevels, {"count": "3"}),
+        (NoiseLevels, {"low": "a"}), (ObjectiveConfig, {"num_inner_epochs": 1.5}), (PolicyConfig, {"num_inner_epochs": 1.5}),
+        (PolicyConfig, {"micro_batch_size": "2"}), (PolicyConfig, {"kl_coef": "0"}), (FlowSDE, {"noise_level": INF}),
+        (FlowSDE, {"noise_level": "a"}), (DanceSDE, {"eta": INF}),
+    ],
+)  # fmt: skip
+def test_settings_are_finite_and_of_their_kind(make: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        make(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"group_size": 2.5}, {"group_size": "4"}, {"seed": NAN}, {"seed": 1.5}, {"seed": 2**70}, {"reward_weights": {"a": NAN}},
+        {"reward_weights": {"a": "x"}}, {"reward_weights": ["a"]}, {"tail_steps": 1.5},
+    ],
+)  # fmt: skip
+def test_settings_of_a_run(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))}.* must be"):
+        OnlineConfig(**{"window": SlidingWindow(4), "kernel": FlowSDE(), **options})
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_steps": 4.5}, {"num_steps": "4"}, {"num_steps": 10**12}, {"size": 1.5}, {"stride": NAN}]
+)
+def test_settings_of_a_window(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        SlidingWindow(**{"num_steps": 6, **options})
+    for iteration in (1.5, NAN):
+        with pytest.raises(ValueError, match="iteration must be a whole number"):
+            SlidingWindow(6).at(iteration)  # type: ignore[arg-type]
+
+
+# objectives
+
+
+WEIGHT = torch.nn.Parameter(torch.ones(2))
+
+
+def policy(x: torch.Tensor, sigma: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return x * WEIGHT
+
+
+def trainer() -> Any:
+    return ObjectiveTrainer([WEIGHT], torch.optim.SGD([WEIGHT], lr=0.0), DiffusionNFT(), ObjectiveConfig())
+
+
+def step(reward: Any, **options: Any) -> Any:
+    return objective_step(trainer(), policy, torch.randn(4, 2), LINE, reward, **{"group_size": 2, **options})
+
+
+def test_a_reward_that_is_missing_for_some_leaves_the_others_in_the_report() -> None:
+    """Two functions, each None for the other's tasks: the report said that no sample had a reward."""
+    report = step(lambda x, i: {"a": [1, 2, None, None], "b": [None, None, 1, 3]})
+    assert report.rewards.tolist() == [1, 2, 1, 3] and report.groups.num_invalid_rewards == 0
+    assert report.summary()["reward"] == 1.75
+    report = step(lambda x, i: {"a": REWARDS, "b": [None] * 4}, reward_weights={"a": 1.0, "b": 0.0})
+    assert report.rewards.tolist() == REWARDS and report.summary()["invalid_rewards"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"group_ids": torch.tensor([0])}, "one entry per prompt"), ({"group_ids": torch.tensor([0, 1, 2])}, "one entry per prompt"),
+        ({"group_ids": torch.tensor([0.0, 1.0])}, "group_ids must be whole"), ({"group_size": 2.0}, "group_size must be a whole number"),
+    ],
+)  # fmt: skip
+def test_groups_that_do_not_fit(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        step(lambda x, i: REWARDS, **options)
+
+
+def test_groups_and_advantages_in_lists() -> None:
+    assert torch.equal(
+        step(lambda x, i: REWARDS, group_ids=[7, 7]).advantages,
+        group_advantages(torch.tensor(REWARDS, dtype=torch.float64), [7] * 4),
+    )
+    drawn = finished_samples(
+        torch.randn(4, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(4, dtype=torch.long)
+    )
+    losses = [trainer().update(policy, drawn, given).loss for given in ([1.0, -1.0, 0.0, 0.0], np.array([1, -1, 0, 0]))]
+    assert losses == [trainer().update(policy, drawn, torch.tensor([1.0, -1.0, 0.0, 0.0])).loss] * 2
+
+
+# diagnose
+
+
+def outcome(rewards: Any = REWARDS, ids: Any = IDS, *free: Any, gradient: float = 1.0) -> Any:
+    def batch(number: int) -> BatchOutcome:
+        WEIGHT.grad = gradient * torch.randn(2, generator=torch.Generator().manual_seed(number))
+        return BatchOutcome(rewards, ids, *free)
+
+    return batch
+
+
+@pytest.mark.parametrize("rewards", [REWARDS, np.array(REWARDS), torch.tensor([1, 2, 3, 5]), torch.tensor(REWARDS)])
+def test_diagnose_takes_rewards_of_every_kind(rewards: Any) -> None:
+    found = diagnose(outcome(rewards, IDS, rewards, IDS), [WEIGHT])
+    assert found.mean_reward == 2.75 and found.controlled is not None and found.controlled.share == 1
+    assert diagnose(outcome([1.0, None, 3.0, INF]), [WEIGHT]).mean_reward == 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "words"),
+    [
+        (outcome([NAN] * 4), {}, "rewards of batch 0 must hold a finite number"), (outcome(REWARDS, [0, 0, 1]), {}, r"must both be \(b,\)"),
+        (outcome(REWARDS, IDS, REWARDS), {}, "must be given together"), (outcome(gradient=NAN), {}, "infinity in batch 0"),
+        (outcome([], []), {}, "finite number"), (lambda n: REWARDS, {}, "must return a BatchOutcome, batch 0 returned list"),
+        (outcome(), {"num_batches": 3.5}, "num_batches"), (outcome(), {"num_batches": "4"}, "num_batches"),
+        (outcome(), {"max_grad_norm": NAN}, "max_grad_norm"), (outcome(), {"max_grad_norm": "1"}, "max_grad_norm"),
+    ],
+)  # fmt: skip
+def test_diagnose_says_what_is_wrong_before_an_hour_is_over(batch: Any, options: dict[str, Any], words: str) -> None:
+    drawn = []
+
+    def counted(number: int) -> Any:
+        drawn.append(number)
+        return batch(number)
+
+    with pytest.raises(ValueError, match=words):
+        diagnose(counted, [WEIGHT], **options)
+    assert len(drawn) == (0 if options else 1)
+
+
+@pytest.mark.parametrize("weights", [{"a": 1.0, "b": 0.0}, {}])
+def test_diagnose_weighs_what_is_there(weights: dict[str, float]) -> None:
+    """A part that is missing for some samples made every total of the comparison NaN."""
+
+    def reward(x: torch.Tensor, index: torch.Tensor) -> Any:
+        return {"a": x.sum(1), "b": [None] * len(x)}
+
+    config = OnlineConfig(window=SlidingWindow(4, size=1), kernel=FlowSDE(), group_size=2, reward_weights=weights)
+    batch = policy_batches(
+        policy, [WEIGHT], lambda n: torch.randn(2, 2), LINE, reward, config, generator=torch.Generator().manual_seed(0)
+    )
+    found = diagnose(batch, [WEIGHT], num_batches=3)
+    assert math.isfinite(found.mean_reward) and found.controlled is not None and found.controlled.total > 0
+    batch = objective_batches(
+        policy, [WEIGHT], lambda n: torch.randn(4, 2), LINE, reward, DiffusionNFT(), group_size=2, reward_weights=weights
+    )  # fmt: skip
+    assert math.isfinite(diagnose(batch, [WEIGHT], num_batches=3).mean_reward)
+
+
+# TRL
+
+
+def test_columns_go_by_place_not_by_label() -> None:
+    """A shuffled or filtered column of pandas gave every sample another's prompt and references."""
+    seen: dict[str, Any] = {}
+
+    def reward(prompts: list[str], completions: list[str], references: list[str], **_: Any) -> list[float]:
+        seen.update(prompts=prompts, references=references)
+        return [1.0] * len(prompts)
+
+    shuffled = Column(["A", "B"], [1, 0]), Column(["a", "b"], [1, 0])
+    for prompts, references in (
+        shuffled,
+        (Column(["A", "B"], [5, 9]), Column(["a", "b"], [7, 8])),
+        (iter("AB"), iter("ab")),
+    ):
+        call(reward, prompts, references=references)
+        assert seen == {"prompts": ["A", "A", "B", "B"], "references": ["a", "a", "b", "b"]}
+
+
+def one(prompts: Any, completions: Any, **_: Any) -> list[float]:
+    return [1.0] * len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        (lambda: call(one, b"AB"), "prompts must be a list"), (lambda: call(one, refs={"x", "y"}), r"columns\['refs'\] must be a list, got set"),
+        (lambda: call(one, refs={0: "x", 1: "y"}), r"columns\['refs'\] must be a list, got dict"), (lambda: call(None), "reward_funcs must be"),
+        (lambda: call(one, ["A"]), "prompts must have one entry per row of noise, got 1 for row 1"),
+        (lambda: call(one, completions=["x", "y"]), "names of their own"),
+        (lambda: call(one, decode=lambda x, i: ["one"]), r"one completion per sample \(4\), got 1"),
+        (lambda: call(one, decode=lambda x, i: "abcd"), r"one completion per sample \(4\), got 1"),
+    ],
+)  # fmt: skip
+def test_what_trl_would_not_hand_over(run: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        run()
+
+
+def test_coroutines_work_in_a_notebook() -> None:
+    async def reward(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        await asyncio.sleep(0)
+        return [2.0] * len(prompts)
+
+    async def notebook() -> Any:
+        return call(reward)
+
+    assert asyncio.run(notebook())["reward"].tolist() == call(reward)["reward"].tolist() == [2.0] * 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"learning_rate": NAN}, {"learning_rate": None}, {"learning_rate": -1}, {"num_generations": None}, {"num_generations": 1},
+        {"num_generations": 0}, {"seed": None}, {"seed": 1.5}, {"reward_weights": [NAN]}, {"reward_weights": "1"}, {"generation_batch_size": -8},
+    ],
+)  # fmt: skip
+def test_a_config_of_trl_that_cannot_train(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        from_grpo_config(SimpleNamespace(**options), reward_names=["a"])
+
+
+# states
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"generator": torch.zeros(3, dtype=torch.uint8)}, {"generator": [1, 2]}, {"iteration": torch.tensor(-5)},
+        {"iteration": torch.tensor(NAN)},
+        {"iteration": torch.tensor(1.5)}, {"policy.clip_range": torch.tensor(NAN)},
+    ],
+)  # fmt: skip
+def test_a_state_that_is_refused_changes_nothing(change: dict[str, Any]) -> None:
+    config = OnlineConfig(window=SlidingWindow(4, size=1), kernel=FlowSDE(), group_size=2)
+    fresh = OnlineTrainer([WEIGHT], torch.optim.SGD([WEIGHT], lr=0.0), config)
+    before = {k: v.clone() for k, v in fresh.state_dict().items()}
+    with pytest.raises(ValueError, match="state"):
+        fresh.load_state_dict(
+            {**before, "policy.clip_range": torch.tensor(0.5), "iteration": torch.tensor(3), **change}
+        )
+    after = fresh.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
+
+
+def test_a_robust_reward_reads_one_number_a_sample() -> None:
+    def failing(column: list[int]) -> Any:
+        if len(column) > 1:
+            raise KeyError("x")
+        return [1.0, 2.0]
+
+    with pytest.raises(ValueError, match="must return 1 numbers"):
+        RobustReward(failing, retries=0)([1, 2])
+    for options in ({"retries": NAN}, {"wait_s": INF}, {"wait_s": "1"}, {"retries": 1.5}):
+        with pytest.raises(ValueError, match="must be"):
+            RobustReward(failing, **options)  # type: ignore[arg-type]
