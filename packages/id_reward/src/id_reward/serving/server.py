@@ -227,7 +227,12 @@ class ScorerServer:
             InputError: The address is taken, or an option does not fit.
         """
         check_settings(
-            host=host, port=port, timeout=timeout, missing_score=missing_score, max_connections=max_connections, **batching
+            host=host,
+            port=port,
+            timeout=timeout,
+            missing_score=missing_score,
+            max_connections=max_connections,
+            **batching,
         )
         self.host, self.limits, self.timeout = host, limits or Limits(), timeout
         self.references, self.missing_score = list(references), missing_score
