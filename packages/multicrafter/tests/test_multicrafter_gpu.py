@@ -147,7 +147,7 @@ def test_a_checkpoint_of_the_cpu_goes_on_elsewhere(device, number):
 
 
 def quantised_trains(device, kind, error):
-    pytest.importorskip("bitsandbytes" if kind == "nf4" else "torchao")
+    pytest.importorskip("bitsandbytes" if kind == "nf4" else "torchao", reason="needs multicrafter[quantize]")
     plain, stage = stage_on(device, 1), stage_on(device, 1, quantization=kind)
     want, got = plain.step(0), stage.step(0)
     assert got["loss"] == pytest.approx(want["loss"], rel=error)

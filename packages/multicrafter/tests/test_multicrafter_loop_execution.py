@@ -143,7 +143,7 @@ def test_the_moving_average_is_one(tmp_path):
     ("kind", "module", "error"), [("int8", "torchao", 0.02), ("fp8", "torchao", 0.1), ("nf4", "bitsandbytes", 0.25)]
 )
 def test_a_quantised_base_still_trains_adapters(kind, module, error):
-    pytest.importorskip(module)
+    pytest.importorskip(module, reason="needs multicrafter[quantize]")
     pipe = workers.small_pipe()
     stage = workers.make_stage(1, execution={"quantization": kind})
     weight = stage.transformer.transformer_blocks[0].attn.to_q.base_layer.weight
@@ -158,7 +158,7 @@ def test_a_quantised_base_still_trains_adapters(kind, module, error):
 
 
 def test_the_8_bit_optimizer_learns_and_survives_the_disk():
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="needs multicrafter[quantize]")
     config = ExecutionConfig(optimizer="adamw8bit")
 
     def make():

@@ -84,9 +84,10 @@ def test_an_old_name_of_ours_fails_a_test_that_does_not_expect_it(capsys):
 
 
 def test_no_warning_is_silenced_wholesale():
-    settings = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["tool"]["pytest"][
-        "ini_options"
-    ]
+    path = Path(__file__).parents[3] / "pyproject.toml"
+    if not path.is_file():
+        pytest.skip("needs a checkout, whose settings it reads")
+    settings = tomllib.loads(path.read_text())["tool"]["pytest"]["ini_options"]
     silenced = [line.split(":") for line in settings["filterwarnings"] if line.startswith("ignore")]
     assert silenced and all(len(parts) > 3 and parts[3] for parts in silenced), "each names the module that warns"
     ours = ("gspo", "idar", "moe_lora", "id_reward", "multicrafter", "tests")

@@ -28,7 +28,7 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="the page needs gradio, which the environment of `make test-serve` has")
 playwright = pytest.importorskip(
-    "playwright.sync_api", reason="a browser is driven by playwright; see `make test-serve`"
+    "playwright.sync_api", reason="needs playwright, which drives the browser; see `make test-serve`"
 )
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")

@@ -44,7 +44,7 @@ def test_without_ray_the_pip_line_is_named(monkeypatch):
 
 @pytest.mark.slow
 def test_ray_gives_the_same_dataset(drawn, built, make_config, tmp_path):
-    ray = pytest.importorskip("ray")
+    ray = pytest.importorskip("ray", reason="needs multicrafter[ray]")
     try:
         summary = build(drawn[0], tmp_path / "out", make_config(), engine=make_engine("ray", 2), progress=False)
     finally:

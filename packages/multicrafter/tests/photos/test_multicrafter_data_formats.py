@@ -37,7 +37,7 @@ def sets(drawn, built, make_config, tmp_path_factory):
 @pytest.mark.parametrize("name", FORMATS)
 def test_datasets_loads_it(sets, name, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
     loaded = datasets.load_dataset(str(sets / name), cache_dir=str(tmp_path))
     about = schema.read_dataset_json(sets / name)
     assert {split: len(loaded[split]) for split in loaded} == about["splits"]

@@ -217,7 +217,7 @@ def test_captioner(tmp_path, photo):
 
 
 def test_a_selfie_model_that_is_missing_or_broken(tmp_path):
-    pytest.importorskip("ai_edge_litert")
+    pytest.importorskip("ai_edge_litert", reason="needs multicrafter[selfie]")
     with pytest.raises(ValueError, match="not a file"):
         SelfieForeground(str(tmp_path / "none.tflite"))
     (tmp_path / "bad.tflite").write_bytes(b"nothing")
@@ -263,7 +263,7 @@ def test_clip_and_dino_judges(tmp_path, photo):
 @pytest.fixture
 def hps_checkpoint(tmp_path, monkeypatch):
     """HPS_v2.1_compressed.pt as the hub has it, but of a tiny network: open_clip is told that this is what a ViT-H-14 looks like."""
-    open_clip = pytest.importorskip("open_clip")
+    open_clip = pytest.importorskip("open_clip", reason="needs id-reward[hps]")
     tiny = {
         "embed_dim": 32,
         "vision_cfg": {"image_size": 224, "layers": 1, "width": 32, "head_width": 16, "patch_size": 56},

@@ -112,7 +112,7 @@ def test_photos_are_opened_upright(tmp_path, photo):
 
 
 def test_heic_is_read(tmp_path, photo):
-    heif = pytest.importorskip("pillow_heif")
+    heif = pytest.importorskip("pillow_heif", reason="needs multicrafter[heif]")
     heif.from_pillow(photo(320, 240)).save(tmp_path / "a.HEIC", quality=90)
     opened = open_photo(tmp_path / "a.HEIC")
     assert opened.size == (320, 240)

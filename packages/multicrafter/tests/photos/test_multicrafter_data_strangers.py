@@ -110,8 +110,8 @@ def test_a_face_that_is_found_but_too_small_is_a_stranger_too(few, make_config, 
 
 @pytest.mark.slow
 def test_dlib_cnn_finds_what_hog_finds_and_embeds_alike():
-    skimage = pytest.importorskip("skimage.data")
-    pytest.importorskip("dlib")
+    skimage = pytest.importorskip("skimage.data", reason="needs scikit-image")
+    pytest.importorskip("dlib", reason="needs id-reward[dlib]")
     from multicrafter.photos.counting import people_counter
     from PIL import Image
 
