@@ -6,9 +6,11 @@ import ast
 import re
 import tomllib
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(ROOT.glob("packages/*/src/**/*.py"))
@@ -62,6 +64,29 @@ def test_test_files_have_unique_names():
     names = Counter(p.name for p in [*ROOT.glob("packages/*/tests/**/test_*.py"), *ROOT.glob("tests/test_*.py")])
     assert [n for n, count in names.items() if count > 1] == []
     assert list(ROOT.glob("packages/*/tests/**/__init__.py")) == []
+
+
+TOOLS = r"(pytest|hypothesis|beartype|mypy|ruff|coverage|import-linter|mkdocs|towncrier|twine|playwright|hatch|gradio|jupyter|ipykernel)\b.*"
+
+
+def brought_along(names: set[str]) -> set[str]:
+    """The packages and all that they ask for in this environment, without extras."""
+    found, waiting = set(), set(names)
+    while waiting:
+        name = waiting.pop().lower().replace("_", "-")
+        found.add(name)
+        for line in metadata.requires(name) or []:
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                waiting |= {requirement.name} - found
+    return found
+
+
+def test_whoever_installs_a_package_gets_no_test_tool():
+    distributions = {tomllib.loads(path.read_text())["project"]["name"] for path in PYPROJECTS}
+    whole = brought_along(distributions)
+    assert len(distributions) == 5 and {"torch", "jaxtyping", "markupsafe"} <= whole
+    assert [name for name in sorted(whole) if re.match(TOOLS, name)] == []
 
 
 @pytest.mark.parametrize("path", PYPROJECTS, ids=lambda p: p.parent.name)

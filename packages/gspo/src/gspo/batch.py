@@ -27,7 +27,7 @@ class UpdateBatch:
 
     Attributes:
         passes: Over its rows.
-        advantages: One per row, NaN for a row that is not in the surrogate's mean.
+        advantages: One per row, NaN for a row that is not in the surrogate's mean. On the CPU, as the weights below.
         sample_weights: One per row, or None.
         step_weights: GRPO-Guard's, or None.
         count: Samples of the surrogate's mean, over all ranks.
@@ -50,7 +50,7 @@ class UpdateBatch:
 
 
 def one_per_row(name: str, values: Numbers, rollout: Rollout) -> Tensor:
-    """``values`` as a tensor beside the rollout.
+    """``values`` as a tensor on the CPU.
 
     Raises:
         ValueError: There is not one per row.
@@ -58,7 +58,7 @@ def one_per_row(name: str, values: Numbers, rollout: Rollout) -> Tensor:
     found = as_numbers(name, values)
     if found.shape != rollout.index.shape:
         raise ValueError(f"{name} must be (b,) = {tuple(rollout.index.shape)} as the rollout, got {tuple(found.shape)}")
-    return found.to(rollout.latents.device)
+    return found.cpu()
 
 
 def make_batch(
@@ -91,13 +91,13 @@ def make_batch(
     rows = (signal if drop else torch.ones_like(signal)).nonzero()[:, 0]
     step_weights = None
     if config.ratio == "guarded":
-        sigmas = torch.tensor([[s.sigma, s.sigma_next] for s in rollout.trajectory], device=gains.device)
+        sigmas = torch.tensor([[s.sigma, s.sigma_next] for s in rollout.trajectory])
         step_weights = guard_step_weights(sigmas[:, 0], sigmas[:, 1])
     broken = FiniteVelocity(velocity_fn) if config.on_nonfinite == "skip" else None
     passes = Passes(
         velocity_fn=broken or velocity_fn,
         rollout=rollout,
-        rows=rows,
+        rows=rows.to(rollout.index.device),
         ratio=config.ratio,
         micro_batch_size=config.micro_batch_size,
         replay=replay,

@@ -49,7 +49,7 @@ def auto_clip_range(
     require_tensor(ratio=ratio)
     if not 0 < target_clip_fraction < 1:
         raise ValueError(f"target_clip_fraction must be in (0, 1), got {target_clip_fraction}")
-    away = ratio.detach().double() - 1
+    away = ratio.detach().cpu().double() - 1
     away = away if away.dim() == 2 else away[:, None]
     sign = torch.zeros(len(ratio), 1, dtype=away.dtype, device=away.device)
     if advantages is not None:

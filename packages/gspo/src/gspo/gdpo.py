@@ -35,20 +35,20 @@ def whiten(
     [1.0, -1.0, nan]
     """
     check_real("eps", eps, least=0.0)
-    given = floating_dtype(advantages)
+    given, device = floating_dtype(advantages), advantages.device if isinstance(advantages, Tensor) else None
     advantages = as_numbers("advantages", advantages)
     if advantages.dim() != 1 or advantages.numel() == 0:
         raise ValueError(f"advantages must be (b,) with b at least 1, got shape {tuple(advantages.shape)}")
-    dtype = given
-    keep = torch.isfinite(advantages)
-    value = torch.where(keep, advantages, torch.zeros_like(advantages)).double()
+    wide = advantages.cpu().double()  # not every device has float64
+    keep = torch.isfinite(wide)
+    value = torch.where(keep, wide, torch.zeros_like(wide))
     count = max(total(float(keep.sum()), process_group), 1.0)
     mean = total(float(value.sum()), process_group) / count if center else 0.0
     deviation = torch.where(keep, value - mean, torch.zeros_like(value))
     std = (total(float(deviation.square().sum()), process_group) / count) ** 0.5
     # rounding alone must not look like a signal
     scaled = deviation / (std + eps) if std > 1e-12 else torch.zeros_like(deviation)
-    return torch.where(keep, scaled, torch.full_like(scaled, torch.nan)).to(dtype)
+    return torch.where(keep, scaled, torch.full_like(scaled, torch.nan)).to(device, given)
 
 
 def gdpo_advantages(

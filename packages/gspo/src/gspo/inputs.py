@@ -110,7 +110,7 @@ def one_by_one(name: str, values: Any) -> list[Any]:
 
 
 def as_numbers(name: str, values: Numbers) -> Tensor:
-    """``values`` as a floating tensor; floating tensors and arrays keep their dtype, all else becomes float64.
+    """``values`` as a floating tensor; floating ones keep dtype and device, all else becomes float64 on the CPU.
 
     None becomes NaN, and so does what a masked array masks.
 
@@ -132,7 +132,7 @@ def as_numbers(name: str, values: Numbers) -> Tensor:
             low, high = int(values.min()) if values.dtype != torch.uint64 else 0, max(values.tolist())
             if low < -EXACT or high > EXACT:
                 raise ValueError(f"{name} must be at most 2^53 as whole numbers, got {high if high > EXACT else low}")
-        return values.double()
+        return values.cpu().double()  # not every device has it
     if isinstance(values, str | bytes | Mapping | Set):
         raise ValueError(f"{name} must be numbers, one per sample, got {type(values).__name__}")
     if isinstance(values, SupportsArray):

@@ -198,7 +198,7 @@ def _scalars(
 ) -> dict[str, float]:
     """What is worth logging, over all ranks."""
     columns = [table.totals, *table.parts.values()]
-    values = gather_rows(torch.stack([c.double().cpu() for c in columns], 1), ranks)[0]
+    values = gather_rows(torch.stack([c.cpu().double() for c in columns], 1), ranks)[0]
     everyone = gather_rows(ids.cpu(), ranks)[0]
     values = torch.where(torch.isfinite(values), values, torch.full_like(values, torch.nan))
     spreads = torch.stack([_std(values[everyone == group, 0]) for group in torch.unique(everyone)])

@@ -19,7 +19,7 @@ Reference = Callable[[], AbstractContextManager[object]]
 """Makes a context manager inside which ``velocity_fn`` is the reference policy."""
 
 Slope = Callable[[Tensor, slice, slice], Tensor]
-"""``(log-ratios, rows, steps) -> dL/d log-ratio`` of these rows and steps, (r, t) both."""
+"""``(log-ratios, rows, steps) -> dL/d log-ratio`` of these rows and steps, (r, t) both, in fp64 on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Passes:
         return len(self.rollout.trajectory)
 
     def nothing(self) -> Float[Tensor, "r t"]:
-        """Log-ratios of a policy that has not moved: 0."""
-        return torch.zeros(len(self.rows), self.num_steps, dtype=torch.float64, device=self.rows.device)
+        """Log-ratios of a policy that has not moved: 0. In fp64 on the CPU, as all of them: a few numbers, and not every device has fp64."""
+        return torch.zeros(len(self.rows), self.num_steps, dtype=torch.float64)
 
     def parts(self) -> list[slice]:
         """Micro-batches, as slices of ``rows``."""
@@ -74,19 +74,19 @@ class Passes:
 
     @torch.no_grad()
     def log_ratios(self) -> Float[Tensor, "r t"]:
-        """A pass without gradients; fp64."""
+        """A pass without gradients; fp64 on the CPU."""
         found = self.nothing()
         for step in range(self.num_steps):
             for part in self.parts():
                 scored = self.score(step, part, self.replay)
-                found[part, step] = loss_log_ratio(self.ratio, scored)[:, 0].double()
+                found[part, step] = loss_log_ratio(self.ratio, scored)[:, 0].cpu().double()
         return found
 
     def accumulate(self, slope: Slope) -> tuple[Float[Tensor, "r t"], float]:
         """A pass with gradients: accumulates ``sum slope * d log-ratio + kl_coef * d KL``.
 
         Returns:
-            The log-ratios it met, fp64, and this rank's share of the KL.
+            The log-ratios it met, fp64 on the CPU, and this rank's share of the KL.
         """
         found, divergence = self.nothing(), 0.0
         for step in range(self.num_steps):
@@ -99,8 +99,8 @@ class Passes:
         """Forward and backward of one step of one micro-batch; nothing of its graph is left when it returns."""
         scored = self.score(step, part, self.replay)
         log_ratio = loss_log_ratio(self.ratio, scored)
-        met = log_ratio.detach().double()
-        loss = (log_ratio * slope(met, part, slice(step, step + 1)).to(log_ratio.dtype)).sum()
+        met = log_ratio.detach().cpu().double()
+        loss = (log_ratio * slope(met, part, slice(step, step + 1)).to(log_ratio)).sum()
         kl = torch.zeros(())
         if self.reference is not None and self.kl_coef:
             with torch.no_grad(), self.reference():

@@ -107,8 +107,10 @@ def gaussian_log_prob(
 
 
 def _levels(name: str, value: float | Tensor, latents: Tensor) -> Tensor:
-    """``value`` as one fp64 number a row, where it was (a number on the CPU, so that checking it never waits for a device)."""
-    row = torch.as_tensor(value, dtype=torch.float64)
+    """``value`` as one fp64 number a row, on the CPU: checking a number there never waits for a device, and not every device has fp64."""
+    row = (
+        torch.as_tensor(value).cpu().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    )
     if row.dim() > 1 or (row.dim() == 1 and row.shape[0] not in (1, latents.shape[0])):
         raise ValueError(
             f"{name} must be a number or have one entry per row ({latents.shape[0]}), got shape {tuple(row.shape)}"

@@ -93,7 +93,7 @@ def gradient_signal(gradients: Float[Tensor, "m p"], samples_per_batch: float) -
         raise ValueError("gradients must be finite, got NaN or infinity")
     if not 0 < samples_per_batch < math.inf:
         raise ValueError(f"samples_per_batch must be positive, got {samples_per_batch}")
-    wide = gradients.double()
+    wide = gradients.cpu().double()
     products = wide @ wide.T
     lengths = products.diagonal().sqrt()
     signal, signal_error = _mean_and_error(products)
@@ -125,12 +125,12 @@ def within_group_variance(rewards: Float[Tensor, " b"], group_ids: Int[Tensor, "
             f"rewards and group_ids must both be (b,), got {tuple(rewards.shape)} and {tuple(group_ids.shape)}"
         )
     keep = torch.isfinite(rewards)
-    value = rewards[keep].double()
-    _, index, sizes = torch.unique(group_ids[keep], return_inverse=True, return_counts=True)
+    value = rewards[keep].cpu().double()
+    _, index, sizes = torch.unique(group_ids[keep].cpu(), return_inverse=True, return_counts=True)
     freedom = int((sizes - 1).sum())
     if freedom < 1:
         raise ValueError("rewards must hold two finite ones in at least one group, got none")
-    means = torch.zeros(len(sizes), dtype=torch.float64, device=value.device).index_add(0, index, value) / sizes
+    means = torch.zeros(len(sizes), dtype=torch.float64).index_add(0, index, value) / sizes
     return float((value - means[index]).square().sum()) / freedom
 
 
@@ -196,7 +196,7 @@ def clip_activity(norms: Float[Tensor, " m"], max_grad_norm: float) -> ClipActiv
     if not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm}")
     median = float(norms.median())
-    return ClipActivity(float((norms > max_grad_norm).double().mean()), median, median / max_grad_norm)
+    return ClipActivity(float((norms > max_grad_norm).cpu().double().mean()), median, median / max_grad_norm)
 
 
 def random_walk_length(num_updates: int, momentum: float = 0.0) -> float:
@@ -231,7 +231,8 @@ def walk_ratio(updates: Float[Tensor, "k p"], momentum: float = 0.0) -> float:
     """
     if updates.dim() != 2 or len(updates) < 2:
         raise ValueError(f"updates must be (k, p) with k at least 2, got shape {tuple(updates.shape)}")
-    path = float(updates.double().square().sum())
+    wide = updates.cpu().double()
+    path = float(wide.square().sum())
     if path == 0:
         return math.nan
-    return float(updates.double().sum(0).square().sum()) / (path * random_walk_length(len(updates), momentum))
+    return float(wide.sum(0).square().sum()) / (path * random_walk_length(len(updates), momentum))

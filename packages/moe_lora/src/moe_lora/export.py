@@ -87,14 +87,14 @@ def truncate(lora: LowRank, rank: int) -> tuple[LowRank, float]:
         ValueError: rank < 1.
     """
     _check_rank(rank)
-    q_a, r_a = torch.linalg.qr(lora.lora_a.double().T)
-    q_b, r_b = torch.linalg.qr(lora.lora_b.double())
+    q_a, r_a = torch.linalg.qr(lora.lora_a.cpu().double().T)  # not every device has float64
+    q_b, r_b = torch.linalg.qr(lora.lora_b.cpu().double())
     u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     norm, lost = float(s.norm()), float(s[rank:].norm())
     root = s[:rank].sqrt()
     near = LowRank((q_a @ (v[:rank].T * root)).T, q_b @ (u[:, :rank] * root))
-    dtype = lora.lora_a.dtype
-    return LowRank(near.lora_a.to(dtype).contiguous(), near.lora_b.to(dtype).contiguous()), lost / norm if norm else 0.0
+    near = LowRank(near.lora_a.to(lora.lora_a).contiguous(), near.lora_b.to(lora.lora_b).contiguous())
+    return near, lost / norm if norm else 0.0
 
 
 Seen = Callable[[str, Float[Tensor, "n d"], Routing], None]
@@ -148,7 +148,7 @@ def _mean_gates(handle: MoELoRA, run: Callable[[], object]) -> dict[str, Tensor]
     count = dict.fromkeys(handle.layers, 0)
 
     def seen(name: str, tokens: Tensor, routing: Routing) -> None:
-        total[name].index_add_(0, routing.expert_index.flatten().cpu(), routing.gate_weights.double().flatten().cpu())
+        total[name].index_add_(0, routing.expert_index.flatten().cpu(), routing.gate_weights.flatten().cpu().double())
         count[name] += len(tokens)
 
     _watch(handle, run, seen)
@@ -164,7 +164,8 @@ def _output_errors(handle: MoELoRA, loras: dict[str, LowRank], run: Callable[[],
         h, up, down = tokens.to(a.dtype), whole(layer.lora_b.detach()), whole(layer.lora_a.detach())
         delta = experts(h, down, up, routing.gate_weights * layer.scaling, routing.expert_index)
         near = (h @ a.T) @ b.T
-        sums[name] += torch.stack([(delta - near).double().square().sum(), delta.double().square().sum()]).cpu()
+        by_token = [t.float().square().sum(-1).cpu().double() for t in (delta - near, delta)]
+        sums[name] += torch.stack(by_token).sum(1)
 
     _watch(handle, run, seen)
     return {name: float((s[0] / s[1].clamp_min(1e-300)).sqrt()) for name, s in sums.items()}

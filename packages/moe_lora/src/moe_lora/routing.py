@@ -173,7 +173,7 @@ def routing_statistics(routing: Routing, mask: Bool[Tensor, " n"] | None = None)
     routed = routing.expert_index[:, 0] >= 0
     routed = routed if mask is None else routed & mask
     logits, index = routing.gate_logits.detach()[routed], routing.expert_index[routed]
-    load = torch.bincount(index.flatten(), minlength=logits.shape[-1]).double()
+    load = torch.bincount(index.flatten(), minlength=logits.shape[-1]).cpu().double()
     load = load / load.sum().clamp_min(1)
     entropy = entropy_of(logits.softmax(-1)).sum() / max(len(logits), 1)
-    return RoutingStatistics(load.float(), float(entropy_of(load)), float(entropy))
+    return RoutingStatistics(load.float().to(index.device), float(entropy_of(load)), float(entropy))

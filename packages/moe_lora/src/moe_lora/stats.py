@@ -50,8 +50,8 @@ def load_by_kind(expert_index: Int[Tensor, "n k"], kinds: Int[Tensor, " n"], num
     tensor([[0.5000, 0.0000],
             [0.0000, 0.5000]])
     """
-    joint = _count(expert_index, kinds, torch.zeros_like(kinds), 1, int(kinds.max()) + 1, num_experts)[0].double()
-    return joint.div(joint.sum().clamp_min(1)).float()
+    joint = _count(expert_index, kinds, torch.zeros_like(kinds), 1, int(kinds.max()) + 1, num_experts)[0].cpu().double()
+    return joint.div(joint.sum().clamp_min(1)).float().to(expert_index.device)
 
 
 def _count(index: Tensor, kinds: Tensor, rows: Tensor, b: int, c: int, e: int) -> Tensor:
@@ -66,7 +66,8 @@ def mutual_information(joint: Float[Tensor, "c e"]) -> float:
     >>> round(mutual_information(torch.eye(2) / 2), 4)
     0.6931
     """
-    p = joint.double() / joint.double().sum().clamp_min(1e-300)
+    counts = joint.cpu().double()
+    p = counts / counts.sum().clamp_min(1e-300)
     return max(0.0, float(entropy_of(p.sum(0)) + entropy_of(p.sum(1)) - entropy_of(p.flatten())))
 
 
@@ -101,7 +102,7 @@ def specialisation(
             f" got {tuple(labels.shape)} and {permutations}"
         )
     generator = generator or torch.Generator().manual_seed(0)
-    counts, onehot = counts.double().cpu(), torch.nn.functional.one_hot(labels.long().cpu()).double()
+    counts, onehot = counts.cpu().double(), torch.nn.functional.one_hot(labels.long().cpu()).double()
 
     def information(order: Tensor) -> float:
         return mutual_information(onehot[order].T @ counts)

@@ -171,7 +171,7 @@ class DinoEmbedder:
             inputs = self.processor(images=[as_image(image) for image in some], return_tensors="pt")
             with torch.inference_mode():
                 found = self.model(pixel_values=inputs["pixel_values"].to(self.model.device, self.model.dtype))
-                parts.append(F.normalize(found.last_hidden_state[:, 0].double(), dim=1).cpu().numpy())
+                parts.append(F.normalize(found.last_hidden_state[:, 0].cpu().double(), dim=1).numpy())
         return np.concatenate(parts) if parts else np.zeros((0, self.dim))
 
 

@@ -83,7 +83,7 @@ class PickScorer:
         if not len(images):
             return np.zeros(0)
         cosine = (self.encoder.embed_pictures(images) * self.encoder.embed_text(prompts)).sum(1)
-        scale = float(self.encoder.model.logit_scale.detach().double().exp())
+        scale = float(self.encoder.model.logit_scale.detach().cpu().double().exp())
         return np.asarray(cosine * scale / (26 if self.scale == "unit" else 1))
 
 
@@ -268,5 +268,5 @@ class HPSv3Scorer:
         with torch.inference_mode():
             for start in range(0, len(images), self.batch_size):
                 part = slice(start, start + self.batch_size)
-                parts.append(self._rewards(images[part], prompts[part])[:, 0].double().cpu().numpy())
+                parts.append(self._rewards(images[part], prompts[part])[:, 0].cpu().double().numpy())
         return np.concatenate(parts) if parts else np.zeros(0)

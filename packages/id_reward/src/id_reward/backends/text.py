@@ -43,7 +43,7 @@ def _in_batches(items: Sequence[Any], size: int, embed: Callable[[list[Any]], Te
     with torch.inference_mode():
         for start in range(0, len(items), size):
             rows = embed(list(items[start : start + size])).float()
-            parts.append(F.normalize(rows, dim=-1).double().cpu().numpy())
+            parts.append(F.normalize(rows, dim=-1).cpu().double().numpy())
     return np.concatenate(parts) if parts else np.zeros((0, 1))
 
 

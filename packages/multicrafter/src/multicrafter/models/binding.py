@@ -411,6 +411,7 @@ def _until_found(
     found_in: Callable[[Tensor], Places],
 ) -> tuple[Places, Tensor, Tensor]:
     """Steps until the level is reached, places in the clean picture ``x - sigma v`` predicted there; what is left to do."""
+    sigmas = sigmas.to(x.device)
     for step in range(len(sigmas) - 1):
         velocity = velocity_fn(x, sigmas[step].expand(len(x)))
         if sigmas[step] <= bind_at or step == len(sigmas) - 2:

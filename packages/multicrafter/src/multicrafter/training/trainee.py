@@ -54,8 +54,8 @@ def global_aux_loss(experts: MoELoRA) -> Tensor:
     counts = torch.stack(
         [torch.bincount(r.expert_index.flatten(), minlength=experts.config.num_experts) for r in routings]
     )
-    loads = distributed.all_sum(counts.double())
-    loads = (loads / loads.sum(1, keepdim=True)).float()
+    loads = distributed.all_sum(counts)
+    loads = loads / loads.sum(1, keepdim=True)  # whole numbers: exact, and no device needs float64 for it
     balance = torch.stack(
         [
             experts.config.num_experts * (load * routing.gate_logits.softmax(-1).mean(0)).sum()

@@ -123,7 +123,7 @@ class TorchFaceBackend:
             np.concatenate([found.chips for found in aligned]) if aligned else np.zeros((0, CHIP, CHIP, 3), np.uint8)
         )
         with torch.inference_mode():
-            embeddings = self.embed(torch.from_numpy(chips).permute(0, 3, 1, 2).float() / 255).double().cpu().numpy()
+            embeddings = self.embed(torch.from_numpy(chips).permute(0, 3, 1, 2).float() / 255).cpu().double().numpy()
         counts = [len(found.scores) for found in aligned]
         parts = np.split(embeddings, np.cumsum(counts)[:-1]) if counts else []
         return [Faces(found.boxes, found.scores, part) for found, part in zip(aligned, parts, strict=True)]
@@ -156,7 +156,7 @@ class TorchFaceBackend:
         rewards, found = [], np.zeros(len(images))
         for row, (image, known) in enumerate(zip(images, references, strict=True)):
             cosine = self.similarity(image, known)
-            pairs = match_with_penalties(cosine.detach().double().cpu().numpy()).pairs
+            pairs = match_with_penalties(cosine.detach().cpu().double().numpy()).pairs
             total = sum((cosine[r, f] for r, f in pairs), start=image.sum() * 0)
             rewards.append(total / max(len(known), 1))
             found[row] = len(pairs)

@@ -167,7 +167,7 @@ def sample(
         progress: Called with the number of steps done after each.
         after: Called with a step's index and its result; what it returns replaces the result, None ends the sampling.
     """
-    x = noise
+    x, sigmas = noise, sigmas.to(noise.device)
     for step, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         velocity = velocity_fn(x, sigma.expand(len(x)))
         x = x + (sigma_next - sigma) * velocity
