@@ -164,7 +164,7 @@ def diagnose(
         _controlled(outcomes),
         clip_activity(torch.stack(gradients).norm(dim=1), max_grad_norm),
         found.squared_noise / found.squared_signal if found.squared_signal > 0 else math.inf,
-        float(torch.cat([o.rewards[torch.isfinite(o.rewards)].double() for o in outcomes]).mean()),
+        float(torch.cat([o.rewards[torch.isfinite(o.rewards)].cpu().double() for o in outcomes]).mean()),
         samples,
         num_batches,
     )
