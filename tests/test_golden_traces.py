@@ -44,6 +44,7 @@ from multicrafter.training.align_config import AlignConfig
 from multicrafter.training.precision import ExecutionConfig
 from multicrafter.training.pretrain import IDARConfig, Pretrain, PretrainConfig
 from multicrafter.training.scenes import EncodedScenes, encode_scenes
+from multicrafter.training.watching import WatchConfig
 from multicrafter.world import PEOPLE, WorldConfig, make_scenes
 from multicrafter.world.rewards import RewardConfig
 from multicrafter.world.tiny_flux import TinyFluxConfig, build_pipeline
@@ -113,11 +114,12 @@ def stage2(
     )
     online = OnlineConfig(
         window=SlidingWindow(5, size=2, stride=1, interval=2, strategy="progressive"), kernel=kernel or FlowSDE(0.7), group_size=4,
-        tail_steps=tail_steps, share_prefix=True, advantage_scale="group", advantage_ddof=0,
+        tail_steps=tail_steps, share_prefix=True, own_noise=False, advantage_scale="group", advantage_ddof=0,
         policy=policy(**(policy_changes or {})), seed=0,
     )  # fmt: skip
     plain = AlignConfig(
-        num_steps=3, prompts=2, online=online, guidance=2.5, lr=1e-3, reward=reward, routing_replay=False, routing_jitter=False,
+        num_steps=3, prompts=2, online=online, objective="ratio", separation=None, guidance=2.5, lr=1e-3, reward=reward,
+        reward_normalization="sum", keep="last", watch=WatchConfig(action="none"), routing_replay=False, routing_jitter=False,
         reward_retries=2, reward_wait_s=0.0, execution=execution(micro_batch=micro_batch, parallel=parallel),
     )  # fmt: skip
     return dataclasses.replace(plain, **changes)

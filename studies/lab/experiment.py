@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from gspo import AdvantageWeightedMatching, DiffusionNFT
 from multicrafter.config.recipes import ablation
 from multicrafter.config.settings import leaves, to_dict
 from multicrafter.scoring.evaluate import EvaluateConfig
 from multicrafter.training.align_config import MOVED, AlignConfig, online_defaults
 from multicrafter.training.pretrain import PretrainConfig
 from multicrafter.training.runs import with_execution
+from multicrafter.training.watching import WatchConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +136,12 @@ ONCE_CONSTANT: dict[str, dict[str, Any]] = {
     "routing_replay": {
         "schedule": {"warmup_steps": 5, "decay": "constant"},
         "adamw": {"betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.0},
+        "objective": "ratio",
+        "nft": to_dict(DiffusionNFT()),
+        "awm": to_dict(AdvantageWeightedMatching()),
+        "reward_normalization": "sum",
+        "keep": "last",
+        "watch": to_dict(WatchConfig()),
     },
     "num_inner_epochs": {"off_policy": "warn", "on_nonfinite": "raise"},
     "multi_id": {"off_pair_penalty": 0.0, "copy_paste": 0.0},

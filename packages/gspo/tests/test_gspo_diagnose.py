@@ -182,3 +182,16 @@ def test_mistakes_are_one_sentence() -> None:
         diagnose(moves, [weight])
     with pytest.raises(ValueError, match="at least one parameter"):
         diagnose(leaves_none, [])
+
+
+def test_a_setting_in_which_members_have_noise_of_their_own_is_diagnosed_as_it_is_trained() -> None:
+    """Each group is one of members (not one of starts), and nothing is drawn to compare it with: it is free itself."""
+    toy = Toy()
+    config = OnlineConfig(window=SlidingWindow(8, size=2), group_size=4, own_noise=True, policy=PolicyConfig())
+    batches = policy_batches(
+        toy.policy, [toy.shift], toy.starts, SIGMAS, lambda x, i: x[:, 0] + i // 4, config, generator=toy.generator
+    )
+    outcome = batches(0)
+    assert outcome.free_rewards is None and outcome.group_ids.tolist() == [i // 4 for i in range(40)]
+    found = diagnose(batches, [toy.shift], num_batches=12)
+    assert found.controlled is None and found.samples_per_batch == 40 and found.gradient.cosine > 0.5

@@ -157,3 +157,38 @@ def test_routing_is_recorded_in_the_rollout_and_replayed_in_the_update() -> None
     assert set(kept) == {0, 1} and all(len(v) == 12 for v in kept.values())
     assert len(replayed) == 3 * 2 * 3 and all(replayed) and not report.update.skipped
     assert len({int(v) for v in kept[0]}) == 2, "both experts are in use, or the test is blind"
+
+
+@pytest.mark.parametrize("split_batch", [False, True])
+def test_members_with_noise_of_their_own_that_is_alike_are_a_group_that_shares_its_start(split_batch) -> None:
+    """The same starts, written out: everything is the same, but that the policy is told which start it is."""
+    shared, own = (
+        Setup(share_prefix=False, own_noise=own, split_batch=split_batch, tail_steps=2) for own in (False, True)
+    )
+    told: list[int] = []
+    policy = own.policy
+    own.policy = lambda x, s, i: told.extend(i.tolist()) or policy(x, s, i)  # type: ignore[method-assign]
+    for seed in range(3):
+        noise = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
+        first = shared.trainer.step(shared.policy, noise, SIGMAS, lambda x, i: x[:, 0] + i)
+        second = own.trainer.step(own.policy, noise.repeat_interleave(4, 0), SIGMAS, lambda x, i: x[:, 0] + i // 4)
+        assert torch.equal(second.rewards, first.rewards) and torch.equal(second.advantages, first.advantages)
+        assert torch.equal(second.group_ids, first.group_ids)
+        assert second.rollout.index.tolist() == list(range(12))
+    assert torch.equal(own.layer.weight, shared.layer.weight) and set(told) == set(range(12))
+
+
+def test_noise_of_their_own_spreads_a_group_further() -> None:
+    apart, together = Setup(own_noise=True), Setup()
+    noise = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    own = apart.trainer.step(apart.policy, noise, SIGMAS, lambda x, i: x[:, 0])
+    assert own.scalars["reward_spread"] > 1.5 * together.step(0).scalars["reward_spread"]
+
+
+def test_noise_that_is_no_row_for_every_member_is_refused() -> None:
+    setup = Setup(own_noise=True)
+    with pytest.raises(ValueError, match=r"noise must have a row for each of 4 members .*, got 3 rows"):
+        setup.step(0)
+    noise = torch.randn(12, 4)
+    with pytest.raises(ValueError, match=r"group_ids must have one entry per group \(3\), got \(12,\)"):
+        setup.trainer.step(setup.policy, noise, SIGMAS, lambda x, i: x[:, 0], group_ids=torch.arange(12))

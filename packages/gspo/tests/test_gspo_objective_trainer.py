@@ -428,3 +428,38 @@ def test_the_loss_that_is_logged_is_the_loss() -> None:
             nft_loss(velocity, velocity, point.target[kept], optimality(case.advantages[kept]), beta=0.5) * 10
         )
     assert statistics.loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+
+
+def test_rows_that_are_their_own_prompts_form_the_groups_that_ids_say() -> None:
+    """A policy may have to know which member it draws: then every row is a prompt, and groups are told."""
+    noise, line = torch.randn(6, 3, generator=torch.Generator().manual_seed(1)), torch.linspace(1, 0, 5)
+    one, other = Case(), Case()
+    found = [
+        objective_step(
+            case.trainer(DiffusionNFT(levels=LEVELS), lr=0.1),
+            case.policy,
+            noise,
+            line,
+            lambda x, i: x.sum(1),
+            **options,
+        )
+        for case, options in (
+            (one, {"group_size": 2}),
+            (other, {"group_size": 1, "group_ids": torch.arange(3).repeat_interleave(2)}),
+        )
+    ]
+    assert torch.equal(found[0].advantages, found[1].advantages) and torch.equal(one.weight, other.weight)
+    assert found[1].rollout.index.tolist() == list(range(6))
+
+
+def test_a_velocity_that_is_not_finite_costs_the_step_and_no_more() -> None:
+    case, line = Case(), torch.linspace(1, 0, 5)
+    trainer, before = case.trainer(AdvantageWeightedMatching(levels=LEVELS), lr=0.1), case.weight.detach().clone()
+    broken = lambda x, s, i: torch.where(s[:, None] < 0.6, NAN, case.policy(x, s, i))  # noqa: E731
+    noise = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match="finite"):
+        objective_step(trainer, broken, noise, line, lambda x, i: x.sum(1), group_size=2)
+    report = objective_step(trainer, broken, noise, line, lambda x, i: x.sum(1), group_size=2, on_nonfinite="skip")
+    assert report.update.skipped and torch.equal(case.weight, before) and trainer.iteration == 0
+    report = objective_step(trainer, case.policy, noise, line, lambda x, i: x.sum(1), group_size=2, on_nonfinite="skip")
+    assert not report.update.skipped and not torch.equal(case.weight, before)

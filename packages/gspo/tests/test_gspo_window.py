@@ -67,3 +67,17 @@ def test_random_starts_are_uniform_and_seeded() -> None:
     counts = Counter(starts)
     assert set(counts) == set(range(14)) and max(abs(c - 200) for c in counts.values()) < 60
     assert starts != [SlidingWindow(16, interval=1, strategy="random", seed=2).at(i)[0] for i in range(2800)]
+
+
+@pytest.mark.parametrize("start", [0, 3, 5])
+def test_a_fixed_window_stays_where_it_is_put(start: int) -> None:
+    window = SlidingWindow(8, size=2, interval=4, strategy="fixed", start=start)
+    assert {window.at(i) for i in (0, 1, 4, 1000)} == {(start, start + 1)} and window.starts == (start,)
+
+
+@pytest.mark.parametrize(
+    "options", [{"strategy": "fixed", "start": 6}, {"strategy": "fixed", "start": -1}, {"start": 1}]
+)
+def test_a_window_that_cannot_stay_there_is_refused(options: dict) -> None:
+    with pytest.raises(ValueError, match=rf"start must be in .* got {options['start']}"):
+        SlidingWindow(8, size=2, **options)

@@ -243,7 +243,7 @@ def policy_batches(
     Args:
         velocity_fn: The policy.
         parameters: The trained ones.
-        starts: Noise of batch i, one start per prompt.
+        starts: Noise of batch i, one start per prompt, or with ``config.own_noise`` per member.
         sigmas: Schedule.
         reward_fn: See `policy_step`.
         config: The run's own.
@@ -261,10 +261,8 @@ def policy_batches(
         report = policy_step(
             trainer, velocity_fn, noise, sigmas, reward_fn, still, iteration=iteration, generator=generator, **options
         )
-        own = options.get("group_ids")
-        ids = report.rollout.index if own is None else own.to(report.rollout.index.device)[report.rollout.index]
-        rewards = report.rewards
-        if not free:
+        ids, rewards = report.group_ids, report.rewards
+        if not free or config.own_noise:  # starts of their own leave nothing to compare with
             return BatchOutcome(rewards, ids)
         members = config.group_size
         drawn = rollout(

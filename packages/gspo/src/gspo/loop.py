@@ -60,7 +60,7 @@ class StepReport(NamedTuple):
 
 @dataclass(frozen=True)
 class _Draw:
-    """Which prompts this rank draws from, and how."""
+    """Which starts this rank draws from, and how; a group for each, and members that begin there."""
 
     noise: Tensor
     index: Tensor
@@ -77,22 +77,32 @@ def _plan(
     ranks: ProcessGroup | None,
 ) -> _Draw:
     """This rank's part of the batch."""
-    index = torch.arange(len(noise), device=noise.device)
-    ids = index if group_ids is None else as_ids("group_ids", group_ids).to(noise.device)
-    if ids.shape != index.shape:
-        raise ValueError(f"group_ids must have one entry per row of noise ({len(noise)}), got {tuple(ids.shape)}")
+    members = config.group_size if config.own_noise else 1
+    if len(noise) % members:
+        raise ValueError(
+            f"noise must have a row for each of {members} members of every group (own_noise), got {len(noise)} rows"
+        )
+    index, number = torch.arange(len(noise), device=noise.device), len(noise) // members
+    ids = torch.arange(number, device=noise.device) if group_ids is None else as_ids("group_ids", group_ids)
+    ids = ids.to(noise.device)
+    if ids.shape != (number,):
+        what = "one entry per group" if config.own_noise else "one entry per row of noise"
+        raise ValueError(f"group_ids must have {what} ({number}), got {tuple(ids.shape)}")
+    copies = 1 if config.own_noise else config.group_size
     if not config.split_batch:
         if group_ids is None:  # every row of every rank is its own group
             ids = ids + gather_rows(ids, ranks)[1].start
-        return _Draw(noise, index, ids, config.group_size, {})
-    share = share_groups(len(noise), config.group_size, rank=rank_in(ranks), num_ranks=world_size(ranks))
-    here = slice(share.prompts.start, share.prompts.stop)
+        return _Draw(noise, index, ids.repeat_interleave(members), copies, {})
+    share = share_groups(number, config.group_size, rank=rank_in(ranks), num_ranks=world_size(ranks))
+    here = torch.arange(share.prompts.start, share.prompts.stop) if members == 1 else share.rows()
+    here = here.to(noise.device)
     # a generator of another device than the latents' cannot draw for the kernel; drawn there and moved, the noise does not depend on it
     elsewhere = generator is not None and generator.device.type != noise.device.type
     options: dict[str, Any] = {}
     if world_size(ranks) > 1 or elsewhere:
         options = {"step_noise": _agreed_noise(noise, share, generator, ranks)}
-    return _Draw(noise[here], index[here], ids[here], share.num_members, options)
+    copies = 1 if config.own_noise else share.num_members
+    return _Draw(noise[here], index[here], ids.repeat_interleave(members)[here], copies, options)
 
 
 def _agreed_noise(
@@ -126,7 +136,7 @@ def policy_step(
     Args:
         trainer: Holds parameters, optimizer, clip range, and the ranks that train together.
         velocity_fn: The policy, see `rollout`; its index is the row of ``noise``.
-        noise: One start per prompt; with ``config.split_batch`` those of all ranks.
+        noise: One start per prompt, or with ``config.own_noise`` per member; with ``config.split_batch`` those of all ranks.
         sigmas: Schedule, ``config.window.num_steps + 1`` levels.
         reward_fn: Called with final latents and the prompt of each; see `RewardFunction`. A NaN leaves its sample out.
         config: See `OnlineConfig`.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from gspo.advantage import GroupStatistics, Scale, group_advantages, group_statistics, multi_reward_advantages, nan_sum
+from gspo.distributed import total
 from gspo.draw import Solver, draw
+from gspo.finite import FiniteVelocity
 from gspo.gdpo import whiten
 from gspo.inputs import Ids, as_ids, require_tensor
 from gspo.loop import RewardFunction, as_rewards
@@ -90,6 +93,7 @@ def objective_step(
     whiten_batch: bool = False,
     group_ids: Ids | None = None,
     reference: Reference | None = None,
+    on_nonfinite: Literal["raise", "skip"] = "raise",
 ) -> ObjectiveReport:
     """One step with an objective that needs no trajectory: the old policy draws, the samples are rewarded, the policy is updated.
 
@@ -99,7 +103,7 @@ def objective_step(
         noise: One start per sample, see `draw`.
         sigmas: Schedule of the solver.
         reward_fn: Called with final latents and the prompt of each; see `gspo.loop.RewardFunction`. A NaN leaves its sample out.
-        group_size: Members per prompt, at least 2.
+        group_size: Members per prompt, at least 2; 1 where ``group_ids`` say which rows form a group.
         solver: See `draw`, as is micro_batch_size.
         micro_batch_size: Rows per call of the policy while drawing; the update's is the trainer's.
         advantage_scale: See `gspo.group_advantages`.
@@ -107,13 +111,15 @@ def objective_step(
         whiten_batch: `gspo.gdpo.whiten` the advantages.
         group_ids: Group of each prompt, where several prompts form one.
         reference: See `ObjectiveTrainer.update`.
+        on_nonfinite: A velocity that is NaN or infinite while samples are drawn stops the run ("raise"), or the step is skipped, on all
+            ranks ("skip").
 
     Raises:
         ValueError: Sizes do not fit, or see the functions it calls.
     """
     if not isinstance(group_size, int) or isinstance(group_size, bool):
         raise ValueError(f"group_size must be a whole number of at least 2, got {group_size!r}")
-    if group_size < 2:
+    if group_size < 2 and group_ids is None:
         raise ValueError(f"group_size must be at least 2 (a group of one has no advantage), got {group_size}")
     if trainer.objective.needs_trajectory:
         raise ValueError(
@@ -121,9 +127,15 @@ def objective_step(
             "draw with gspo.rollout and call trainer.update"
         )
     require_tensor(noise=noise)
+    finite = FiniteVelocity(velocity_fn) if on_nonfinite == "skip" else None
     with trainer.old_policy():
         drawn = draw(
-            velocity_fn, noise, sigmas, group_size=group_size, solver=solver, micro_batch_size=micro_batch_size
+            finite or velocity_fn,
+            noise,
+            sigmas,
+            group_size=group_size,
+            solver=solver,
+            micro_batch_size=micro_batch_size,
         )
     with torch.no_grad():
         values = reward_fn(drawn.latents, drawn.index)
@@ -143,5 +155,8 @@ def objective_step(
     if whiten_batch:
         advantages = whiten(advantages, process_group=trainer.ranks)
     groups = group_statistics(rewards, ids)
-    update = trainer.update(velocity_fn, drawn, advantages, reference=reference)
+    if finite is not None and total(float(finite.num_broken), trainer.ranks) > 0:
+        update = ObjectiveStatistics(0.0, {}, math.nan, True, 0, 0, trainer.signal.summary())
+    else:
+        update = trainer.update(velocity_fn, drawn, advantages, reference=reference)
     return ObjectiveReport(rewards, parts, advantages, groups, update, drawn)

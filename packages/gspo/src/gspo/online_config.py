@@ -23,6 +23,8 @@ class OnlineConfig:
         group_size: Members per prompt, >= 2.
         tail_steps: Second-order steps after the window, or None for the remaining Euler steps.
         share_prefix: Take the steps before the window once per group.
+        own_noise: Members of a group start from noise of their own: there is one start per member, (p * group_size, ...), those of prompt i
+            at rows i * group_size onwards. False: from one start per prompt, so that they differ in what the window draws alone.
         micro_batch_size: Rows of a rollout per call of the policy, None for all; ``policy.micro_batch_size`` is the update's.
         offload: Keep trajectories in CPU memory.
         split_batch: Several ranks are given one batch (the same noise, generators in the same state), and each draws its share
@@ -41,6 +43,7 @@ class OnlineConfig:
     group_size: int = 8
     tail_steps: int | None = None
     share_prefix: bool = True
+    own_noise: bool = False
     micro_batch_size: int | None = None
     offload: bool = False
     split_batch: bool = False
@@ -58,6 +61,8 @@ class OnlineConfig:
             raise ValueError(f"reward_weights must be a dictionary by name, got {self.reward_weights!r}")
         for name, weight in self.reward_weights.items():
             check_real(f"reward_weights[{name!r}]", weight)
+        if not isinstance(self.own_noise, bool):
+            raise ValueError(f"own_noise must be True or False, got {self.own_noise!r}")
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2 (a group of one has no advantage), got {self.group_size}")
         for name, choices in (

@@ -13,7 +13,7 @@ from typing import Literal
 from gspo.inputs import require_real, require_whole
 
 MAX_STEPS = 100_000
-Strategy = Literal["progressive", "random", "exp_decay"]
+Strategy = Literal["progressive", "random", "exp_decay", "fixed"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class SlidingWindow:
 
         tau(l) = ceil(interval * exp(-decay_rate * max(0, l - decay_from)))    (MixGRPO, section 3.3)
 
+    "fixed" never moves: it stays where the reward's spread is under its control (`gspo.diagnose`), usually at the first steps.
+
     Attributes:
         num_steps: Denoising steps of the rollout, >= 2.
         size: Steps in the window, in [1, num_steps - 1].
@@ -39,6 +41,7 @@ class SlidingWindow:
         seed: Seed of the "random" strategy.
         decay_rate: k of "exp_decay", per step.
         decay_from: Start from which "exp_decay" decays; None is half of num_steps (13 of 25 in MixGRPO).
+        start: First step of the "fixed" window, in [0, num_steps - 1 - size]; 0 with the other strategies.
     """
 
     num_steps: int
@@ -49,9 +52,11 @@ class SlidingWindow:
     seed: int = 0
     decay_rate: float = 0.1
     decay_from: int | None = None
+    start: int = 0
 
     def __post_init__(self) -> None:
         require_whole(self, 1, "num_steps", "size", "stride", "interval")
+        require_whole(self, 0, "start")
         require_real(self, "decay_rate")
         if not 2 <= self.num_steps <= MAX_STEPS:
             raise ValueError(f"num_steps must be at least 2 and at most {MAX_STEPS}, got {self.num_steps}")
@@ -60,8 +65,11 @@ class SlidingWindow:
         for name in ("stride", "interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.strategy not in ("progressive", "random", "exp_decay"):
-            raise ValueError(f"strategy must be 'progressive', 'random' or 'exp_decay', got {self.strategy!r}")
+        if self.strategy not in ("progressive", "random", "exp_decay", "fixed"):
+            raise ValueError(f"strategy must be 'progressive', 'random', 'exp_decay' or 'fixed', got {self.strategy!r}")
+        last = self.num_steps - 1 - self.size if self.strategy == "fixed" else 0
+        if not 0 <= self.start <= last:
+            raise ValueError(f"start must be in [0, {last}] for strategy {self.strategy!r}, got {self.start}")
         if not self.decay_rate >= 0:
             raise ValueError(f"decay_rate must not be negative, got {self.decay_rate}")
 
@@ -72,6 +80,8 @@ class SlidingWindow:
         >>> SlidingWindow(6, size=2, stride=2).starts
         (0, 2, 3)
         """
+        if self.strategy == "fixed":
+            return (self.start,)
         last = self.num_steps - 1 - self.size
         regular = list(range(0, last + 1, self.stride))
         return tuple(regular if regular[-1] == last else [*regular, last])

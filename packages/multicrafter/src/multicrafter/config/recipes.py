@@ -22,8 +22,10 @@ from multicrafter.models.binding import BindingConfig
 from multicrafter.models.checks import check_finite
 from multicrafter.scoring.evaluate import EvaluateConfig
 from multicrafter.training.align_config import AlignConfig, online_defaults
+from multicrafter.training.optimization import ScheduleConfig
 from multicrafter.training.precision import ExecutionConfig
 from multicrafter.training.pretrain_config import IDARConfig, PretrainConfig, SamplingConfig, SeparationConfig
+from multicrafter.training.watching import WatchConfig
 from multicrafter.world import WorldConfig
 
 
@@ -35,12 +37,33 @@ class Recipe(NamedTuple):
     evaluate: EvaluateConfig
 
 
+def tiny_align(*, seed: int = 0) -> AlignConfig:
+    """Stage 2 in the settings that have a gradient (docs/results/stage2.md, docs/adr/0095); the paper's schedule is `online_defaults`.
+
+    The window stays at the first steps, rollouts are bound as pictures are, rewards are normalised one by one, the rate falls, averaged
+    weights are kept, and a judge that is not trained on watches.
+    """
+    return AlignConfig(
+        prompts=8,
+        online=OnlineConfig(
+            window=SlidingWindow(16, size=2, interval=1, strategy="fixed"), tail_steps=5, policy=PolicyConfig(num_inner_epochs=1), seed=seed
+        ),
+        separation=BindingConfig(mode="draft"),
+        guidance=3.5,
+        schedule=ScheduleConfig(warmup_steps=2, decay="linear"),
+        reward_normalization="each",
+        keep="average",
+        watch=WatchConfig(action="warn"),
+        execution=ExecutionConfig(ema_decay=0.9),
+    )  # fmt: skip
+
+
 def tiny(*, seed: int = 0) -> Recipe:
     """Everything: attention supervised and separated, mixture of LoRA experts, policy optimization; pictures bound by their own draft."""
     drawn = SamplingConfig(num_sampling_steps=16, guidance=3.5)
     return Recipe(
         PretrainConfig(seed=seed, separation=SeparationConfig(), sampling=drawn),
-        AlignConfig(online=online_defaults(seed=seed)),
+        tiny_align(seed=seed),
         EvaluateConfig(
             num_sampling_steps=drawn.num_sampling_steps,
             guidance=drawn.guidance or 1.0,
@@ -66,7 +89,8 @@ def ablation(*, seed: int = 0) -> dict[str, Recipe]:
     recipes = {name: Recipe(config, None, full.evaluate) for name, config in rows.items()}
     whole = tiny(seed=seed)
     apart = replace(rows["baseline"], separation=SeparationConfig())
-    return {**recipes, "ippo": full, "separation": Recipe(apart, None, whole.evaluate), "full": whole}
+    studied = whole._replace(align=full.align)  # its stage 2 is the paper's, as in "ippo"
+    return {**recipes, "ippo": full, "separation": Recipe(apart, None, whole.evaluate), "full": studied}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +258,7 @@ def tiny_stage1(*, seed: int = 0) -> Stage1:
 
 def tiny_stage2(*, seed: int = 0) -> Stage2:
     """Stage 2 of `tiny`."""
-    return Stage2(model=ModelConfig(text_tokens=16), align=AlignConfig(online=online_defaults(seed=seed)))
+    return Stage2(model=ModelConfig(text_tokens=16), align=tiny_align(seed=seed))
 
 
 RECIPES: dict[str, Callable[..., Run]] = {

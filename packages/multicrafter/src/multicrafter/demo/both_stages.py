@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from multicrafter import UserError
-from multicrafter.config.recipes import ablation
+from multicrafter.config.recipes import ablation, tiny_align
 from multicrafter.demo import figures
 from multicrafter.demo.report import write_report
 from multicrafter.files import write_json
@@ -130,9 +130,7 @@ def run(
         name: replace(recipes[row].pretrain, num_steps=config.stage1_steps, num_scenes=config.scenes, seed=config.seed)
         for name, row in (("baseline", "baseline"), ("stage 1", "full"))
     }
-    stage2 = recipes["full"].align
-    assert stage2 is not None
-    stage2 = replace(stage2, num_steps=config.stage2_steps)
+    stage2 = replace(tiny_align(seed=config.seed), num_steps=config.stage2_steps)
     evaluation = replace(recipes["full"].evaluate, num_cases=config.cases)
     everyone = WorldJudges.load()
     reward = tiny_reward(RewardConfig())

@@ -382,25 +382,60 @@ def sample_bound(
         return tokens, Binding(masks, None, everybody, calls)
     if finder is None or decode is None:
         raise UserError(f"finder must be given for separation {config.mode!r}, got none")
+    bind: dict[str, Any] = {
+        "config": config, "separation": separation, "decode": decode, "finder": finder, "references": references, "grid": grid,
+        "watch": watch, "counts": counts,
+    }  # fmt: skip
+    if config.mode == "draft":
+        places = bind_by_draft(counted, noise, schedule, **bind)
+    else:
+        with _finding(**bind) as found_in:
+            places, noise, sigmas = _until_found(counted, noise, sigmas, config.bind_at, found_in)
+        skipped = num_steps + 1 - len(sigmas)
+        inner = after
+        after = None if inner is None else (lambda step, x: inner(step + skipped, x))
+    tokens = sample(counted, noise, sigmas, after=after)
+    assert isinstance(separation.masks, Tensor)
+    return tokens, Binding(separation.masks, places, ~places.boxes.isnan().any(-1).any(-1), calls)
+
+
+def bind_by_draft(
+    velocity_fn: Callable[[Tensor, Tensor], Tensor],
+    noise: Float[Tensor, "b n d"],
+    schedule: Callable[[int], Float[Tensor, " t"]],
+    *,
+    config: BindingConfig,
+    separation: Separation,
+    decode: Callable[[Tensor], Float[Tensor, "b 3 H W"]],
+    finder: Any,
+    references: Sequence[Sequence[Any]],
+    grid: Grid,
+    watch: tuple[Any, Backbone, Sequence[Grid]] | None = None,
+    counts: Sequence[int] | None = None,
+) -> Places:
+    """Places in a short draft from ``noise``; ``separation.masks`` are theirs from then on. Arguments as of `sample_bound`."""
+    with _finding(
+        config=config, separation=separation, decode=decode, finder=finder, references=references, grid=grid, watch=watch, counts=counts,
+    ) as found_in:  # fmt: skip
+        return found_in(sample(velocity_fn, noise, schedule(config.draft_steps)))
+
+
+@contextmanager
+def _finding(
+    *, config: BindingConfig, separation: Separation, decode: Callable[[Tensor], Float[Tensor, "b 3 H W"]], finder: Any,
+    references: Sequence[Sequence[Any]], grid: Grid, watch: tuple[Any, Backbone, Sequence[Grid]] | None, counts: Sequence[int] | None,
+) -> Iterator[Callable[[Tensor], Places]]:  # fmt: skip
+    """Finds places in tokens that are drawn inside, and separates by them."""
     with _watched(finder, watch, grid, counts) as maps:
 
         def found_in(tokens: Tensor) -> Places:
             pictures = decode(tokens).float().clamp(0, 1).cpu()
             places: Places = finder(pictures, references, maps(), grid)
             size = (pictures.shape[2], pictures.shape[3])
-            separation.masks = masks_of_places(places, grid, size, margin=config.margin).to(noise.device)
+            separation.masks = masks_of_places(places, grid, size, margin=config.margin).to(tokens.device)
             return places
 
-        if config.mode == "draft":
-            places = found_in(sample(counted, noise, schedule(config.draft_steps)))
-        else:
-            places, noise, sigmas = _until_found(counted, noise, sigmas, config.bind_at, found_in)
-            skipped = num_steps + 1 - len(sigmas)
-            inner = after
-            after = None if inner is None else (lambda step, x: inner(step + skipped, x))
-    tokens = sample(counted, noise, sigmas, after=after)
-    assert isinstance(separation.masks, Tensor)
-    return tokens, Binding(separation.masks, places, ~places.boxes.isnan().any(-1).any(-1), calls)
+        yield found_in
 
 
 def _until_found(

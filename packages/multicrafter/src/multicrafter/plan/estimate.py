@@ -19,7 +19,7 @@ from multicrafter import UserError
 from multicrafter.config.recipes import Run, Stage1, Stage2
 from multicrafter.models.backbones import BACKBONES, Backbone, get_backbone
 from multicrafter.plan.hardware import EFFICIENCY, FRAGMENTATION, FUSION, RESERVED, Card
-from multicrafter.plan.steps import PlannedPolicy, PlannedPretrain, Shape, build, iteration_evaluations
+from multicrafter.plan.steps import PlannedPolicy, PlannedPretrain, Shape, align_evaluations, build
 from multicrafter.plan.tracker import Answers, MemoryTracker, bytes_of
 from multicrafter.training.align import online_config
 from multicrafter.training.distributed import transformer_blocks
@@ -261,7 +261,7 @@ def predict(run: Run, card: Card, *, gpus: int = 1, measured: Pass | None = None
     if isinstance(run, Stage1):
         passes, evaluations = total / rows, 0.0
     else:
-        counted = iteration_evaluations(online_config(run.align), run.align.prompts)
+        counted = align_evaluations(run.align)
         passes, evaluations = counted.backward / rows, counted.forward / rows
     flops = passes * one.flops + evaluations * one.forward_flops
     moved = passes * one.moved + evaluations * one.forward_moved

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import Backbone
-from multicrafter.training.align import policy_velocity
-from multicrafter.training.align_config import online_defaults
+from multicrafter.training.align import online_config, policy_velocity
+from multicrafter.training.align_config import AlignConfig, online_defaults
 from multicrafter.training.optimization import AdamWConfig
 from multicrafter.training.precision import ExecutionConfig, prepare_transformer
 from multicrafter.training.pretrain import Objective
@@ -145,7 +145,7 @@ class PlannedPolicy:
         policy = replace((online or online_defaults()).policy, num_inner_epochs=1, micro_batch_size=rows)
         self.online = replace(
             online or online_defaults(), window=SlidingWindow(2, size=1), tail_steps=None, group_size=max(rows, 2),
-            micro_batch_size=rows, policy=policy,
+            own_noise=False, micro_batch_size=rows, policy=policy,
         )  # fmt: skip
         self.trainer = PolicyTrainer(list(adapters.parameters()), self.optimizer, policy, process_group=None)
         make_states(self.optimizer)
@@ -192,13 +192,29 @@ def iteration_evaluations(online: OnlineConfig, prompts: int) -> Evaluations:
         return policy * x
 
     generator, steps = torch.Generator().manual_seed(0), online.window.num_steps
+    starts = prompts * (online.group_size if online.own_noise else 1)
     for _ in range(2):
         counts.update({False: 0, True: 0})
         policy_step(
-            trainer, velocity, torch.ones(prompts, 1), torch.linspace(1, 0, steps + 1), unequal_rewards, online,
+            trainer, velocity, torch.ones(starts, 1), torch.linspace(1, 0, steps + 1), unequal_rewards, online,
             generator=generator, reference=nullcontext,
         )  # fmt: skip
     return Evaluations(counts[False], counts[True])
+
+
+def align_evaluations(config: AlignConfig) -> Evaluations:
+    """What an iteration of stage 2 asks of the network: `iteration_evaluations` or those of a forward objective, and the drafts besides."""
+    online = online_config(config)
+    samples = config.prompts * online.group_size
+    if config.objective == "ratio":
+        counted = iteration_evaluations(online, config.prompts)
+    else:
+        levels = (config.nft if config.objective == "nft" else config.awm).levels.count
+        counted = Evaluations(online.window.num_steps * samples, levels * online.policy.num_inner_epochs * samples)
+    if config.separation is None or config.separation.mode != "draft":
+        return counted
+    starts = samples if online.own_noise else config.prompts
+    return counted._replace(forward=counted.forward + config.separation.draft_steps * starts)
 
 
 def make_states(optimizer: torch.optim.Optimizer) -> None:

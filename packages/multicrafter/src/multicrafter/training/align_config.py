@@ -6,15 +6,17 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import wraps
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
-from gspo import KERNELS, OnlineConfig, SlidingWindow
+from gspo import KERNELS, AdvantageWeightedMatching, DiffusionNFT, OnlineConfig, SlidingWindow
 
 from multicrafter import UserError
+from multicrafter.models.binding import BindingConfig
 from multicrafter.models.checks import check_finite
 from multicrafter.training.loop import LoopConfig
 from multicrafter.training.optimization import AdamWConfig, ScheduleConfig
 from multicrafter.training.precision import ExecutionConfig
+from multicrafter.training.watching import WatchConfig
 from multicrafter.world.rewards import RewardConfig
 from multicrafter.world.scenes import check_shapes
 
@@ -130,11 +132,21 @@ class AlignConfig:
         prompts: Prompts (with their references) an iteration, on all ranks together.
         online: How groups are drawn, rewarded and learned from. One batch is always split over the ranks, and a velocity that is not finite
             always skips the step. ``micro_batch_size`` None takes ``execution.micro_batch``. The seed is also that of the prompts' order.
+        objective: "ratio" (``online.policy`` says which), or without a likelihood "nft" or "awm", whose samples a solver draws in
+            ``online.window.num_steps`` steps; these two need ``online.own_noise``, and take all but ratio and clip range from ``online.policy``.
+        nft: DiffusionNFT, for objective "nft".
+        awm: Advantage-weighted matching, for objective "awm".
+        separation: How subjects are kept apart in rollouts and updates: None, "draft" (places are found in a draft from each start, as
+            pictures are drawn), "attention", or "masks" (of the scenes).
         guidance: Of a base that takes it as an input: what rollouts are sampled, and the policy is trained, at.
         lr: Peak learning rate.
         schedule: How it rises and falls.
         adamw: The rest of the optimizer; gradients are clipped to ``online.policy.max_grad_norm``.
         reward: Weights.
+        reward_normalization: "sum": the weighted sum of the parts is normalised in its group, so that the part with the largest spread
+            decides; "each": every part is normalised by itself and then weighted (GDPO), by ``online.reward_weights`` or those of ``reward``.
+        keep: Which weights the adapter has in the end: the "last" ones, or their moving "average" (``execution.ema_decay``).
+        watch: A judge that is not trained on, against a reward that is gamed.
         routing_replay: Experts that the rollout chose are chosen again in the update (their weights are still the router's, and learn).
         routing_jitter: Measure after every update, in one more pass, which share of the tokens the policy would route otherwise now.
         reward_retries: More attempts where the reward raises, before the pictures that cause it are left out.
@@ -150,11 +162,18 @@ class AlignConfig:
     shapes: tuple[tuple[int, int], ...] | None = None
     prompts: int = 8
     online: OnlineConfig = field(default_factory=online_defaults)
+    objective: Literal["ratio", "nft", "awm"] = "ratio"
+    nft: DiffusionNFT = field(default_factory=DiffusionNFT)
+    awm: AdvantageWeightedMatching = field(default_factory=AdvantageWeightedMatching)
+    separation: BindingConfig | None = None
     guidance: float = 2.5
     lr: float = 3e-4
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup_steps=5, decay="constant"))
     adamw: AdamWConfig = field(default_factory=lambda: AdamWConfig(betas=(0.9, 0.99)))
     reward: RewardConfig = field(default_factory=RewardConfig)
+    reward_normalization: Literal["sum", "each"] = "sum"
+    keep: Literal["last", "average"] = "last"
+    watch: WatchConfig = field(default_factory=WatchConfig)
     routing_replay: bool = False
     routing_jitter: bool = False
     reward_retries: int = 2
@@ -177,10 +196,27 @@ class AlignConfig:
         for name in ("reward_retries", "reward_wait_s"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.online.reward_weights:
+        for name, choices in (
+            ("objective", ("ratio", "nft", "awm")),
+            ("reward_normalization", ("sum", "each")),
+            ("keep", ("last", "average")),
+        ):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if self.reward_normalization == "sum" and self.online.reward_weights:
             raise UserError(
                 f"online.reward_weights must be empty (weights of the parts are those of reward), got {dict(self.online.reward_weights)}"
             )
+        if self.keep == "average" and not self.execution.ema_decay:
+            raise UserError("keep 'average' needs execution.ema_decay above 0, got 0")
+        if self.separation is not None and self.separation.mode not in ("draft", "attention", "masks"):
+            raise UserError(
+                f"separation.mode must be 'draft', 'attention' or 'masks' in stage 2, got {self.separation.mode!r}"
+            )
+        if self.objective != "ratio" and not self.online.own_noise:
+            raise UserError(f"objective {self.objective!r} needs online.own_noise (members must differ), got False")
+        if self.objective != "ratio" and (self.routing_replay or self.routing_jitter):
+            raise UserError(f"routing_replay and routing_jitter need objective 'ratio', got {self.objective!r}")
         if self.routing_replay and self.execution.gradient_checkpointing:
             raise UserError("routing_replay needs execution.gradient_checkpointing to be off, got both")
 

@@ -53,7 +53,8 @@ class Stage(Protocol):
     """What the loop drives.
 
     A stage may also have ``notes() -> dict`` (JSON for the checkpoint: routing, window, ...), ``check_notes(dict)`` (raises ValueError
-    if a checkpoint does not fit) and ``preview() -> Preview`` (pictures and scalars for the tracker).
+    if a checkpoint does not fit), ``preview() -> Preview`` (pictures and scalars for the tracker), and ``finished() -> str | None`` (why
+    the run should end before its last step; equal on all ranks).
     """
 
     def step(self, index: int) -> dict[str, float]:
@@ -191,7 +192,8 @@ def _train(
                 tracker.pictures(index + 1, preview.pictures)
             bar.update()
             bar.set_postfix(_shown(metrics), refresh=False)
-            stopping, last = distributed.any_rank(bool(stop)), index + 1 == num_steps
+            stopping, finished = distributed.any_rank(bool(stop)), _finished(stage)
+            last = index + 1 == num_steps or finished is not None
             if (index + 1) % every == 0 or last or stopping:
                 log.sync()
                 tensors = stage.tensors()
@@ -215,6 +217,9 @@ def _train(
                     if last or stopping or failed >= settings.max_failed_saves:
                         raise
                     _say(f"{error.strerror}; going on, the newest checkpoint is of step {saved}")
+            if finished is not None:
+                _say(f"ending at step {index + 1} of {num_steps}: {finished}")
+                break
             if skipped >= settings.max_skipped:
                 raise Diverged(
                     f"loss must be finite, but the last {skipped} steps had to be skipped (step {index + 1}); "
@@ -248,6 +253,11 @@ def _broken(tensors: Mapping[str, Tensor]) -> str:
 
 def _shown(metrics: dict[str, float]) -> dict[str, str]:
     return {k: f"{v:.4g}" for k, v in metrics.items() if k in ("loss", "reward", "attention_loss")}
+
+
+def _finished(stage: Stage) -> str | None:
+    found: str | None = stage.finished() if hasattr(stage, "finished") else None
+    return found
 
 
 def _notes(stage: Stage) -> dict[str, Any]:

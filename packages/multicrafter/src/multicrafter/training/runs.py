@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from multicrafter import UserError
 from multicrafter.models.adapters import Adapters
+from multicrafter.models.binding import Finder, IdentityFinder
 from multicrafter.models.loaded import LoadedModel
 from multicrafter.training import loop
-from multicrafter.training.align import Align
+from multicrafter.training.align import Align, Watcher
 from multicrafter.training.align_config import AlignConfig, filled, modern
 from multicrafter.training.checkpoint import Checkpoint, checkpoints_in, find_checkpoint
 from multicrafter.training.distributed import is_main
@@ -25,8 +26,9 @@ from multicrafter.training.pretrain_config import PretrainConfig, sampling_notes
 from multicrafter.training.rewarding import Reward
 from multicrafter.training.scenes import EncodedScenes, encode_shaped_scenes
 from multicrafter.training.trackers import Tracker
-from multicrafter.world import WorldConfig
-from multicrafter.world.rewards import tiny_reward
+from multicrafter.world import WorldConfig, judges
+from multicrafter.world.judges.people import PeopleBackend
+from multicrafter.world.rewards import drawn_watcher, tiny_reward
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -132,6 +134,8 @@ def run_align(
     scenes: EncodedScenes | Sequence[EncodedScenes] | None = None,
     resume: loop.Resume = False,
     reward: Reward | None = None,
+    finder: Finder | None = None,
+    watcher: Watcher | None = None,
     settings: LoopConfig | None = None,
     tracker: Tracker | None = None,
     sampling: Mapping[str, Any] | None = None,
@@ -140,7 +144,7 @@ def run_align(
 
     Without ``scenes`` prompts and references are drawn from the tiny world's ``family``, at the sizes that the adapter was trained at, or in
     ``config.shapes``; several `EncodedScenes`, drawn or of photos (`photo_scenes.encode_shapes`), are buckets of different shapes;
-    without ``reward`` it is the tiny world's, of people.
+    without ``reward`` it is the tiny world's, of people, and so are what finds subjects in drafts and who watches.
     ``sampling`` is what the stage-1 adapter says of how its pictures are drawn; the new one says the same.
     """
     if resume:
@@ -150,7 +154,10 @@ def run_align(
     scenes = scenes or encode_shaped_scenes(
         model, world, 512, config.shapes, seed=config.online.seed + 10_000, cache=config.execution.cache
     )
-    stage = Align(model, adapters, config, scenes, reward or tiny_reward(config.reward))
+    if reward is None:
+        finder = finder or IdentityFinder(backend=PeopleBackend.from_pretrained(judges.shipped()))
+        watcher = watcher or drawn_watcher()
+    stage = Align(model, adapters, config, scenes, reward or tiny_reward(config.reward), finder=finder, watcher=watcher)
     history = loop.run(
         stage,
         num_steps=config.num_steps,
@@ -161,6 +168,7 @@ def run_align(
         loop=settings or config.loop,
         tracker=tracker,
     )
+    stage.finish()
     stage.trainee.save(
         out, stage=2, num_references=num_references, steps=config.num_steps, sampling=dict(sampling or {}),
         **sides_of(stage.buckets.buckets[0], stage.model.token_side),

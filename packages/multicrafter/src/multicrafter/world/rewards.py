@@ -20,6 +20,7 @@ from multicrafter.world import judges
 from multicrafter.world.judges.aesthetics import aesthetics_scorer
 from multicrafter.world.judges.clip import ClipScorer
 from multicrafter.world.judges.people import PeopleBackend
+from multicrafter.world.judges.reader import Reader, ReaderBackend
 
 DRAWN_FREE, PHOTO_FREE = 0.8, 0.65
 """Correlation of details that different pictures of one person reach: drawn people (who are alike), photos (docs/adr/0045)."""
@@ -74,6 +75,17 @@ class RewardConfig:
             raise UserError(f"copy_paste_free must be in [-1, 1), got {self.copy_paste_free}")
         if self.text + self.aesthetics + self.multi_id == 0:
             raise UserError("text, aesthetics and multi_id must not all be 0")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of every part that counts, by name."""
+        found = {
+            "text": self.text,
+            "aesthetics": self.aesthetics,
+            "multi_id": self.multi_id,
+            "copy_paste": -self.copy_paste,
+        }
+        return {name: weight for name, weight in found.items() if weight}
 
 
 @dataclass(frozen=True)
@@ -147,3 +159,8 @@ def tiny_reward(config: RewardConfig | None = None, *, folder: Path | None = Non
     return composite(
         config, PeopleBackend.from_pretrained(folder), text=clip, aesthetics=aesthetics_scorer, free=DRAWN_FREE
     )
+
+
+def drawn_watcher(folder: Path | None = None) -> IdentityScorer:
+    """Identity as the reader of truth sees it: a judge for watching stage 2, which is never trained on."""
+    return IdentityScorer(ReaderBackend(Reader.from_pretrained(folder or judges.shipped())))

@@ -1,18 +1,22 @@
-"""The reader of truth: finds the subjects of a picture and reads their attributes. For evaluation only, never for a reward."""
+"""The reader of truth: finds the subjects of a picture and reads their attributes. For evaluation and watching, never for a reward."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from id_reward import Faces
 from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor
 
 from multicrafter.world import FAMILIES, SETTINGS, TIMES, Family
 from multicrafter.world.judges.network import Maps, SubjectNetwork, find
+from multicrafter.world.judges.people import as_tensor
 
 WIDTH, DILATIONS = 64, (1, 2, 3, 1, 2, 1)
 
@@ -63,3 +67,43 @@ class Reader:
                     Reading(identities[mine], found.boxes[mine], int(setting[row].argmax()), int(time[row].argmax()))
                 )
         return readings
+
+
+class ReaderBackend:
+    """The reader behind `id_reward.FaceBackend`: who is whom as a judge sees it that no reward is made of.
+
+    A subject's embedding is the root of the probability of every value of every attribute, as a unit vector: the cosine of two is the mean
+    Bhattacharyya coefficient of their attributes, 1 where all are read alike.
+
+    References show people smaller than the scenes that the reader was trained on, and are looked at enlarged by half.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        """Takes a reader."""
+        self.reader = reader
+
+    def detect_and_embed_references(self, images: Sequence[Any] | Tensor) -> list[Faces]:
+        """`detect_and_embed`, with boxes in pixels of the pictures as they are given."""
+        large = [
+            torch.nn.functional.interpolate(p[None], scale_factor=1.5, mode="bilinear", antialias=True)[0].clamp(0, 1)
+            for p in as_tensor(images)
+        ]
+        return [found._replace(boxes=found.boxes / 1.5) for found in self.detect_and_embed(large)]
+
+    @torch.inference_mode()
+    def detect_and_embed(self, images: Sequence[Any] | Tensor) -> list[Faces]:
+        """One `Faces` per picture; pictures of one size are batched."""
+        sizes = list(self.reader.family.sizes)
+        pictures = as_tensor(images)
+        results = [Faces(np.zeros((0, 4)), np.zeros(0), np.zeros((0, sum(sizes))))] * len(pictures)
+        for shape in {p.shape for p in pictures}:
+            rows = [i for i, p in enumerate(pictures) if p.shape == shape]
+            for start in range(0, len(rows), 64):
+                part = rows[start : start + 64]
+                found = find(self.reader.network(torch.stack([pictures[i] for i in part])))
+                likely = [logits.softmax(1) for logits in found.features.split(sizes, 1)]
+                unit = (torch.cat(likely, 1) / len(sizes)).sqrt().double().numpy()
+                for position, row in enumerate(part):
+                    mine = (found.picture == position).numpy()
+                    results[row] = Faces(found.boxes.numpy()[mine], found.scores.numpy()[mine], unit[mine])
+        return results
