@@ -9,16 +9,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gspo import OnlineConfig, PolicyConfig, SlidingWindow, policy_step
+from gspo import DiffusionNFT, NoiseLevels, OnlineConfig, PolicyConfig, SlidingWindow, policy_step
 from moe_lora.dispatch import experts
 from multicrafter.cli import main
 from multicrafter.config import settings
 from multicrafter.config.recipes import Stage2, get_recipe
 from multicrafter.models.backbones import get_backbone
+from multicrafter.models.binding import BindingConfig
 from multicrafter.plan import CARDS, Card, card_for, measure, predict, require_memory, require_weights
 from multicrafter.plan.estimate import rows_of, shape_of, transformer_config, with_cache
-from multicrafter.plan.steps import Shape, iteration_evaluations
+from multicrafter.plan.steps import Shape, align_evaluations, iteration_evaluations
 from multicrafter.plan.tracker import Answers, MemoryTracker
+from multicrafter.training.align_config import AlignConfig
 from multicrafter.training.precision import ExecutionConfig
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -254,6 +256,18 @@ def test_evaluations_of_an_iteration_by_hand(changes, policy, forward, backward)
     """Those of gspo's own step, for each of 2 x 3 samples."""
     online = OnlineConfig(window=SlidingWindow(8), group_size=3, policy=PolicyConfig(**policy), **changes)
     assert iteration_evaluations(online, 2) == (6 * forward, 6 * backward)
+
+
+def test_evaluations_with_drafts_and_without_a_likelihood_by_hand():
+    """A draft is drawn from each start: one a group, or with noise of their own one a member; NFT draws by a solver, and passes its levels."""
+    shared = OnlineConfig(window=SlidingWindow(8), group_size=3, policy=PolicyConfig(num_inner_epochs=1))
+    own, draft = replace(shared, own_noise=True), BindingConfig(mode="draft", draft_steps=2)
+    made = AlignConfig(prompts=2, online=shared, separation=draft)
+    assert align_evaluations(made) == (6 * 8 + 2 * 2, 6 * 2)
+    assert align_evaluations(replace(made, online=own)) == (6 * (8 + 2), 6 * 2)
+    assert align_evaluations(replace(made, online=own, separation=None)) == (6 * 8, 6 * 2)
+    nft = DiffusionNFT(levels=NoiseLevels(count=5))
+    assert align_evaluations(replace(made, online=own, objective="nft", nft=nft)) == (6 * (8 + 2), 6 * 5)
 
 
 @pytest.mark.parametrize(("rows", "fake"), [(1, True), (2, True), (2, False)])
