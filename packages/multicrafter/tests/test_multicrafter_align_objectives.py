@@ -202,6 +202,9 @@ def test_who_watches_sees_the_pictures_of_the_rollout(pipe, scenes):
     pictures, prompts, references = seen[0]
     assert metrics["watched"] == 0.25 and torch.equal(pictures, made.last_pictures) and references == [2] * 6
     assert prompts[0] == prompts[2] and len(prompts) == 6 and made.finished() is None
+    few = stage(pipe, scenes, config(watch=WatchConfig(action="stop", pictures=2)), watcher=watcher)
+    few.step(0)
+    assert torch.equal(seen[1][0], few.last_pictures[[0, 5]]), "spread over the prompts"
     made.watch.rewards, made.watch.watched = [0.0, 0.1, 2.0, 2.1], [1.0, 0.9, 0.1, 0.0]
     assert "gamed" in (made.finished() or "")
     with pytest.raises(UserError, match=r"watcher must be given for watch\.action 'warn', got none"):

@@ -26,6 +26,8 @@ STUDIED: dict[str, tuple[str, Any]] = {
     **{f"pretrain.idar.{k}": ("regime", v) for k, v in settings.to_dict(IDARConfig()).items()},
     "align.online.policy.ratio": ("ratios", "sequence"),
     "align.routing_replay": ("ratios", False),
+    "align.online.window.strategy": ("stage2", "fixed"),
+    "align.reward_normalization": ("stage2", "each"),
     "align.online.policy.clip_range": ("gspo", "auto"),
     **{f"align.reward.{k}": ("reward_hacking", v) for k, v in (("convention", "multicrafter"), ("extra_penalty", 0.5))},
 }

@@ -44,7 +44,7 @@ def tiny_align(*, seed: int = 0) -> AlignConfig:
     weights are kept, and a judge that is not trained on watches.
     """
     return AlignConfig(
-        prompts=8,
+        prompts=16,
         online=OnlineConfig(
             window=SlidingWindow(16, size=2, interval=1, strategy="fixed"), tail_steps=5, policy=PolicyConfig(num_inner_epochs=1), seed=seed
         ),

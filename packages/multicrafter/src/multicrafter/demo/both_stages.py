@@ -54,7 +54,7 @@ class DemoConfig:
     """
 
     stage1_steps: int = 320
-    stage2_steps: int = 24
+    stage2_steps: int = 12
     scenes: int = 2500
     cases: int = 128
     seed: int = 0

@@ -343,8 +343,11 @@ class Align:
     def _watched(self) -> float:
         """Mean of the watching judge over the pictures drawn last, all ranks."""
         assert self.watcher is not None and self.last_pictures is not None
-        captions = [self.scenes.captions[r] for r in self.last_scenes]
-        scores = self.watcher(list(self.last_pictures), captions, self.references_of(self.last_scenes))
+        count = len(self.last_scenes)
+        seen = torch.linspace(0, count - 1, min(self.config.watch.pictures, count)).round().long().tolist()
+        scenes = [self.last_scenes[i] for i in seen]
+        captions = [self.scenes.captions[r] for r in scenes]
+        scores = self.watcher([self.last_pictures[i] for i in seen], captions, self.references_of(scenes))
         known = torch.as_tensor(np.asarray(scores, np.float64))
         known = known[torch.isfinite(known)]
         total, count = all_sum(

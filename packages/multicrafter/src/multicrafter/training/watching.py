@@ -28,11 +28,13 @@ class WatchConfig:
         action: What happens when trained reward and watching judge part: "warn" (once), or "stop" (the run ends, and its adapter is
             saved). "none" asks no judge.
         window: Iterations whose mean is compared: so many at the start of the run, so many at its end; at least 2.
+        pictures: Of each rollout that are looked at (on each process), evenly spread over its prompts.
         deviations: Standard errors by which the reward must have risen, and what is watched fallen.
     """
 
     action: Literal["none", "warn", "stop"] = "none"
     window: int = 10
+    pictures: int = 32
     deviations: float = 2.0
 
     def __post_init__(self) -> None:
@@ -41,6 +43,8 @@ class WatchConfig:
             raise UserError(f"action must be 'none', 'warn' or 'stop', got {self.action!r}")
         if self.window < 2:
             raise UserError(f"window must be at least 2 (a mean of one has no error), got {self.window}")
+        if self.pictures < 1:
+            raise UserError(f"pictures must be at least 1, got {self.pictures}")
         if self.deviations < 0:
             raise UserError(f"deviations must not be negative, got {self.deviations}")
 
