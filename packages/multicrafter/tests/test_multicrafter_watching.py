@@ -54,7 +54,13 @@ def test_warns_once_or_ends() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "word"), [({"action": "x"}, "action"), ({"window": 1}, "window"), ({"pictures": 0}, "pictures"), ({"deviations": -1.0}, "deviations")]
+    ("options", "word"),
+    [
+        ({"action": "x"}, "action"),
+        ({"window": 1}, "window"),
+        ({"pictures": 0}, "pictures"),
+        ({"deviations": -1.0}, "deviations"),
+    ],
 )
 def test_refusals(options, word) -> None:
     with pytest.raises(UserError, match=f"{word} must"):
