@@ -33,8 +33,9 @@ from multicrafter.scoring.evaluate import (
     score_pictures,
     summarise,
 )
+from multicrafter.scoring.watcher import drawn_watcher
 from multicrafter.world import shipped_adapter
-from multicrafter.world.rewards import RewardConfig, drawn_watcher, tiny_reward
+from multicrafter.world.rewards import RewardConfig, tiny_reward
 
 from benchmarks.run import circumstances
 

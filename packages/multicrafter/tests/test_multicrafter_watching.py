@@ -9,11 +9,11 @@ import pytest
 import torch
 from id_reward import IdentityScorer
 from multicrafter import UserError
+from multicrafter.scoring.watcher import drawn_watcher
 from multicrafter.training import loop
 from multicrafter.training.watching import RewardGamed, Watch, WatchConfig, parted, rise
 from multicrafter.world import PEOPLE, WorldConfig, judges, make_scenes
 from multicrafter.world.judges.reader import Reader, ReaderBackend
-from multicrafter.world.rewards import drawn_watcher
 
 
 def ramp(slope: float, *, noise: float = 0.1, count: int = 40, seed: int = 0) -> list[float]:

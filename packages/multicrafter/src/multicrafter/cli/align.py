@@ -23,6 +23,7 @@ def _align(arguments: argparse.Namespace) -> int:
     from multicrafter.config.recipes import ModelConfig, Stage2, tiny
     from multicrafter.config.run_options import annotate, chosen
     from multicrafter.models.adapters import Adapters
+    from multicrafter.scoring.watcher import drawn_watcher
     from multicrafter.training.distributed import is_main
     from multicrafter.training.run_folder import check_free
     from multicrafter.training.runs import run_align
@@ -52,7 +53,7 @@ def _align(arguments: argparse.Namespace) -> int:
     )
     run_align(
         model, adapters, run.align, arguments.out, num_references=number, scenes=scenes, resume=arguments.resume, sampling=notes.get("sampling"),
-        tracker=tracker(arguments, run),
+        watcher=drawn_watcher() if run.align.watch.action != "none" else None, tracker=tracker(arguments, run),
     )  # fmt: skip
     if is_main():
         annotate(arguments.out, base_model=run.model.path)

@@ -33,6 +33,7 @@ from multicrafter.scoring.evaluate import (
     summarise,
     table,
 )
+from multicrafter.scoring.watcher import drawn_watcher
 from multicrafter.training.runs import run_align, run_pretrain
 from multicrafter.training.scenes import encode_scenes
 from multicrafter.world import judges
@@ -160,8 +161,8 @@ def run(
     assert isinstance(loaded.adapters, Adapters)
     with clock.measure("train stage 2"):
         history = run_align(
-            loaded.model, loaded.adapters, stage2, out / "stage2", resume=resume, sampling=loaded.sampling
-        )
+            loaded.model, loaded.adapters, stage2, out / "stage2", resume=resume, watcher=drawn_watcher(), sampling=loaded.sampling
+        )  # fmt: skip
     with clock.measure("evaluate stage 2"):
         metrics["stage 2"], pictures["stage 2"], maps["stage 2"] = score(loaded.model, evaluation)
     differences = {

@@ -28,7 +28,7 @@ from multicrafter.training.scenes import EncodedScenes, encode_shaped_scenes
 from multicrafter.training.trackers import Tracker
 from multicrafter.world import WorldConfig, judges
 from multicrafter.world.judges.people import PeopleBackend
-from multicrafter.world.rewards import drawn_watcher, tiny_reward
+from multicrafter.world.rewards import tiny_reward
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -144,7 +144,8 @@ def run_align(
 
     Without ``scenes`` prompts and references are drawn from the tiny world's ``family``, at the sizes that the adapter was trained at, or in
     ``config.shapes``; several `EncodedScenes`, drawn or of photos (`photo_scenes.encode_shapes`), are buckets of different shapes;
-    without ``reward`` it is the tiny world's, of people, and so are what finds subjects in drafts and who watches.
+    without ``reward`` it is the tiny world's, of people, and so is what finds subjects in drafts. Who
+    watches has to be given (`multicrafter.scoring.watcher.drawn_watcher`) where ``config.watch`` asks for somebody.
     ``sampling`` is what the stage-1 adapter says of how its pictures are drawn; the new one says the same.
     """
     if resume:
@@ -156,7 +157,6 @@ def run_align(
     )
     if reward is None:
         finder = finder or IdentityFinder(backend=PeopleBackend.from_pretrained(judges.shipped()))
-        watcher = watcher or drawn_watcher()
     stage = Align(model, adapters, config, scenes, reward or tiny_reward(config.reward), finder=finder, watcher=watcher)
     history = loop.run(
         stage,

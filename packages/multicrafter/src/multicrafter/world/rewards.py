@@ -20,7 +20,6 @@ from multicrafter.world import judges
 from multicrafter.world.judges.aesthetics import aesthetics_scorer
 from multicrafter.world.judges.clip import ClipScorer
 from multicrafter.world.judges.people import PeopleBackend
-from multicrafter.world.judges.reader import Reader, ReaderBackend
 
 DRAWN_FREE, PHOTO_FREE = 0.8, 0.65
 """Correlation of details that different pictures of one person reach: drawn people (who are alike), photos (docs/adr/0045)."""
@@ -159,8 +158,3 @@ def tiny_reward(config: RewardConfig | None = None, *, folder: Path | None = Non
     return composite(
         config, PeopleBackend.from_pretrained(folder), text=clip, aesthetics=aesthetics_scorer, free=DRAWN_FREE
     )
-
-
-def drawn_watcher(folder: Path | None = None) -> IdentityScorer:
-    """Identity as the reader of truth sees it: a judge for watching stage 2, which is never trained on."""
-    return IdentityScorer(ReaderBackend(Reader.from_pretrained(folder or judges.shipped())))
