@@ -341,7 +341,7 @@ def test_both_stages_write_the_size_they_saw(pipe, tmp_path):
         num_steps=1, prompts=1, online=OnlineConfig(window=SlidingWindow(3, size=1), group_size=2, tail_steps=1)
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("multicrafter.training.runs.encode_scenes", encode)
+        patch.setattr("multicrafter.training.scenes.encode_scenes", encode)
         run_align(
             pipe,
             adapters,

@@ -6,11 +6,67 @@ import hashlib
 import json
 import math
 import os
+import stat
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+from multicrafter import UserError
+
+
+def read_text(path: Path) -> str:
+    """Text that somebody may have written by hand: UTF-8, with or without its mark.
+
+    Raises:
+        ValueError: There is no such file, it is no regular one (a pipe would be waited for), or no UTF-8.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path} must be a file, got {'a folder' if path.is_dir() else 'a pipe or a device'}")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} must be UTF-8, got {error}") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path} must be a file that can be read, got: {getattr(error, 'strerror', None) or error}"
+        ) from error
+
+
+def parse_json(text: str, where: str) -> Any:
+    """JSON in which every name is there once: of two answers the standard library would keep the last.
+
+    Raises:
+        ValueError: It is no JSON, nested without end, holds an endless number, or names something twice.
+
+    >>> parse_json('{"a": [1, 2]}', "x.json")
+    {'a': [1, 2]}
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} must be JSON, got {str(error)[:200]}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise json.JSONDecodeError(f"{next(n for n in names if names.count(n) > 1)!r} there twice", "", 0)
+    return found
+
+
+def read_json(path: Path) -> Any:
+    """`parse_json` of a file.
+
+    Raises:
+        ValueError: See `read_text` and `parse_json`.
+    """
+    return parse_json(read_text(path), str(path))
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -45,6 +45,7 @@ Picture = Any
 """A path, a PIL picture, an array (h, w, 3) or a tensor (3, h, w); see `multicrafter.models.pictures.open_picture`."""
 References = Sequence[Picture]
 Shown = TypeVar("Shown")
+MAX_STEPS = 10_000
 
 
 def to_tensor(picture: Picture, size: int) -> Float[Tensor, "3 size size"]:
@@ -285,7 +286,7 @@ class MultiCrafterPipeline:
         prompt: str | Sequence[str],
         references: References | Sequence[References],
         *,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
         true_guidance: float | None = None,
         num_images: int = 1,
         num_steps: int | None = None,
@@ -339,6 +340,10 @@ class MultiCrafterPipeline:
             ValueError: No prompt, or one that is longer than the text encoder reads; no reference, or one that is no picture; a number out
                 of range; something that does not fit into memory, or that the backbone does not have; or a picture that came out as NaN.
         """
+        negative_prompt = "" if negative_prompt is None else negative_prompt
+        for name, hook in (("progress", progress), ("callback_on_step_end", callback_on_step_end)):
+            if hook is not None and not callable(hook):
+                raise UserError(f"{name} must be a function, got {type(hook).__name__}")
         prompts = _texts("prompt", prompt)
         if not prompts or not all(p.strip() for p in prompts):
             raise UserError("prompt must not be empty")
@@ -351,6 +356,8 @@ class MultiCrafterPipeline:
         lists = _reference_lists(prompts, references)
         seeds = _seeds(seed, len(prompts))
         num_steps = whole("num_steps", self.num_steps if num_steps is None else num_steps, least=1)
+        if num_steps > MAX_STEPS:
+            raise UserError(f"num_steps must be at most {MAX_STEPS:,}, got {num_steps}")
         num_images = whole("num_images", num_images, least=1)
         if output_type not in ("pil", "pt", "latent"):
             raise UserError(f"output_type must be 'pil', 'pt' or 'latent', got {output_type!r}")
@@ -455,10 +462,17 @@ class MultiCrafterPipeline:
 
 
 def _texts(name: str, given: str | Sequence[str]) -> list[str]:
+    if not isinstance(given, (str, Iterable)) or isinstance(given, (Mapping, Set)):
+        raise UserError(f"{name} must be a text, or one text per picture, got {type(given).__name__}")
     texts = [given] if isinstance(given, str) else list(given)
     if not all(isinstance(t, str) for t in texts):
         kind = next(type(t).__name__ for t in texts if not isinstance(t, str))
         raise UserError(f"{name} must be a text, or one text per picture, got {kind}")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{name} must be a text that UTF-8 can hold, got {text[:80]!r}") from error
     return [str(t) for t in texts]
 
 
@@ -487,6 +501,8 @@ def _subjects(counts: Sequence[int] | None, lists: list[list[Shown]]) -> list[li
     """The first reference of every subject of every prompt."""
     if counts is None:
         return lists
+    if not isinstance(counts, Iterable):
+        raise UserError(f"references_per_subject must be a list, one number a subject, got {counts!r}")
     counts = [whole("references_per_subject", n, least=1) for n in counts]
     if any(sum(counts) != len(row) for row in lists):
         raise UserError(
@@ -509,6 +525,8 @@ def _mask_lists(masks: Any, lists: Sequence[Sequence[Any]], grid: Grid) -> list[
     """Owners (s, n) of the tokens for every prompt."""
     if masks is None:
         raise UserError("masks must be given for separation 'masks', got none")
+    if not is_picture(masks) and not isinstance(masks, Iterable):
+        raise UserError(f"masks must be pictures, one per reference, got {type(masks).__name__}")
     if not is_picture(masks) or getattr(masks, "ndim", 0) == 3:  # a stack (s, H, W) is a list of masks
         masks = list(masks)
     rows = lists_of(masks, len(lists), name="masks")
@@ -549,6 +567,19 @@ def _say_missing(bindings: list[Binding]) -> None:
                 f"{binding.places.boxes.shape[1]} subjects; the others may be drawn where these are not",
                 stacklevel=3,
             )
+
+
+def _changed(answer: Any, latents: Tensor) -> Tensor:
+    """The latents that a callback wants to go on from."""
+    if answer is not None and not isinstance(answer, Mapping):
+        raise UserError(f"callback_on_step_end must return a dictionary or nothing, got {type(answer).__name__}")
+    found = (answer or {}).get("latents")
+    if found is None:
+        return latents
+    if not isinstance(found, Tensor) or found.shape != latents.shape:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise UserError(f"callback_on_step_end must return latents of shape {tuple(latents.shape)}, got {got}")
+    return found
 
 
 class _Sampler:
@@ -593,7 +624,7 @@ class _Sampler:
                 progress(step + 1)
             if callback is not None:
                 changed = callback(owner, step, 1000 * float(sigmas[step]), {"latents": x, "rows": rows})
-                x = (changed or {}).get("latents", x)
+                x = _changed(changed, x)
             return None if owner.interrupt else x
 
         shown = _subjects(

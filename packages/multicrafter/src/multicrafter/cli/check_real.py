@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import re
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from multicrafter import UserError, __version__
-from multicrafter.cli.options import writable
+from multicrafter.cli.options import seed, writable
 
 FORMAT = 1
 STEPS = 10
@@ -55,8 +56,9 @@ def check_real(arguments: argparse.Namespace) -> int:
     from multicrafter.models.loading import get_device
 
     writable(arguments.out, file=False)
-    if (arguments.out / "report.json").exists():
-        raise UserError(f"--out must be a folder without a report, but {arguments.out} holds report.json")
+    for name in ("report.json", "report.html"):
+        if os.path.lexists(arguments.out / name):
+            raise UserError(f"--out must be a folder without a report, but {arguments.out} holds {name}")
     device = get_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     one, two = runs(arguments)
     with tempfile.TemporaryDirectory(prefix="check_real_") as cache:
@@ -402,7 +404,7 @@ def add_parser(commands: Any) -> None:
     sub.add_argument("--model", help="folder of its weights, or hub id; default: where the backbone says they are")
     sub.add_argument("--out", type=Path, required=True, help="folder for report.html and report.json")
     sub.add_argument("--device", help="default: the first card, else cpu")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=seed, default=0)
     sub.add_argument(
         "--set", dest="changes", action="append", default=[], metavar="NAME=VALUE",
         help="change a value of the recipes, such as pretrain.execution.quantization=nf4 or align.execution.quantization=nf4",

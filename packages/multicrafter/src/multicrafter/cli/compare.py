@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from multicrafter import UserError
+from multicrafter.cli.options import apart, ours, writable
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,12 @@ def compare(arguments: argparse.Namespace) -> int:
 
     if arguments.out is not None and arguments.out.suffix not in (".html", ".json"):
         raise UserError(f"--out must end in .html or .json, got {str(arguments.out)!r}")
+    files = [run / "scores.json" if run.is_dir() else run for run in (arguments.first, arguments.second)]
+    if arguments.out is not None:
+        writable(arguments.out, file=True)
+        apart(arguments.out, *files)
+        if arguments.out.suffix == ".json":
+            ours(arguments.out, "first", "second", "metrics")
     a, b = Scores.load(arguments.first), Scores.load(arguments.second)
     result, notes = compare_runs(a, b, strict=not arguments.allow_different_judges)
     for note in notes:

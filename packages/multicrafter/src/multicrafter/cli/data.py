@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from multicrafter.cli.options import real
+from multicrafter.cli.options import positive, real
 
 
 def build(arguments: argparse.Namespace) -> int:
@@ -131,4 +131,4 @@ def add_parser(commands: Any) -> None:
     checked = sub.add_parser("check", help=check.__doc__, description=check.__doc__)
     checked.set_defaults(function=check)
     checked.add_argument("dataset", type=Path)
-    checked.add_argument("--limit", type=int, default=50, help="problems printed")
+    checked.add_argument("--limit", type=positive, default=50, help="problems printed")

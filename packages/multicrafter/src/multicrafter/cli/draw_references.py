@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
-from multicrafter import UserError
-from multicrafter.cli.options import add_command, positive
+from multicrafter import UserError, user_input
+from multicrafter.cli.options import add_command, positive, seed, writable
 
 
 def draw_references(arguments: argparse.Namespace) -> int:
@@ -18,11 +19,13 @@ def draw_references(arguments: argparse.Namespace) -> int:
 
     out: Path = arguments.out
     names = [out / f"{chr(97 + i)}.png" for i in range(arguments.number)]
-    there = [path for path in [*names, out / "caption.txt"] if path.exists()]
+    writable(out, file=False)
+    there = [path for path in [*names, out / "caption.txt"] if os.path.lexists(path)]
     if there:
         raise UserError(f"--out must not hold {there[0].name} yet, but {out} does; name another folder")
     portraits, text = strangers(arguments.number, arguments.seed)
-    out.mkdir(parents=True, exist_ok=True)
+    with user_input(f"--out {out} must be a folder that can be made"):
+        out.mkdir(parents=True, exist_ok=True)
     for path, portrait in zip(names, portraits, strict=True):
         to_image(portrait).save(path)
         print(path)
@@ -38,5 +41,5 @@ def add_parser(commands: Any) -> None:
     """Adds ``draw-references`` to the command line."""
     sub = add_command(commands, "draw-references", draw_references, model=False)
     sub.add_argument("--number", type=positive, choices=(1, 2, 3, 4), default=2, help="people")
-    sub.add_argument("--seed", type=int, default=0, help="another seed, other people")
+    sub.add_argument("--seed", type=seed, default=0, help="another seed, other people")
     sub.add_argument("--out", type=Path, required=True, help="folder for a.png, b.png, ... and caption.txt")

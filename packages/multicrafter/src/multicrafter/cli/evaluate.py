@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from multicrafter import UserError, user_input
-from multicrafter.cli.options import add_command, binding, picture_size, positive, real, separation_options, writable
+from multicrafter.cli.options import (
+    add_command,
+    apart,
+    binding,
+    ours,
+    picture_size,
+    positive,
+    real,
+    separation_options,
+    writable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +36,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from multicrafter.world import judges
 
     if arguments.out is not None:
-        writable(arguments.out)
+        writable(arguments.out, file=True)
+        ours(arguments.out, "summary", "what", "cases")
     loaded = MultiCrafterPipeline.from_pretrained(arguments.model, adapter=arguments.adapter)
     if arguments.finder not in ("auto", "people"):
         raise UserError(f"--finder must be people on the drawn world, got {arguments.finder}")
@@ -33,7 +45,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     shape = None if isinstance(size, int) else size
     config = EvaluateConfig(
         num_cases=arguments.cases, num_references=arguments.references or loaded.max_references, seed=arguments.seed,
-        num_sampling_steps=arguments.steps or loaded.num_steps, guidance=arguments.guidance or loaded.guidance,
+        num_sampling_steps=arguments.steps or loaded.num_steps, guidance=loaded.guidance if arguments.guidance is None else arguments.guidance,
         separation=binding(arguments, loaded.notes), size=loaded.size if shape is not None else size, shape=shape,
         reference_size=loaded.reference_size,
     )  # fmt: skip
@@ -63,7 +75,11 @@ def score(arguments: argparse.Namespace) -> int:
         raise UserError("--pictures needs --manifest FILE and --out FOLDER")
     if arguments.out.suffix or (arguments.out.exists() and not arguments.out.is_dir()):
         raise UserError(f"--out must be a folder for scores.json and report.html, got {str(arguments.out)!r}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    writable(arguments.out, file=False)
+    apart(arguments.out / "scores.json", arguments.manifest)
+    ours(arguments.out / "scores.json", "schema", "about", "cases")
+    if os.path.lexists(arguments.out / "report.html") and not (arguments.out / "scores.json").exists():
+        raise UserError(f"--out would overwrite {arguments.out / 'report.html'}, which this command did not write")
     kind, prompts = read_prompts(arguments.manifest, format=arguments.format, root=arguments.root)
     found = find_cases(prompts, arguments.pictures, format=kind)
     if found.missing and not arguments.allow_missing:
@@ -80,6 +96,7 @@ def score(arguments: argparse.Namespace) -> int:
     )
     with user_input():
         judges = Judges(config)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     scores = run(found, judges, name=arguments.name or arguments.pictures.resolve().name, progress=sys.stderr.isatty())
     for name, e in scores.summary().items():
         print(f"{name:16} {number(e.mean)} [{number(e.low)}, {number(e.high)}]  {e.cases} pictures, {e.groups} prompts")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from multicrafter import UserError
-from multicrafter.cli.options import add_command, positive, writable
+from multicrafter.cli.options import add_command, positive, seed, writable
 
 
 def export(arguments: argparse.Namespace) -> int:
@@ -134,5 +134,5 @@ def add_parser(commands: Any) -> None:
     sub.add_argument(
         "--test-cases", type=positive, default=32, help="drawn prompts of other people to measure the loss on"
     )
-    sub.add_argument("--seed", type=int, default=7, help="of the drawn prompts")
+    sub.add_argument("--seed", type=seed, default=7, help="of the drawn prompts")
     sub.add_argument("--device", help="where to fit: cpu, cuda, ...")

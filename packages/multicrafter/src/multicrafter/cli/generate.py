@@ -52,6 +52,7 @@ def generate(arguments: argparse.Namespace) -> int:
 
     from multicrafter.files import appearing
     from multicrafter.models.loading import get_device, get_dtype
+    from multicrafter.models.pictures import coverage
 
     if not arguments.reference:
         raise UserError("--reference must be given at least once, got none")
@@ -60,10 +61,6 @@ def generate(arguments: argparse.Namespace) -> int:
     if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out must end in .png, .jpg or .webp, got {str(arguments.out)!r}")
     writable(arguments.out, file=True, most=arguments.num_images)
-    targets = names(arguments.out, arguments.num_images)
-    given = {p.resolve() for p in (*arguments.reference, *arguments.mask)}
-    if overwritten := [t for t in targets if t.resolve() in given]:
-        raise UserError(f"--out must not be one of the given pictures, got {overwritten[0]}")
     if arguments.sheet is not None:
         if arguments.sheet.suffix.lower() != ".png" or arguments.sheet == arguments.out:
             raise UserError(f"--sheet must be another file than --out and end in .png, got {str(arguments.sheet)!r}")
@@ -71,7 +68,9 @@ def generate(arguments: argparse.Namespace) -> int:
     loras = [lora(given) for given in arguments.lora]
     with user_input():
         references = [open_image(path) for path in arguments.reference]
-        masks = [open_image(path) for path in arguments.mask] or None
+    for path in arguments.mask:
+        coverage(path)  # before a model is loaded
+    masks = list(arguments.mask) or None
     counts = arguments.references_per_subject
     if counts is not None and sum(counts) != len(references):
         raise UserError(
@@ -88,6 +87,12 @@ def generate(arguments: argparse.Namespace) -> int:
             pictures=arguments.num_images, device=arguments.device,
         )  # fmt: skip
         require_weights(arguments.model, dtype, device=arguments.device)
+    targets = names(arguments.out, arguments.num_images)
+    given = {p.resolve() for p in (*arguments.reference, *arguments.mask)}
+    if overwritten := [t for t in targets if t.resolve() in given]:
+        raise UserError(f"--out must not be one of the given pictures, got {overwritten[0]}")
+    if arguments.sheet is not None and arguments.sheet.resolve() in {*given, *(t.resolve() for t in targets)}:
+        raise UserError(f"--sheet must be neither one of the given pictures nor one of --out, got {arguments.sheet}")
     pipeline = loaded_pipeline(arguments)
     kept_apart = binding(arguments, pipeline.notes)
     if masks is not None and kept_apart.mode != "masks":

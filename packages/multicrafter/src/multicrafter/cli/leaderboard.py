@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from multicrafter import UserError
+from multicrafter.cli.options import apart, writable
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,9 @@ def leaderboard(arguments: argparse.Namespace) -> int:
 
     if arguments.out is not None and arguments.out.suffix not in (".html", ".md"):
         raise UserError(f"--out must end in .html or .md, got {str(arguments.out)!r}")
+    if arguments.out is not None:
+        writable(arguments.out, file=True)
+        apart(arguments.out, *(run / "scores.json" if run.is_dir() else run for run in arguments.runs))
     board = make([Scores.load(path) for path in arguments.runs], sort_by=arguments.sort_by, metrics=arguments.metrics)
     text = as_markdown(board)
     print(text, end="")

@@ -49,7 +49,7 @@ def writable(path: Path, *, file: bool | None = None, most: int = 1) -> None:
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
+    if not (text.isdigit() and text.isascii()) or len(text) > 18 or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
 
@@ -64,6 +64,40 @@ def picture_size(text: str) -> int | tuple[int, int]:
     if len(parts) > 2 or not all(part.isdigit() and part.isascii() and int(part) >= 1 for part in parts):
         raise argparse.ArgumentTypeError(f"must be a side in pixels or HEIGHTxWIDTH, such as 512x768, got {text!r}")
     return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def seed(text: str) -> int:
+    """A whole number that torch's generators take, with room for what is added to it."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = None
+    if number is None or abs(number) >= 2**62:
+        raise argparse.ArgumentTypeError(f"must be a whole number below 2^62, got {text[:40]!r}")
+    return number
+
+
+def apart(out: Path, *given: Path | None, option: str = "--out") -> None:
+    """Raises UserError where ``out`` is one of the files that are read: through links, and in other spellings, too."""
+    for path in given:
+        if path is not None and os.path.realpath(out) == os.path.realpath(path):
+            raise UserError(f"{option} must be another file than {path}, which is read, got {out}")
+
+
+def ours(out: Path, *names: str) -> None:
+    """Raises UserError where ``out`` is a file that is there and holds no JSON object with these names: somebody else's."""
+    from multicrafter.files import read_json
+
+    if not out.exists():
+        return
+    try:
+        content = read_json(out)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not set(names) <= content.keys():
+        raise UserError(
+            f"--out would overwrite {out}, which this command did not write; name another file, or remove it"
+        )
 
 
 def real(text: str) -> float:
@@ -84,7 +118,7 @@ def add_command(
         sub.add_argument(
             "--model", help="FLUX directory in diffusers format, or hub id; default: the tiny one that ships"
         )
-        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--seed", type=seed, default=0)
     return sub
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from multicrafter.cli.options import real
+from multicrafter.cli.options import apart, ours, real, writable
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -17,6 +17,10 @@ def plan(arguments: argparse.Namespace) -> int:
     from multicrafter.plan import CARDS, card_for, measure, predict
     from multicrafter.plan.estimate import rows_of, with_cache
 
+    if arguments.out is not None:
+        writable(arguments.out, file=True)
+        apart(arguments.out, arguments.config)
+        ours(arguments.out, "run", "plans")
     run = chosen(arguments)
     if not arguments.uncached:
         run = with_cache(run)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import re
+import reprlib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +20,7 @@ from gspo import KERNELS
 from gspo.sde import Kernel
 
 from multicrafter import UserError
+from multicrafter.files import read_text
 from multicrafter.models.checks import finite
 
 Config = TypeVar("Config")
@@ -41,14 +45,14 @@ def from_dict(cls: type[Config], content: Any, *, path: str = "") -> Config:
     """
     where = path or "configuration"
     if not isinstance(content, Mapping):
-        raise UserError(f"{where} must be a mapping, got {content!r}")
+        raise UserError(f"{where} must be a mapping, got {short(content)}")
     content = getattr(cls, "modern", dict)(content)  # a class that has moved its values says where
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
     for key in content:
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
-            raise UserError(f"{where} must have keys among {', '.join(names)}, got {key!r}; nearest: {near[0]!r}")
+            near = difflib.get_close_matches(str(key)[:80], names, n=1, cutoff=0.0)
+            raise UserError(f"{where} must have keys among {', '.join(names)}, got {short(key)}; nearest: {near[0]!r}")
     values = {k: convert(hints[k], v, path=f"{path}.{k}".lstrip(".")) for k, v in content.items()}
     try:
         return cls(**values)
@@ -75,9 +79,9 @@ def convert(hint: Any, value: Any, *, path: str) -> Any:
                 problem = error
         raise problem
     if origin is typing.Literal:
-        if value in arguments:
+        if isinstance(value, (str, int)) and value in arguments:
             return value
-        raise UserError(f"{path} must be one of {arguments}, got {value!r}")
+        raise UserError(f"{path} must be one of {arguments}, got {short(value)}")
     if origin is tuple and isinstance(value, (list, tuple)):
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
         if len(kinds) == len(value):
@@ -99,10 +103,12 @@ def convert(hint: Any, value: Any, *, path: str) -> Any:
             pass
         else:
             return finite(path, number)
+    if hint is int and type(value) is int and abs(value) >= 2**63:
+        raise UserError(f"{path} must be a whole number of 64 bits, got one of {len(str(abs(value)))} digits")
     if hint in (int, str, bool) and type(value) is hint:
         return value
     name = "nothing" if hint is type(None) else getattr(hint, "__name__", str(hint))
-    raise UserError(f"{path} must be {name}, got {value!r}")
+    raise UserError(f"{path} must be {name}, got {short(value)}")
 
 
 def _kernel(value: Any, path: str) -> Any:
@@ -178,9 +184,50 @@ def parse(text: str) -> Any:
     import yaml  # type: ignore[import-untyped]
 
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"value must be readable YAML, got {text!r}: {' '.join(str(error).split())}") from error
+        return yaml.load(text, _loader())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"value must be readable YAML, got {short(text)}: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def short(value: Any) -> str:
+    """A value as a message shows it: a few kilobytes of YAML may stand for more text than there is memory."""
+    shown = reprlib.Repr()
+    shown.maxstring, shown.maxother, shown.maxlong, shown.maxlevel = 80, 80, 40, 3
+    return shown.repr(value)[:300]
+
+
+@functools.cache
+def _loader() -> Any:
+    """PyYAML's safe loader, strict where YAML 1.1 is not what it looks like: 010 is 8 there, 1:30 is 90, and of two keys the last counts."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            own = [
+                key.value
+                for key, _ in node.value
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge"
+            ]
+            if twice := [key for key in own if own.count(key) > 1]:
+                raise yaml.YAMLError(f"every key must be there once, but {twice[0]!r} is there twice")
+            return super().construct_mapping(node, deep)
+
+    def number(kind: Callable[[str], Any], plain: str) -> Callable[[Any, Any], Any]:
+        usual = getattr(yaml.SafeLoader, f"construct_yaml_{kind.__name__}")
+
+        def construct(loader: Any, node: Any) -> Any:
+            text = loader.construct_scalar(node)
+            if not re.fullmatch(plain, text):
+                raise yaml.YAMLError(f"a number must be written plainly, got {short(text)}")
+            return usual(loader, node)
+
+        return construct
+
+    Loader.add_constructor("tag:yaml.org,2002:int", number(int, r"[-+]?(0|[1-9][0-9_]*)"))
+    Loader.add_constructor("tag:yaml.org,2002:float", number(float, r"[^:]*"))
+    return Loader
 
 
 def leaves(content: Any, path: str = "") -> dict[str, Any]:
@@ -226,10 +273,10 @@ def read(path: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"{path} must be a configuration, but it cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(read_text(Path(path)), _loader())
+    except UserError as error:
+        raise UserError(f"{path} must be a configuration, but it cannot be read: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} must be YAML, got {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a mapping, got {type(content).__name__}")

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from multicrafter.files import write_whole
+from multicrafter import UserError
+from multicrafter.files import read_json, write_whole
 from multicrafter.pages import Cell, embedded, interval, render
 
 FIGURES = {
@@ -61,7 +62,10 @@ def _claims(claims: Mapping[str, Mapping[str, Any]]) -> list[list[Cell]]:
 
 def write_report(run: Path) -> Path:
     """Writes ``run/report.html``."""
-    results = json.loads((run / "results.json").read_text())
+    results = read_json(run / "results.json")
+    wanted = ("judges", "seconds", "config", "claims", "summary", "differences", "metrics")
+    if lacking := [name for name in wanted if not isinstance(results, dict) or name not in results]:
+        raise UserError(f"{run / 'results.json'} must be of a finished demo, but it lacks {', '.join(lacking)}")
     opening = run / "side_by_side.png"
     shown = [
         {"title": title, "text": text, "alt": alt, "data": embedded((run / name).read_bytes()), "chart": name in CHARTS}

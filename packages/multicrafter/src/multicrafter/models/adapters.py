@@ -18,7 +18,7 @@ from moe_lora import MoELoRA, MoELoRAConfig, inject
 from torch import Tensor, nn
 
 from multicrafter import UserError, __version__
-from multicrafter.files import source_commit
+from multicrafter.files import read_json, source_commit
 from multicrafter.models.backbones import Backbone, backbone_of
 from multicrafter.models.checks import check_finite, finite, whole
 
@@ -111,7 +111,11 @@ class Adapters:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             transformer.add_adapter(LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=ordinary))
-            self.experts: MoELoRA | None = inject(transformer, config.moe(), mixed) if mixed else None
+            try:
+                self.experts: MoELoRA | None = inject(transformer, config.moe(), mixed) if mixed else None
+            except BaseException:  # no half of an adapter stays on the model
+                transformer.delete_adapters("default")
+                raise
         # everything else was frozen a moment ago; from now on the names say what is ours, whoever freezes what
         self.names = frozenset(n for n, p in transformer.named_parameters() if p.requires_grad)
         for parameter in self.parameters():  # peft makes them in the base's dtype
@@ -248,7 +252,7 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], 
         if not (folder / name).is_file():
             raise UserError(f"adapter {folder} must hold {name}, but it is missing")
     try:
-        meta = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
+        meta = read_json(folder / "adapter.json")
         if not isinstance(meta, dict):
             raise UserError(f"adapter.json must hold an object, got {type(meta).__name__}")
         config = AdapterConfig(**meta["config"])
@@ -256,14 +260,11 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], 
             raise UserError(f"format must be {FORMAT}, got {meta['format']!r}")
         state = load_file(folder / "adapter.safetensors")
     except (
-        json.JSONDecodeError,
-        UnicodeDecodeError,
         KeyError,
         TypeError,
         ValueError,
         SafetensorError,
         OSError,
-        RecursionError,
     ) as error:
         raise UserError(
             f"adapter {folder} must be written by multicrafter, got {type(error).__name__}: {error}"
@@ -285,6 +286,8 @@ def check_shapes(what: str, tensors: Mapping[str, Tensor], config: AdapterConfig
             found |= {("num_experts", tensor.shape[0]), ("rank", tensor.shape[1])}
     if not found:
         raise UserError(f"{what} must hold LoRA matrices, got none")
+    if config.num_experts and not any(name == "num_experts" for name, _ in found):
+        raise UserError(f"{what} must hold tensors of {config.num_experts} experts, as its adapter.json says, got none")
     for name, value in sorted(found):
         if value != getattr(config, name):
             raise UserError(

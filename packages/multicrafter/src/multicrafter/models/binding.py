@@ -75,8 +75,8 @@ class BindingConfig:
         check_finite(self)
         if self.mode not in MODES:
             raise UserError(f"separation must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
-        if self.draft_steps < 1:
-            raise UserError(f"draft_steps must be at least 1, got {self.draft_steps}")
+        if not 1 <= self.draft_steps <= 10_000:
+            raise UserError(f"draft_steps must be at least 1 and at most 10,000, got {self.draft_steps}")
         if not 0 < self.bind_at < 1:
             raise UserError(f"bind_at must be a noise level in (0, 1), got {self.bind_at}")
         if not 0 <= self.margin < 1:
@@ -85,7 +85,7 @@ class BindingConfig:
             raise UserError(f"strength must be in [0, 1], got {self.strength}")
         if self.background not in ("none", "all"):
             raise UserError(f"background must be 'none' or 'all', got {self.background!r}")
-        if not set(self.arrows) <= set(ARROWS):
+        if isinstance(self.arrows, str) or not set(self.arrows) <= set(ARROWS):
             raise UserError(f"arrows must be chosen from {ARROWS}, got {self.arrows}")
         if self.blocks not in BLOCKS:
             raise UserError(f"blocks must be one of {BLOCKS}, got {self.blocks!r}")

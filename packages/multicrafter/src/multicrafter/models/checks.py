@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
+import os
+import types
+import typing
 from typing import Any
+
+import numpy as np
 
 from multicrafter import UserError
 
@@ -52,13 +58,60 @@ def whole(name: str, value: Any, *, least: int | None = None) -> int:
 
 
 def check_finite(config: Any) -> None:
-    """For ``__post_init__``: every float of a dataclass, also in its tuples, dicts and nested dataclasses, is finite.
+    """For ``__post_init__``: every value of a dataclass is of its field's type, and every float, wherever it stands, is finite.
+
+    Numbers of NumPy and torch become Python's, lists tuples and paths texts, so that a run writes down what it was told.
 
     Raises:
         ValueError: Names the first that is not.
     """
+    hints = _hints(type(config))  # type: ignore[arg-type]
     for field in dataclasses.fields(config):
-        _walk(field.name, getattr(config, field.name))
+        value = getattr(config, field.name)
+        _walk(field.name, value)
+        found = _of_type(field.name, hints.get(field.name, Any), value)
+        if found is not value:
+            object.__setattr__(config, field.name, found)
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _of_type(name: str, hint: Any, value: Any) -> Any:
+    """``value`` as a field of the type ``hint`` holds it; choices and mappings are left to their class."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        others = [a for a in arguments if a is not type(None)]
+        if (value is None and len(others) < len(arguments)) or len(others) > 1:
+            return value
+        return _of_type(name, others[0], value)
+    if hint is bool:
+        if not isinstance(value, (bool, np.bool_)):
+            raise UserError(f"{name} must be true or false, got {value!r}"[:300])
+        return bool(value)
+    if hint is int:
+        number = whole(name, value)
+        if abs(number) >= 2**63:
+            raise UserError(f"{name} must be a whole number of 64 bits, got one of {len(str(abs(number)))} digits")
+        return number
+    if hint is float:
+        return value if type(value) in (int, float) else finite(name, value)
+    if hint is str:
+        if not isinstance(value, (str, os.PathLike)):
+            raise UserError(f"{name} must be a text, got {value!r}"[:300])
+        return os.fspath(value)
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)) or (arguments[-1] is not Ellipsis and len(value) != len(arguments)):
+            raise UserError(f"{name} must be a list of {len(arguments)} values, got {value!r}"[:300])
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        found = tuple(_of_type(f"{name}[{i}]", kind, x) for i, (kind, x) in enumerate(zip(kinds, value, strict=True)))
+        same = type(value) is tuple and all(a is b for a, b in zip(found, value, strict=True))
+        return value if same else found
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and not isinstance(value, hint):
+        raise UserError(f"{name} must be a {hint.__name__}, got {value!r}"[:300])
+    return value
 
 
 def _walk(name: str, value: Any) -> None:

@@ -258,7 +258,7 @@ def read_header(file: str | Path) -> dict[str, Any] | None:
         with safe_open(file, framework="pt") as opened:
             text = (opened.metadata() or {}).get(HEADER)
         about = None if text is None else json.loads(text)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} must be a safetensors file, got {type(error).__name__}: {error}") from error
     if about is None:
         return None

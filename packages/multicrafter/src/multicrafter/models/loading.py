@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from multicrafter import UserError
+from multicrafter.files import read_json
 from multicrafter.models import flux
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.backbones import BACKBONES, Backbone
@@ -101,7 +101,7 @@ def _check_folder(source: Path, backbone: Backbone | None) -> None:
     index = source / "model_index.json"
     if backbone is None:
         try:
-            cls = json.loads(index.read_text())["_class_name"] if index.is_file() else BACKBONES[0].pipeline_class
+            cls = read_json(index)["_class_name"] if index.is_file() else BACKBONES[0].pipeline_class
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"model {source} must have a readable model_index.json, got a broken one") from error
         known = [b for b in BACKBONES if b.pipeline_class == cls]
@@ -170,6 +170,10 @@ def load_into(pipe: Any, adapter: str | Path) -> Adapters:
     Raises:
         UserError: No such adapter, one of another base, or the pipeline has an adapter already.
     """
+    if not isinstance(getattr(pipe, "transformer", None), torch.nn.Module):
+        raise UserError(f"pipe must be a pipeline of diffusers with a transformer, got {type(pipe).__name__}")
+    if not isinstance(adapter, (str, Path)):
+        raise UserError(f"adapter must be a folder or a hub id, got {type(adapter).__name__}")
     if getattr(pipe.transformer, "peft_config", None):
         raise UserError(
             f"pipe must have no adapter yet, got {sorted(pipe.transformer.peft_config)}: load this one first"

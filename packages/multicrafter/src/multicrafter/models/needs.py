@@ -104,7 +104,7 @@ def config_file(folder: Path, part: str) -> dict[str, Any]:
     file = folder / part / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         content = {}
     return content if isinstance(content, dict) else {}
 

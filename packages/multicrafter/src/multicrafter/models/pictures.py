@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from id_reward.images import as_array
+from id_reward.images import MAX_PIXELS, as_array, require_file
 from jaxtyping import Float
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from multicrafter import UserError
@@ -22,8 +22,10 @@ def is_picture(given: Any) -> bool:
     >>> is_picture("a.png"), is_picture(["a.png"]), is_picture(np.zeros((4, 4, 3))), is_picture(np.zeros((2, 4, 4, 3)))
     (True, False, True, False)
     """
-    if isinstance(given, (str, Path)) or hasattr(given, "convert"):
+    if isinstance(given, (str, Path, bytes)) or hasattr(given, "convert"):
         return True
+    if isinstance(given, Mapping):  # as data sets keep them
+        return "bytes" in given or "path" in given
     shape = getattr(given, "shape", None)
     return shape is not None and getattr(given, "ndim", len(shape)) in (2, 3) and not _holds_objects(given)
 
@@ -55,7 +57,7 @@ def lists_of(given: Any, count: int, *, name: str) -> list[list[Any]]:
     """
     if is_picture(given):
         given = [given]
-    if not isinstance(given, Iterable):
+    if not isinstance(given, Iterable) or isinstance(given, (Mapping, Set)):
         raise UserError(f"{name} must be pictures, or one list of pictures per prompt, got {type(given).__name__}")
     items: list[Any] = list(given)
     nested = [not is_picture(x) and isinstance(x, Iterable) for x in items]
@@ -76,6 +78,10 @@ def coverage(mask: Any) -> Float[Tensor, "H W"]:
         ValueError: It is no (H, W), not finite, negative, empty, partly transparent, or its numbers have no known scale.
     """
     values = _mask_values(mask)
+    if np.ma.is_masked(values):
+        raise UserError("masks must have all their numbers, got a masked array")
+    if values.ndim == 3 and values.shape[-1] == 4 and values[..., 3].min() < values[..., 3].max():
+        raise UserError("masks must be opaque, black and white, got numbers with an alpha that differs")
     if values.ndim == 3 and values.shape[-1] in (1, 3, 4):
         values = values[..., : min(3, values.shape[-1])].mean(-1)
     if values.ndim != 2 or 0 in values.shape:
@@ -85,26 +91,51 @@ def coverage(mask: Any) -> Float[Tensor, "H W"]:
     top = float(values.max())
     if top > 1:
         scale = 255 if top <= 255 else 65535
+        if top < 0.9 * scale and len(np.unique(values)) <= 16:
+            raise UserError(
+                f"masks must be white, 1, 255 or 65535, where a subject is, got numbers up to {top:g}: a map of labels says (map == label)"
+            )
         if top > scale or (values.dtype.kind == "f" and not np.array_equal(values, np.round(values))):
             raise UserError(f"masks must be in [0, 1], 0..255 or 0..65535, got up to {top:g}")
         values = values / scale
     return torch.from_numpy(np.array(values, np.float32))
 
 
+def _opened(path: str | Path) -> Image.Image:
+    """The one picture of a file."""
+    try:
+        require_file(path)
+        with Image.open(path) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise UserError(
+                    f"mask {path} must have at most {MAX_PIXELS:,} pixels, got {opened.width} x {opened.height}"
+                )
+            if getattr(opened, "n_frames", 1) > 1:
+                raise UserError(f"mask {path} must be one picture, got several in one file")
+            opened.load()
+            return opened
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises what it likes
+        raise UserError(f"mask {path} must be a readable picture, got {type(error).__name__}: {error}") from error
+
+
 def _mask_values(mask: Any) -> np.ndarray:
     if isinstance(mask, (str, Path)):
-        with Image.open(mask) as opened:
-            opened.load()
-            mask = opened
+        mask = _opened(mask)
     if isinstance(mask, Image.Image):
-        if mask.mode in ("RGBA", "LA", "PA") and np.asarray(mask.convert("RGBA"))[..., 3].min() < 255:
+        mask = ImageOps.exif_transpose(mask)
+        clear = mask.mode in ("RGBA", "LA", "PA") or "transparency" in mask.info
+        if clear and np.asarray(mask.convert("RGBA"))[..., 3].min() < 255:
             raise UserError("masks must be opaque, black and white, got a picture with transparency")
         if mask.mode.startswith("I") or mask.mode == "F":
             return np.asarray(mask)
         return np.asarray(mask.convert("L"))
+    if isinstance(mask, Tensor) and mask.is_meta:
+        raise UserError("masks must hold numbers, got a tensor of the device meta")
     if isinstance(mask, Tensor):
         mask = mask.detach().cpu().float() if mask.is_floating_point() else mask.detach().cpu()
-    values = np.asarray(mask)
+    values = mask if isinstance(mask, np.ma.MaskedArray) else np.asarray(mask)
     if values.dtype == bool:
         return values.astype(np.float32)
     if values.dtype.kind not in "uif":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from multicrafter import UserError, __version__
+from multicrafter.files import read_json
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.backbones import Backbone
 
@@ -76,7 +77,7 @@ def base_of(model: str | Path) -> str | None:
     if (folder / "model_index.json").is_file():
         return str(folder)
     try:
-        return str(json.loads((folder / "adapter.json").read_text())["base_model"])
+        return str(read_json(folder / "adapter.json")["base_model"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"model {folder} must name its base_model in adapter.json, got none: give the base as model and this as adapter"
@@ -116,7 +117,13 @@ def save_pretrained(pipeline: Publishable, folder: Path, *, base: bool = False) 
         )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"folder must be a folder, but {folder} is a file")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    strange = [name for name in ("README.md", "transformer") if (folder / name).exists()]
+    if strange and not any((folder / name).exists() for name in ("adapter.json", "model_index.json")):
+        raise UserError(f"folder must be new or of an earlier save, but {folder} holds a {strange[0]} of somebody else")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"folder must be one that can be made, got {folder}: {error.strerror}") from error
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         staged = Path(temporary)
         if base:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import csv
 import difflib
-import json
 import math
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from multicrafter import UserError
+from multicrafter.files import parse_json
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 ANSWERS = ("yes", "no", "unknown")
@@ -62,9 +62,8 @@ def read_notes(root: Path, *, licence: str = "unknown", consent: str = "unknown"
     if root.is_dir():
         for path in sorted(root.iterdir()):
             if is_metadata(path.name) and path not in present:
-                raise UserError(
-                    f"{path} must be called {' or '.join(METADATA)} to be read, or something else altogether"
-                )
+                how = f"must be called {' or '.join(METADATA)} to be read, or something else altogether"
+                raise UserError(f"{path} {'must be a file, got none' if path.name in METADATA else how}")
     if not present:
         return {}
     notes: dict[str, PhotoNote] = {}
@@ -152,31 +151,38 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     try:
         if path.suffix == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
-                for row in (reader := csv.DictReader(file)):
-                    if None in row:
+                reader = csv.DictReader(
+                    file, strict=True
+                )  # a quote that never ends would swallow the answers of others
+                _check_columns(path, reader.fieldnames or [])
+                for row in reader:
+                    if None in row or None in row.values():
                         raise UserError(f"{path}, line {reader.line_num}: must have as many values as columns")
                     yield reader.line_num, row
             return
         with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    row = json.loads(line, object_pairs_hook=_once)
+                    row = parse_json(line, f"{path}, line {number}:")
                     if not isinstance(row, dict):
                         raise UserError(f"{path}, line {number}: must be a JSON object, got {type(row).__name__}")
                     yield number, row
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}, line {number}: must be JSON, got {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} must be UTF-8, got {error}") from error
     except csv.Error as error:
         raise UserError(f"{path} must be CSV, got {error}") from error
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose names are all different: of two answers JSON would keep the last, and the first may be a no."""
-    if len({name for name, _ in pairs}) < len(pairs):
-        raise json.JSONDecodeError("a name that is there twice", "", 0)
-    return dict(pairs)
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
+    """Of two columns of one name the last would count, and a table without names has none at all."""
+    names = [spelling(column) for column in columns]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{path} must have every column once, but {twice[0]!r} is there twice")
+    near = difflib.get_close_matches("file_name", names, n=1, cutoff=0.75)
+    if "file_name" not in names and not near:  # what is nearly right is named with its line
+        raise UserError(
+            f"{path} must have a column file_name in its first line, got {', '.join(columns)[:100] or 'none'}"
+        )
 
 
 def _known(row: Mapping[str, Any], fields: tuple[str, ...], where: str) -> dict[str, Any]:
@@ -206,11 +212,11 @@ def _answer(row: Mapping[str, Any], name: str, where: str, default: str = "unkno
 def _note(row: Mapping[str, Any], where: str, licence: str, consent: str) -> PhotoNote:
     people = row.get("people") or []
     try:
-        people = json.loads(people, object_pairs_hook=_once) if isinstance(people, str) else people
+        people = parse_json(people, f"{where}: people") if isinstance(people, str) else people
         people = [_known(person, OF_PEOPLE, where) if isinstance(person, Mapping) else person for person in people]
         boxes = [tuple(float(x) for x in person["box"]) for person in people]
         good = all(len(b) == 4 and all(map(math.isfinite, b)) and b[2] > b[0] and b[3] > b[1] for b in boxes)
-    except (KeyError, TypeError, json.JSONDecodeError, AttributeError, OverflowError):
+    except (KeyError, TypeError, AttributeError, OverflowError):
         good = False
     except ValueError as error:
         if where in str(error):

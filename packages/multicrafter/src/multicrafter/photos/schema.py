@@ -17,11 +17,11 @@ reference with ``strip_box``).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from multicrafter import UserError
+from multicrafter.files import read_json
 
 VERSION = 1
 SPLITS = ("train", "test")
@@ -95,9 +95,9 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder} must be a dataset written by multicrafter data build, but it has no dataset.json")
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = read_json(path)
         version = about["schema"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} must be written by multicrafter data build, got {type(error).__name__}: {error}"
         ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from multicrafter import UserError
+from multicrafter.files import parse_json, read_json, read_text
 
 Kind = Literal["human", "object"]
 Box = tuple[float, float, float, float]
@@ -81,11 +82,14 @@ def _native(rows: Sequence[Mapping[str, Any]], where: str, root: Path) -> list[P
         if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             raise _fail(at, f"prompt must be a sentence, got {row.get('prompt')!r}")
         key = row.get("key", row.get("picture", str(number - 1)))
+        if not isinstance(key, (str, int)) or isinstance(key, bool):
+            raise _fail(at, f"key must be a text or a whole number, got {key!r}")
+        _spelled(row, at)
         count = row.get("count")
-        if count is not None and (not isinstance(count, int) or count < 0):
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
             raise _fail(at, f"count must be a whole number, got {count!r}")
         references = []
-        for item in row.get("references") or ():
+        for item in _listed(row.get("references") or [], f"{at}: references"):
             item = {"image": item} if isinstance(item, str) else item
             if (
                 not isinstance(item, Mapping)
@@ -96,9 +100,7 @@ def _native(rows: Sequence[Mapping[str, Any]], where: str, root: Path) -> list[P
                     at, f"a reference must be a path, or an object with image and kind human or object, got {item!r}"
                 )
             box = item.get("box")
-            if box is not None and (
-                len(box) != 4 or not all(0 <= float(x) <= 1 for x in box) or box[0] >= box[2] or box[1] >= box[3]
-            ):
+            if box is not None and not _is_box(box):
                 raise _fail(at, f"box must be left, top, right, bottom as shares of the picture in [0, 1], got {box!r}")
             place: Any = tuple(map(float, box)) if box else None
             references.append(Reference(root / item["image"], item.get("kind", "human"), place))
@@ -110,6 +112,29 @@ def _native(rows: Sequence[Mapping[str, Any]], where: str, root: Path) -> list[P
             )
         )  # fmt: skip
     return prompts
+
+
+NATIVE = ("prompt", "key", "picture", "count", "references", "target", "category")
+
+
+def _spelled(row: Mapping[str, Any], at: str) -> None:
+    """Refuses what is nearly a name of ours: "refrences" would be scored without any. Other names are somebody else's."""
+    for name in row:
+        near = difflib.get_close_matches(name, NATIVE, n=1, cutoff=0.8)
+        if near and name not in (*NATIVE, "pictures", "prompts"):
+            raise _fail(at, f"{name!r} must be spelled {near[0]!r}, or differently altogether")
+
+
+def _listed(value: Any, what: str) -> list[Any]:
+    """A list; a text would be read letter by letter."""
+    if not isinstance(value, list):
+        raise UserError(f"{what} must be a list, got {value!r}"[:300])
+    return value
+
+
+def _is_box(box: Any) -> bool:
+    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in box)
+    return bool(numbers and box[0] < box[2] and box[1] < box[3])
 
 
 def _xverse(rows: Sequence[Mapping[str, Any]], where: str, root: Path) -> list[Prompt]:
@@ -131,7 +156,7 @@ def _multihuman(rows: Sequence[Mapping[str, Any]], where: str, root: Path) -> li
     """multihuman_metadata.json (arXiv 2506.20879): pictures are numbered; the first 1,500 prompts are the simple ones."""
     return [
         Prompt(
-            key=str(number), prompt=row["prompt"], references=tuple(Reference(root / p) for p in row["people"]),
+            key=str(number), prompt=row["prompt"], references=tuple(Reference(root / p) for p in _listed(row["people"], f"{where}: people")),
             category=f"{'simple' if number < 1500 else 'complex'}, {len(row['people'])} people",
         )
         for number, row in enumerate(rows)
@@ -142,7 +167,8 @@ def _multiid(rows: Sequence[Mapping[str, Any]], where: str, root: Path) -> list[
     """Index files of MultiID-Bench (v202.json and others, arXiv 2510.14975): with the real picture as target."""
     return [
         Prompt(
-            key=Path(row["ori_img_path"]).stem, prompt=row["prompt"], references=tuple(Reference(root / p) for p in row["image_paths"]),
+            key=Path(row["ori_img_path"]).stem, prompt=row["prompt"],
+            references=tuple(Reference(root / p) for p in _listed(row["image_paths"], f"{where}: image_paths")),
             target=root / row["ori_img_path"], category=f"{len(row['image_paths'])} people",
         )
         for row in rows
@@ -186,16 +212,14 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
             import pyarrow.parquet as pq
 
             return list(pq.read_table(path).to_pylist())
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         rows = (
-            [json.loads(line) for line in text.splitlines() if line.strip()]
+            [parse_json(line, f"line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
             if path.suffix == ".jsonl"
-            else json.loads(text)
+            else parse_json(text, "it")
         )
-    except OSError as error:
-        raise UserError(f"manifest {path} must be a file, got: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"manifest {path} must be JSON, JSON lines or Parquet, got: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"manifest {path} must be JSON, JSON lines or Parquet, got: {str(error)[:300]}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
         raise UserError(f"manifest {path} must be a list of objects with at least one entry")
     return rows
@@ -227,6 +251,11 @@ def read_prompts(path: Path, *, format: str = "auto", root: Path | None = None) 
         raise UserError(
             f"manifest {path} must be in the format {format}, but {type(error).__name__}: {error}"
         ) from error
+    for prompt in prompts:
+        if not isinstance(prompt.prompt, str) or not prompt.prompt.strip():
+            raise UserError(f"manifest {path}: the prompt of {prompt.key!r} must be a sentence, got {prompt.prompt!r}")
+        if not prompt.key.strip():
+            raise UserError(f"manifest {path}: every key must name a picture, got {prompt.key!r}")
     twice = (
         {p.key for p in prompts if sum(q.key == p.key for q in prompts) > 1}
         if len({p.key for p in prompts}) < len(prompts)
@@ -244,7 +273,7 @@ def _layout(folder: Path) -> list[Prompt]:
         references = sorted(meta.parent.glob("ref_*.*"), key=lambda p: (len(p.stem), p.stem))
         target = next(iter(sorted(meta.parent.glob("ori.*"))), None)
         try:
-            prompt = json.loads(meta.read_text(encoding="utf-8"))["prompt"]
+            prompt = read_json(meta)["prompt"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{meta} must hold a prompt, got {type(error).__name__}") from error
         prompts.append(

@@ -17,7 +17,7 @@ from id_reward.images import open_image
 from tqdm import tqdm
 
 from multicrafter import UserError
-from multicrafter.files import content_digest, write_whole
+from multicrafter.files import content_digest, read_json, write_whole
 from multicrafter.scoring import metrics
 from multicrafter.scoring.judges import Judges
 from multicrafter.scoring.manifest import Benchmark, Case, Prompt, Reference
@@ -109,19 +109,37 @@ class Scores:
         """
         path = path / "scores.json" if path.is_dir() else path
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            if not path.exists():
+                raise UserError("there is none")
+            content = read_json(path)
             if content["schema"] != SCHEMA:
                 raise UserError(f"schema {content['schema']!r} is not {SCHEMA}")
             loaded = cls(content["name"], content["about"], content["cases"], content["missing"], content["problems"])
-            for case in loaded.cases:
-                case["key"], case["group"], case["category"], case["metrics"]
+            _check(loaded)
             return loaded
-        except FileNotFoundError as error:
-            raise UserError(f"scores {path} must be a file of multicrafter evaluate, but there is none") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"scores {path} must be written by multicrafter evaluate, got {type(error).__name__}: {error}"
             ) from error
+
+
+def _check(scores: Scores) -> None:
+    """Raises ValueError where what was read is no `Scores`."""
+    about = scores.about
+    if not isinstance(scores.name, str) or not scores.name.strip() or not isinstance(about["judges"], dict):
+        raise ValueError("a name that is no text, or judges that are no object")
+    _, _ = about["format"], about["prompts"]
+    if not (scores.cases and all(isinstance(x, list) for x in (scores.cases, scores.missing, scores.problems))):
+        raise ValueError("no list of cases")
+    seen: set[str] = set()
+    for case in scores.cases:
+        if not all(isinstance(case[name], str) for name in ("key", "group", "category")) or case["key"] in seen:
+            raise ValueError(f"the case {case['key']!r} twice, or one whose names are no text")
+        seen.add(case["key"])
+        for name, value in case["metrics"].items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
+            if value is not None and not number:
+                raise ValueError(f"{name} = {value!r} in {case['key']!r}")
 
 
 def _clean(row: dict[str, Any]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Checkpoint:
                 if file.stat().st_size != size or sha256(file) != digest:
                     raise CheckpointError(f"{name} is not what was written")
             return cls(path, int(manifest["step"]), manifest)
-        except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"checkpoint {path} cannot be read ({type(error).__name__}: {error})") from error
 
     def tensors(self) -> CheckpointTensors:
@@ -301,7 +301,7 @@ def step_of(path: Path) -> int:
 def _score(path: Path) -> float:
     try:
         return float(json.loads((path / "state.json").read_text())["score"])
-    except (OSError, KeyError, ValueError, TypeError):
+    except (OSError, KeyError, ValueError, TypeError, RecursionError):
         return -float("inf")
 
 

@@ -326,7 +326,9 @@ class _Log:
             for line in self.path.read_text().splitlines():
                 try:
                     metrics = json.loads(line)
-                except json.JSONDecodeError:
+                except (ValueError, RecursionError):
+                    continue
+                if not isinstance(metrics, dict) or "step" not in metrics:
                     continue
                 if metrics["step"] <= steps:
                     history.append(metrics)

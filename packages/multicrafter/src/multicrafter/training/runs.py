@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multicrafter import UserError
+from multicrafter.files import read_json
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.binding import Finder, IdentityFinder
 from multicrafter.models.loaded import LoadedModel
@@ -56,7 +57,9 @@ def _check_resume(out: Path, run: PretrainConfig | AlignConfig, resume: loop.Res
     if not path.exists() or not checkpoints_in(out / "checkpoints"):
         return
     # what an earlier version did not write down was what the defaults are
-    written = json.loads(path.read_text())
+    written = read_json(path)
+    if not isinstance(written, dict):
+        raise UserError(f"{path} must be the configuration of a run, got {type(written).__name__}")
     if isinstance(run, AlignConfig):
         written = modern(written)
     before = _comparable(filled(written, asdict(type(run)())))
