@@ -143,6 +143,8 @@ def _report(options: argparse.Namespace) -> None:
 
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out must be a folder, but {options.out} is a file")
+    if (options.out / "report.html").exists() and not (options.out / "report.json").exists():
+        raise ValueError(f"--out would overwrite {options.out / 'report.html'}, which idar did not write")
     recording, masks = _drawn(options, DIRECTIONS[::-1] if options.direction == "both" else [options.direction])
     notes = {"model": options.model, "prompt": options.prompt, "seed": options.seed}
     found = write_report(recording, options.out, masks=masks, names=options.name, notes=notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -30,6 +31,11 @@ class SubjectLayout:
     length: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        places = [self.num_text, *self.image_span, *(end for span in self.subject_spans for end in span)]
+        if self.length is not None:
+            places.append(self.length)
+        if wrong := [n for n in places if not isinstance(n, numbers.Integral) or isinstance(n, bool)]:
+            raise ValueError(f"a layout must be of whole numbers of tokens, got {wrong[0]!r}")
         check_spans(self.stop, self.subject_spans, self.image_span)
         if self.num_text < 0:
             raise ValueError(f"num_text must not be negative, got {self.num_text}")
@@ -57,6 +63,11 @@ class SubjectLayout:
         """
         if text not in ("first", "last"):
             raise ValueError(f"text must be 'first' or 'last', got {text!r}")
+        counts = [num_text, num_image, *(num_references if isinstance(num_references, Sequence) else [num_references])]
+        if not isinstance(num_references, Sequence) or not all(isinstance(n, numbers.Integral) for n in counts):
+            raise ValueError(
+                f"num_text and num_image must be whole numbers and num_references a list of them, got {counts}"
+            )
         begin = num_text if text == "first" else 0
         spans, start = [], begin + num_image
         for count in num_references:

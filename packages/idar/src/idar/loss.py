@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import warnings
 from typing import Literal, NamedTuple
 
@@ -9,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from idar.masks import Normalization, normalize_maps
+from idar.masks import Normalization, normalize_maps, require_tensor
 
 LossKind = Literal["dice", "soft_iou", "cross_entropy", "share_cross_entropy", "token_cross_entropy", "balanced"]
 
@@ -24,6 +26,7 @@ class IDARLoss(NamedTuple):
 
 def check_masks(maps: Tensor, masks: Tensor) -> None:
     """Raises ValueError unless maps and masks are both (b, s, n), maps finite and masks in [0, 1]."""
+    require_tensor(maps=maps, masks=masks)
     if maps.dim() == masks.dim() == 3 and maps.shape[1] != masks.shape[1]:
         raise ValueError(f"masks must be of as many subjects as maps, got {masks.shape[1]} and {maps.shape[1]}")
     if maps.dim() != 3 or maps.shape != masks.shape:
@@ -124,6 +127,14 @@ def idar_loss(
     0.5754
     """
     check_masks(maps, masks)
+    if bool((maps.detach() < 0).any()):
+        raise ValueError(f"maps must be at least 0, as attention is, got {float(maps.min()):g}")
+    if not isinstance(eps, numbers.Real) or not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be at least 0 and finite, got {eps!r}")
+    if weight is not None:
+        require_tensor(weight=weight)
+        if weight.shape != maps.shape[:1] or not bool((torch.isfinite(weight) & (weight >= 0)).all()):
+            raise ValueError(f"weight must be one factor of at least 0 per sample ({len(maps)}), got {weight.tolist()}")
     if kind not in _LOSSES:
         raise ValueError(f"kind must be one of {tuple(_LOSSES)}, got {kind!r}")
     if kind in ("share_cross_entropy", "token_cross_entropy") and normalization == "none":
@@ -163,7 +174,7 @@ def sigma_weight(sigma: Float[Tensor, " b"], *, sigma_max: float = 1.0, power: f
     >>> sigma_weight(torch.tensor([0.0, 0.5, 0.9]), sigma_max=0.8, power=1.0).tolist()
     [1.0, 0.5, 0.0]
     """
-    if not 0 < sigma_max <= 1 or power < 0:
+    if not 0 < sigma_max <= 1 or not 0 <= power < math.inf:
         raise ValueError(f"sigma_max must be in (0, 1] and power at least 0, got {sigma_max} and {power}")
     if not bool(((sigma >= 0) & (sigma <= 1)).all()):
         raise ValueError("sigma must lie in [0, 1], got values outside or NaN")

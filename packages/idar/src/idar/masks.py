@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -10,6 +13,32 @@ from torch import Tensor
 
 Normalization = Literal["max", "minmax", "share", "sum", "none"]
 Fit = Literal["stretch", "pad", "crop"]
+
+
+def require_tensor(**values: object) -> None:
+    """Refuses what is no tensor.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a torch tensor, got {type(value).__name__} (torch.as_tensor makes one)")
+
+
+def check_grid(grid: tuple[int, int]) -> tuple[int, int]:
+    """Token rows and columns, as whole numbers of at least 1.
+
+    Raises:
+        ValueError: They are none.
+
+    >>> check_grid((2, 3))
+    (2, 3)
+    """
+    good = isinstance(grid, Sequence) and not isinstance(grid, str) and len(grid) == 2
+    if not good or not all(isinstance(n, numbers.Integral) and n >= 1 for n in grid):
+        raise ValueError(f"grid must be positive, two whole numbers (rows, columns), got {grid!r}")
+    return int(grid[0]), int(grid[1])
 
 
 def token_masks(
@@ -43,12 +72,14 @@ def token_masks(
     >>> token_masks(torch.ones(1, 1, 2, 4), (4, 4), fit="pad").unflatten(2, (4, 4))[0, 0, :, 0].tolist()
     [0.0, 1.0, 1.0, 0.0]
     """
-    if masks.dim() != 4 or min(masks.shape[2:]) < 1 or min(grid) < 1:
-        raise ValueError(f"masks must be (b, s, H, W) and grid positive, got {tuple(masks.shape)} and {grid}")
+    require_tensor(masks=masks)
+    grid = check_grid(grid)
+    if masks.dim() != 4 or min(masks.shape[2:]) < 1 or masks.is_complex():
+        raise ValueError(f"masks must be (b, s, H, W), real, and grid positive, got {tuple(masks.shape)} and {grid}")
     masks = masks.float()
     if not bool(((masks >= 0) & (masks <= 1)).all()):
         raise ValueError("masks must lie in [0, 1], got values outside or NaN")
-    if len(padding) != 4 or min(padding) < 0:
+    if not isinstance(padding, Sequence) or len(padding) != 4 or not all(0 <= p < math.inf for p in padding):
         raise ValueError(f"padding must be four numbers (left, top, right, bottom) of at least 0, got {padding}")
     left, top, right, bottom = padding
     height, width = masks.shape[2] + top + bottom, masks.shape[3] + left + right
@@ -79,10 +110,11 @@ def owner_masks(coverage: Float[Tensor, "b s n"], *, threshold: float = 0.15) ->
     >>> owner_masks(torch.tensor([[[0.9, 0.3, 0.1], [0.1, 0.4, 0.0]]])).tolist()
     [[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]
     """
-    if coverage.dim() != 3 or not bool(torch.isfinite(coverage).all()):
+    require_tensor(coverage=coverage)
+    if coverage.dim() != 3 or not coverage.shape[1] or not bool(torch.isfinite(coverage).all()):
         raise ValueError(f"coverage must be finite and (b, s, n), got {tuple(coverage.shape)}")
-    if not threshold > 0:
-        raise ValueError(f"threshold must be positive, got {threshold}")
+    if not isinstance(threshold, numbers.Real) or not 0 < threshold < math.inf:
+        raise ValueError(f"threshold must be positive and finite, got {threshold!r}")
     best = coverage.max(1, keepdim=True)
     ones = torch.zeros_like(coverage, dtype=torch.float32).scatter_(1, best.indices, 1.0)
     return ones * (best.values >= threshold)
@@ -114,9 +146,13 @@ def box_masks(
     >>> box_masks(torch.tensor([[[0.0, 0.0, 8.0, 16.0]]]), (2, 2), (16, 16), margin=0.0).tolist()
     [[[1.0, 0.0, 1.0, 0.0]]]
     """
+    require_tensor(boxes=boxes)
+    grid = check_grid(grid)
     if boxes.dim() != 3 or boxes.shape[2] != 4:
         raise ValueError(f"boxes must be (b, s, 4), got {tuple(boxes.shape)}")
-    if min(grid) < 1 or min(size) < 1 or not 0 <= margin < float("inf"):
+    if bool(torch.isinf(boxes).any()):
+        raise ValueError("boxes must be finite, or NaN for a subject that was not found, got infinity")
+    if not all(1 <= side < math.inf for side in size) or not 0 <= margin < math.inf:
         raise ValueError(f"grid and size must be positive and margin at least 0, got {grid}, {size} and {margin}")
     left, top, right, bottom = boxes.float().unbind(2)
     if bool((right < left).any() or (bottom < top).any()):
@@ -159,6 +195,8 @@ def map_boxes(
     >>> map_boxes(torch.tensor([[[9.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 0.0]]]), (1, 4), (8, 32)).tolist()
     [[[0.0, 0.0, 16.0, 8.0], [16.0, 0.0, 24.0, 8.0]]]
     """
+    require_tensor(maps=maps)
+    grid = check_grid(grid)
     if maps.dim() != 3 or maps.shape[2] != grid[0] * grid[1]:
         raise ValueError(f"maps must be (b, s, {grid[0] * grid[1]}) for this grid, got {tuple(maps.shape)}")
     if not bool((torch.isfinite(maps) & (maps >= 0)).all()):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -30,6 +31,46 @@ Strength = float | Tensor | Callable[[Tensor], Tensor]
 Layouts = SubjectLayout | Sequence[SubjectLayout] | Callable[[dict[str, Any]], SubjectLayout]
 Router = Callable[[Tensor, Tensor, SubjectLayout], Tensor]
 """(query, key, layout) of one attention call to masks (b, s, m): who owns a token is read off the attention itself."""
+
+
+def _is_whole(value: Any) -> bool:
+    """A whole number of Python, NumPy or torch."""
+    if isinstance(value, Tensor):
+        return (
+            value.dim() == 0 and not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
+        )
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def as_masks(masks: Any) -> Any:
+    """Masks as a tensor; a router and None as they are.
+
+    Raises:
+        ValueError: They are none of these.
+    """
+    if masks is None or callable(masks):
+        return masks
+    if not isinstance(masks, Tensor):
+        try:
+            masks = torch.as_tensor(masks)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"masks must be a tensor (b, s, m) or a function, got {type(masks).__name__}") from error
+    if masks.layout != torch.strided or masks.is_meta:
+        raise ValueError(f"masks must be a dense tensor with values, got {masks.layout} on {masks.device}")
+    return masks
+
+
+def as_strength(strength: Any) -> Any:
+    """A strength as a number, a tensor, or a function.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    if isinstance(strength, (int, float, Tensor)) or callable(strength):
+        return strength
+    if isinstance(strength, numbers.Real):
+        return float(strength)
+    raise ValueError(f"strength must be a number, a tensor (b,) or a function of noise levels, got {strength!r}")
 
 
 @dataclass(kw_only=True)
@@ -64,8 +105,12 @@ class Separation:
     def __post_init__(self) -> None:
         if self.backend not in ("auto", "mask", "flex"):
             raise ValueError(f"backend must be 'auto', 'mask' or 'flex', got {self.backend!r}")
-        if self.heads is not None and (not len(self.heads) or min(self.heads) < 0):
-            raise ValueError(f"heads must be at least one number from 0 on, got {self.heads}")
+        if self.heads is not None:
+            heads = list(self.heads) if isinstance(self.heads, Iterable) and not isinstance(self.heads, str) else []
+            if not heads or not all(_is_whole(head) and head >= 0 for head in heads):
+                raise ValueError(f"heads must be at least one whole number from 0 on, got {self.heads!r}")
+            self.heads = [int(head) for head in heads]
+        self.masks, self.strength = as_masks(self.masks), as_strength(self.strength)
 
     @property
     def num_keys(self) -> int:
@@ -87,7 +132,8 @@ class Separation:
         if self.masks is None:
             self._active = False
             return
-        power = self.strength
+        self.masks = as_masks(self.masks)
+        power = as_strength(self.strength)
         if not isinstance(power, (int, float, Tensor)):
             if sigma is None:
                 raise ValueError("strength must be a number where the model's forward has no timestep, got a function")
@@ -97,7 +143,8 @@ class Separation:
             self._active = bool((torch.as_tensor(power) > 0).any()) and len(self.arrows) > 0
             self._bias, self._roles = None, None
             return
-        of = (self.masks, self.masks._version, self.layout, self.background, tuple(self.arrows), power)
+        version = power._version if isinstance(power, Tensor) else 0  # it may be changed in place, as the masks may
+        of = (self.masks, self.masks._version, self.layout, self.background, tuple(self.arrows), power, version)
         if len(self._of) == len(of) and all(
             a is b or (not isinstance(a, Tensor) and a == b) for a, b in zip(self._of, of)
         ):
@@ -146,7 +193,10 @@ class Separation:
         if not isinstance(self.masks, Tensor):
             if self.masks is None or not isinstance(self.layout, SubjectLayout):
                 raise ValueError("layout must be one for all rows where masks are a router, got one per row")
-            return self._bias_of(self.masks(query.detach(), key.detach(), self.layout))
+            found = as_masks(self.masks(query.detach(), key.detach(), self.layout))
+            if not isinstance(found, Tensor):
+                raise ValueError(f"a router must return masks (b, s, m), got {type(found).__name__}")
+            return self._bias_of(found)
         if self._bias is None:  # FlexAttention cannot take this call
             self._bias = self._bias_of(self.masks)
         return self._bias
@@ -263,13 +313,24 @@ def separate_attention(
     Raises:
         ValueError: Something does not fit; at entry where it can be known, else in the pass.
     """
+    if arrows is None or not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a module and arrows a sequence, got {type(model).__name__} and {arrows!r}")
+    if layout is None:
+        raise ValueError("layout must be a SubjectLayout, one per row, or a function of the arguments, got None")
+    if not modules:
+        raise ValueError("modules must hold at least one module of the model, got none")
+    masks = as_masks(masks)
     state = Separation(
         masks=masks, strength=strength, background=background, arrows=tuple(arrows), heads=heads, backend=backend,
         layout=SubjectLayout.in_order(0, 1, [1]),
     )  # fmt: skip
     if not callable(layout) and isinstance(masks, Tensor):
         check_separation(
-            layout, masks, strength if isinstance(strength, (int, float, Tensor)) else 1.0, background, arrows
+            layout,
+            masks,
+            state.strength if isinstance(state.strength, (int, float, Tensor)) else 1.0,
+            background,
+            state.arrows,
         )
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from moe_lora.config import MoELoRAConfig
 
 FORMAT = 1
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WEIGHTS, META = "moe_lora.safetensors", "moe_lora.json"
 
 
@@ -50,7 +52,8 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor], config: MoELoRAConfig
     """Writes both files through temporary names; of several ranks the first does."""
     if not _first_rank():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    check_numbers("state to save", tensors)
+    make_folder(folder)
     weights, meta = folder / WEIGHTS, folder / META
     save_file({k: t.contiguous().cpu() for k, t in tensors.items()}, f"{weights}.tmp", {"format": "pt"})
     Path(f"{meta}.tmp").write_text(
@@ -72,10 +75,12 @@ def read_config(folder: Path) -> tuple[MoELoRAConfig, list[str]]:
         data = json.loads(meta.read_text())
         if data["format"] != FORMAT:
             raise ValueError(f"format must be {FORMAT}, got {data['format']!r}")
+        if not isinstance(data["targets"], list):
+            raise ValueError(f"targets must be a list, got {data['targets']!r}")
         return MoELoRAConfig(**data["config"]), [str(t) for t in data["targets"]]
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder} must hold {META}, but it is missing") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{meta} must be a config written by moe_lora, got {type(error).__name__}: {error}") from None
 
 
@@ -106,8 +111,46 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} must be a readable safetensors file, got: {error}") from None
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            what = "NaN or infinity" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{file} must hold finite floating-point numbers, got {what} in {key!r}")
+    check_numbers(str(file), tensors)
     return tensors
+
+
+def check_numbers(what: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses tensors that hold no finite floating-point numbers of a common type: an adapter of NaNs is neither written nor read.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
+            kind = str(getattr(tensor, "dtype", type(tensor).__name__)).removeprefix("torch.")
+            raise ValueError(f"{what} must hold finite floating-point numbers, got {kind} in {key!r}")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{what} must hold finite floating-point numbers, got NaN or infinity in {key!r}")
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder to write into.
+
+    Raises:
+        ValueError: It cannot be one.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"path must be a folder, or one that can be made, got {folder}: {error.strerror}") from error
+
+
+def check_shapes(tensors: Mapping[str, Tensor], config: MoELoRAConfig, targets: Sequence[str], where: Path) -> None:
+    """Refuses a config that its own tensors do not bear out, before memory is made for what it says.
+
+    Raises:
+        ValueError: Naming the tensor.
+    """
+    for target in targets:
+        key = f"{target}.lora_a"
+        got = tuple(tensors[key].shape[:2]) if key in tensors else None
+        if got != (config.num_experts, config.rank):
+            raise ValueError(
+                f"{where} must hold {key!r} of {config.num_experts} experts of rank {config.rank}, as it says, got {got}"
+            )

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moe_lora.checkpoint import whole
+from moe_lora.checkpoint import check_numbers, make_folder, whole
 from moe_lora.dispatch import experts
 from moe_lora.inject import MoELoRA
 from moe_lora.layer import Mixture
@@ -251,7 +251,6 @@ def save_peft_lora(handle: MoELoRA, path: str | Path, loras: dict[str, LowRank] 
     rank = max(set(ranks.values()), key=list(ranks.values()).count)
     other = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"base_model.model.{n}.lora_A.weight": lora.lora_a for n, lora in written.items()}
     tensors |= {f"base_model.model.{n}.lora_B.weight": lora.lora_b for n, lora in written.items()}
     meta = {
@@ -265,6 +264,8 @@ def save_peft_lora(handle: MoELoRA, path: str | Path, loras: dict[str, LowRank] 
         "lora_dropout": 0.0,
         "bias": "none",
     }
+    check_numbers("adapter to save", tensors)
+    make_folder(folder)
     save_file(tensors, folder / "adapter_model.safetensors.tmp", {"format": "pt"})
     (folder / "adapter_config.json.tmp").write_text(json.dumps(meta, indent=2) + "\n")
     os.replace(folder / "adapter_model.safetensors.tmp", folder / "adapter_model.safetensors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from moe_lora.checkpoint import load_tensors, read_config, save_tensors, whole, write_parameter
+from moe_lora.checkpoint import (
+    check_numbers,
+    check_shapes,
+    load_tensors,
+    read_config,
+    save_tensors,
+    whole,
+    write_parameter,
+)
 from moe_lora.config import MoELoRAConfig
 from moe_lora.layer import MoELoRALayer
 from moe_lora.routing import RoutingStatistics, routing_statistics
@@ -46,6 +54,11 @@ def find_targets(model: nn.Module, targets: Targets) -> list[str]:
     """
     modules = {name: module for name, module in model.named_modules() if name}
     names = list(modules)
+    several = isinstance(targets, Iterable) and not isinstance(targets, (str, bytes))
+    if several:
+        targets = list(targets)  # type: ignore[arg-type]
+    if not (callable(targets) or isinstance(targets, str) or (several and all(isinstance(t, str) for t in targets))):
+        raise ValueError(f"targets must be regular expressions or a function of names, got {targets!r}")
     if callable(targets):
         found = [n for n in names if targets(n)]
     else:
@@ -123,16 +136,21 @@ class MoELoRA:
             ValueError: A key is missing, unknown or of another shape; the message names it.
         """
         own = dict(self.named_parameters())
+        if not isinstance(state, Mapping):
+            raise ValueError(f"state must be tensors by name, got {type(state).__name__}")
         for key in [*own, *state]:
             if key not in state:
                 raise ValueError(f"state must hold {key!r}, but it is missing")
             if key not in own:
                 near = difflib.get_close_matches(key, own, n=1, cutoff=0.0)
                 raise ValueError(f"state must hold keys of this model only, got {key!r}; nearest: {near}")
+            if not isinstance(state[key], Tensor):
+                raise ValueError(f"{key} must be a tensor, got {type(state[key]).__name__}")
             if own[key].shape != state[key].shape:
                 raise ValueError(
                     f"{key} must have shape {tuple(own[key].shape)}, got {tuple(state[key].shape)} (another rank, width or number of experts?)"
                 )
+        check_numbers("state", {key: state[key] for key in own})
         for key, parameter in own.items():
             write_parameter(parameter, state[key])
 
@@ -179,6 +197,11 @@ class MoELoRA:
         Args:
             mask: (n,) for every row, or (b, n) as the layer's tokens; or regex on layer names -> mask, where layers see different tokens.
         """
+        masks = mask.values() if isinstance(mask, Mapping) else [mask]
+        if wrong := [m for m in masks if not isinstance(m, Tensor)]:
+            raise ValueError(
+                f"token_mask must be a boolean tensor, or such tensors by name, got {type(wrong[0]).__name__}"
+            )
         before = {name: layer.state.token_mask for name, layer in self.layers.items()}
         try:
             for name, layer in self.layers.items():
@@ -262,10 +285,11 @@ def inject_saved(model: nn.Module, path: str | Path) -> MoELoRA:
         ValueError: The folder is broken or the model lacks its targets; the model is unchanged then.
     """
     config, targets = read_config(Path(path))
+    check_shapes(load_tensors(Path(path), config, targets), config, targets, Path(path))
     handle = inject(model, config, [re.escape(t) for t in targets])
     try:
         handle.load(path)
-    except ValueError:
+    except BaseException:
         handle.remove()
         raise
     return handle

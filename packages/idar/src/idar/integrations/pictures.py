@@ -13,6 +13,7 @@ from torch import Tensor
 from idar.masks import token_masks
 
 WHITES = (255, 65535)
+MAX_PIXELS = 25_000_000  # of a mask, which is worked on in double precision
 NEAR_WHITE = 0.9  # a lossy file's white is a little darker
 GREY = 16 / 255  # how far the channels of a grey pixel may be apart
 GREYSCALE = ("1", "L", "I", "F")
@@ -32,6 +33,10 @@ def read_mask(given: Any, name: str = "mask") -> Float[Tensor, "H W"]:
         ValueError: It cannot be read, or not in one way only.
         ImportError: diffusers is missing; the message names the pip line.
     """
+    import numpy as np
+
+    if np.ma.is_masked(given):
+        raise ValueError(f"{name} must have all its numbers, got a masked array (what it hides is no mask)")
     channels = _numbers(_loaded(given, name, lambda picture: picture) if _is_picture(given) else given, name)
     if not bool(torch.isfinite(channels).all()) or bool((channels < 0).any()):
         raise ValueError(f"{name} must hold numbers from 0 on, got negative ones, NaN or infinity")
@@ -169,10 +174,19 @@ def _numbers(given: Any, name: str) -> Float[Tensor, "H W c"]:
         elif given.mode not in ("LA", "RGB", "RGBA", *GREYSCALE) and not given.mode.startswith("I;16"):
             given = given.convert("RGB")
     elif isinstance(given, Tensor):
+        if given.is_meta or given.layout != torch.strided or given.is_complex():
+            raise ValueError(
+                f"{name} must be a file, a picture or real numbers, got a tensor of {given.dtype} on {given.device}"
+            )
         given = given.detach().cpu()
         given = given.float() if given.is_floating_point() else given
+    if hasattr(given, "getbands") and given.width * given.height > MAX_PIXELS:
+        raise ValueError(f"{name} must have at most {MAX_PIXELS:,} pixels, got {given.width} x {given.height}")
     try:
-        values = torch.from_numpy(np.asarray(given).astype(np.float64))
+        array = np.asarray(given)
+        if array.dtype.kind == "c":
+            raise TypeError
+        values = torch.from_numpy(array.astype(np.float64))
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a file, a picture or numbers, got {type(given).__name__}") from None
     if values.dim() == 3 and values.shape[0] == 1:

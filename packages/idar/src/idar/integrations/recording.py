@@ -170,8 +170,10 @@ class Ready:
         Raises:
             ValueError: There are no steps.
         """
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        if not isinstance(num_steps, int) or not 1 <= num_steps <= 10_000:
+            raise ValueError(f"num_steps must be at least 1 and at most 10,000, got {num_steps!r}")
+        if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed must be a whole number of 64 bits, got {str(seed)[:40]}")
         drawn = {"num_inference_steps": num_steps, "generator": torch.Generator().manual_seed(seed)}
         return {**self.arguments, **drawn, **(options or {})}
 
