@@ -128,7 +128,8 @@ MAPS = torch.rand(1, 2, 4, generator=torch.Generator().manual_seed(1))
         (lambda: idar_loss(MAPS, MASKS, weight=torch.ones(3)), "weight must be one factor"),
         (lambda: idar_loss(MAPS, MASKS, weight=[1.0]), "weight must be a torch tensor"),
         (lambda: idar_loss(MAPS, MASKS, eps=NAN), "eps must be"),
-        (lambda: idar_loss(MAPS, MASKS, eps=-1), "eps must be at least 0"), (lambda: leakage(MAPS.numpy(), MASKS), "maps must be a torch tensor"),
+        (lambda: idar_loss(MAPS, MASKS, eps=-1), "eps must be at least 0"),
+        (lambda: leakage(MAPS.numpy(), MASKS), "maps must be a torch tensor"),
         (lambda: sigma_weight(torch.zeros(1), power=NAN), "power at least 0"),
     ],
 )  # fmt: skip
