@@ -108,10 +108,10 @@ def training(device: str, size: dict[str, int]) -> Iterator[tuple[str, Callable[
 
     full = size["tokens"] > 64
     shape = Shape(512, (32, 32), (20, 20), 2) if full else Shape(16, (4, 4), (2, 2), 2)
-    names = ["flux1_dev", "flux2_klein", "qwen_image_edit"]
+    names = ["flux1_dev", "flux2_klein", "qwen_image_edit", "qwen_image_21"]
     for name, dtype in [("flux1_dev", "float32"), *((name, "bfloat16") for name in names)]:
         run, backbone = get_recipe(f"{name}_stage1"), get_backbone(name)
-        config = {"num_layers": 1} | ({} if full else {"num_attention_heads": 2, "joint_attention_dim": 64})
+        config = {"num_layers": 1} | ({} if full else {"num_attention_heads": 2, backbone.text_width_name: 64})
         config |= {"num_single_layers": 1} if "num_single_layers" in backbone.full_config else {}
         execution = replace(run.execution, dtype=dtype)  # type: ignore[arg-type]
         adapters = AdapterConfig(rank=size["rank"], alpha=float(size["rank"]))

@@ -20,7 +20,14 @@ from multicrafter.training.precision import ExecutionConfig
 from multicrafter.training.pretrain import IDARConfig, Pretrain, PretrainConfig
 from multicrafter.training.scenes import encode_scenes
 from multicrafter.world import WorldConfig
-from multicrafter.world.tiny_backbones import tiny_flux1, tiny_flux2_dev, tiny_klein, tiny_kontext, tiny_qwen
+from multicrafter.world.tiny_backbones import (
+    tiny_flux1,
+    tiny_flux2_dev,
+    tiny_klein,
+    tiny_kontext,
+    tiny_qwen,
+    tiny_qwen21,
+)
 from multicrafter.world.tiny_flux import TinyFluxConfig
 
 CONFIG = TinyFluxConfig(num_heads=2, head_dim=16, num_double=2, num_single=1, vae_channels=(8, 8, 8), text_width=16)
@@ -33,6 +40,7 @@ MAKERS = {
     "flux2_klein_kv": lambda: tiny_klein(kv=True),
     "flux2_dev": lambda: tiny_flux2_dev(num_double=2),
     "qwen_image_edit": tiny_qwen,
+    "qwen_image_21": tiny_qwen21,
 }
 
 
@@ -76,7 +84,7 @@ def test_stage_1_reaches_every_adapter_and_recomputing_changes_nothing(name):
     silent = [n for n, g in gradients.items() if not g.abs().max() > 0]
     last = "transformer_blocks.1" if name != "flux2_klein_kv" else "transformer_blocks.0"
     assert not [n for n in silent if last not in n and "single" not in n], "only the last block's text has no way out"
-    assert name != "qwen_image_edit" or not silent
+    assert "qwen" not in name or not silent
     again, recomputed = first_step(name, gradient_checkpointing=True)
     assert again["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
     for key, gradient in gradients.items():
@@ -100,7 +108,9 @@ def test_what_klein_kv_cannot_do_is_refused():
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["flux1_kontext", "flux2_klein", "flux2_klein_kv", "flux2_dev", "qwen_image_edit"])
+@pytest.mark.parametrize(
+    "name", ["flux1_kontext", "flux2_klein", "flux2_klein_kv", "flux2_dev", "qwen_image_edit", "qwen_image_21"]
+)
 def test_stage_2_moves_the_adapters(name):
     pipe = make(name)
     adapters = Adapters(pipe.transformer, SMALL)
@@ -150,7 +160,7 @@ def test_every_backbone_can_be_evaluated_and_looked_at(name):
     assert not torch.allclose(double, single) and not torch.allclose(every, double)
 
 
-@pytest.mark.parametrize("name", ["flux2_dev", "qwen_image_edit"])
+@pytest.mark.parametrize("name", ["flux2_dev", "qwen_image_edit", "qwen_image_21"])
 def test_an_exported_adapter_draws_the_same_in_diffusers_own_pipeline(name, tmp_path):
     """Written for diffusers, read by ``load_lora_weights`` of a fresh pipeline: every key finds its layer, the velocity is the same."""
     pipe, fresh = make(name), make(name)

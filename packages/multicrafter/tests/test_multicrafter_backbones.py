@@ -16,7 +16,14 @@ from multicrafter.models.flux.model import sample
 from multicrafter.models.flux.packing import pack_latents, unpack_latents
 from multicrafter.models.loading import load_flux
 from multicrafter.pipeline import to_image
-from multicrafter.world.tiny_backbones import tiny_flux1, tiny_flux2_dev, tiny_klein, tiny_kontext, tiny_qwen
+from multicrafter.world.tiny_backbones import (
+    tiny_flux1,
+    tiny_flux2_dev,
+    tiny_klein,
+    tiny_kontext,
+    tiny_qwen,
+    tiny_qwen21,
+)
 from multicrafter.world.tiny_flux import TinyFluxConfig
 
 CONFIG = TinyFluxConfig(num_heads=2, head_dim=16, num_double=1, num_single=1, vae_channels=(8, 8, 8), text_width=16)
@@ -32,6 +39,7 @@ def make(name):
         "flux2_dev": tiny_flux2_dev,
         "qwen_image_edit": tiny_qwen,
         "qwen_image_edit_2509": lambda: tiny_qwen(zero_cond_t=False),
+        "qwen_image_21": tiny_qwen21,
     }[name]()
     generator = torch.Generator().manual_seed(1)
     for part in made.components.values():
@@ -165,7 +173,17 @@ def test_qwen_equals_its_pipeline_of_diffusers(name, pictures, monkeypatch):
 def test_pictures_encode_and_decode_as_in_diffusers(name, pipes, pictures):
     pipe, backbone = pipes[name], get_backbone(name)
     tokens = backbone.encode_pictures(pipe, pictures)
-    assert tokens.shape == (3, 64, pipe.transformer.config.in_channels)
+    side = 64 // backbone.token_side(pipe)
+    assert tokens.shape == (3, side * side, pipe.transformer.config.in_channels)
+    if name == "qwen_image_21":  # a fourth channel says how opaque a picture is
+        opaque = torch.cat([pictures, torch.ones(3, 1, 64, 64)], 1)
+        latents = pipe.vae.encode(opaque[:, :, None] * 2 - 1).latent_dist.mode()
+        mean, std = (torch.tensor(v) for v in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std))
+        assert torch.allclose(tokens * std + mean, latents[:, :, 0].flatten(2).transpose(1, 2), atol=1e-4)
+        want = (pipe.vae.decode(latents).sample[:, :, 0] / 2 + 0.5).clamp(0, 1)
+        white = want[:, :3] * want[:, 3:] + 1 - want[:, 3:]
+        assert torch.allclose(backbone.decode_pictures(pipe, tokens, (side, side)), white, atol=1e-4)
+        return
     if "qwen" in name:
         latents = pipe.vae.encode(pictures[:, :, None] * 2 - 1).latent_dist.mode()
         want = pipe.vae.decode(latents).sample[:, :, 0]
@@ -197,10 +215,12 @@ def test_no_two_tokens_share_a_place(name):
 def test_the_layout_points_at_the_references(name, pipes):
     """A span's own tokens, and no others, change their keys when only that reference changes (first block)."""
     pipe, backbone = pipes[name], get_backbone(name)
-    d, text = pipe.transformer.config.in_channels, backbone.encode_prompts(pipe, ["one person"])
-    layout = backbone.layout(text.embeds.shape[1], (4, 4), [(2, 2), (3, 2)])
+    d, side = pipe.transformer.config.in_channels, backbone.token_side(pipe)
+    seen = [torch.rand(3, rows * side, columns * side) for rows, columns in ((2, 2), (4, 2))]
+    text = backbone.encode_prompts_with(pipe, ["one person"], [seen])
+    layout = backbone.layout_of(text, (4, 4), [(2, 2), (4, 2)])
     generator = torch.Generator().manual_seed(0)
-    image, one, two, other = (torch.randn(1, n, d, generator=generator) for n in (16, 4, 6, 6))
+    image, one, two, other = (torch.randn(1, n, d, generator=generator) for n in (16, 4, 8, 8))
     attention = pipe.transformer.transformer_blocks[0].attn
 
     def keys(second):
@@ -209,15 +229,19 @@ def test_the_layout_points_at_the_references(name, pipes):
         with torch.no_grad():
             backbone.velocity(
                 pipe.transformer, image, torch.tensor([0.5]), text, image_grid=(4, 4), references=[one, second],
-                reference_grids=[(2, 2), (3, 2)],
+                reference_grids=[(2, 2), (4, 2)],
             )  # fmt: skip
         handle.remove()
         return kept[0]
 
     changed = (keys(two) - keys(other)).abs().amax((0, 2, 3)) > 1e-6
     start, stop = layout.subject_spans[1]
-    want = torch.zeros(26, dtype=torch.bool)
-    want[start - layout.num_text : stop - layout.num_text] = True
+    before = 0 if name == "qwen_image_21" else layout.num_text  # its one stream holds the words, too
+    assert (start, stop) != (before, before + 8) and len(
+        changed
+    ) == layout.stop - layout.num_text + layout.num_text - before
+    want = torch.zeros(len(changed), dtype=torch.bool)
+    want[start - before : stop - before] = True
     assert torch.equal(changed, want)
 
 
@@ -226,9 +250,10 @@ def test_a_cache_is_claimed_only_where_it_is_exact(name, pipes, pictures):
     pipe, backbone = pipes[name], get_backbone(name)
     tokens = backbone.encode_pictures(pipe, pictures)
     small = backbone.encode_pictures(pipe, pictures[:, :, :32, :32])
+    side = backbone.token_side(pipe)
     drift = reference_drift(
         backbone, pipe.transformer, backbone.encode_prompts(pipe, ["one person"] * 3), tokens=tokens,
-        references=[small, small.flip(0)], image_grid=(8, 8), reference_grids=[(4, 4)] * 2,
+        references=[small, small.flip(0)], image_grid=(64 // side,) * 2, reference_grids=[(32 // side,) * 2] * 2,
     )  # fmt: skip
     config = pipe.transformer.config
     assert len(drift) == config.num_layers + getattr(config, "num_single_layers", 0)
@@ -341,6 +366,120 @@ def test_prompts_of_different_lengths_are_padded_and_masked(pipes, pictures):
         assert torch.allclose(run(single, slice(row, row + 1)), both[row : row + 1], atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def spoken(pictures):
+    """What diffusers' own pipeline of Qwen-Image 2.1 makes of two references, one of them wide: calls, both guided passes, cached or not."""
+    pipe = make("qwen_image_21")
+    references = [to_image(pictures[0]), to_image(torch.cat([pictures[1], pictures[2]], dim=2))]
+    seen = [references[0], references[1].resize((96, 32))]  # what it makes of them at 64 x 64 pixels
+    calls, noise = [], torch.randn(1, 24, 4, generator=torch.Generator().manual_seed(0))
+    hook = pipe.transformer.register_forward_hook(
+        lambda _m, _a, kwargs, out: calls.append((kwargs, out[0])), with_kwargs=True
+    )
+    drawn = [
+        pipe(
+            image=list(references), prompt="one person", negative_prompt="snow", true_cfg_scale=2.0, height=64, width=96, latents=noise,
+            num_inference_steps=3, output_type="latent", output_resolution=64, use_kv_cache=cached,
+        ).images
+        for cached in (False, True)
+    ]  # fmt: skip
+    hook.remove()
+    sizes = [(4, 4), (2, 6)]
+    shown = [
+        torch.from_numpy(
+            np.array(pipe.image_processor.resize(r.convert("RGBA"), *(16 * n for n in size)).convert("RGB"))
+        )
+        for r, size in zip(references, sizes, strict=True)
+    ]
+    assert [tuple(s.shape[:2]) for s in shown] == [(64, 64), (32, 96)] and seen[1].size == (96, 32)
+    return pipe, [s.permute(2, 0, 1) / 255 for s in shown], calls, drawn, noise
+
+
+def test_qwen_21_calls_its_transformer_as_diffusers_does_bit_for_bit(spoken):
+    """Words, places of the references between them, tokens, level; our own numbers in place of its masks give the same again."""
+    pipe, seen, calls, _, _ = spoken
+    backbone, (kwargs, out) = backbone_of(pipe), calls[0]
+    grids = [shape[1:] for shape in kwargs["img_shapes"][0]]
+    assert grids == [(4, 4), (2, 6), (4, 6)]
+    *streams, tokens = kwargs["hidden_states"].split([16, 12, 24], dim=1)
+    text = backbone.encode_prompts_with(pipe, ["one person"], [seen])
+    words = ~kwargs["img_mask"][:, : kwargs["encoder_hidden_states"].shape[1]]
+    assert torch.equal(text.embeds[0], kwargs["encoder_hidden_states"][words])
+    for stream, picture in zip(streams, seen, strict=True):
+        assert torch.allclose(backbone.encode_pictures(pipe, picture[None]), stream, atol=1e-5)
+    given = {"image_grid": grids[-1], "references": streams, "reference_grids": grids[:-1]}
+    with torch.no_grad():
+        got = backbone.velocity(pipe.transformer, tokens, kwargs["timestep"], text, **given)
+        assert torch.equal(got, out[:, -24:])
+        joint = backbone.joint_pass(
+            pipe.transformer, kwargs["hidden_states"], kwargs["timestep"], text, text.slots[0].tolist(), grids
+        )
+        assert torch.allclose(joint[:, -24:], got, atol=1e-6)
+        moved = text._replace(slots=text.slots + 1)
+        assert not torch.allclose(
+            backbone.velocity(pipe.transformer, tokens, kwargs["timestep"], moved, **given), got, atol=1e-4
+        )
+    layout = backbone.layout_of(text, grids[-1], grids[:-1])
+    assert layout == backbone.layout_of_pass(kwargs, grids[-1], grids[:-1])
+    assert layout.subject_spans[1][0] - layout.subject_spans[0][1] > 3, "words stand between the references"
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_qwen_21_equals_its_pipeline_of_diffusers(spoken, cached):
+    pipe, seen, _, drawn, noise = spoken
+    backbone = backbone_of(pipe)
+    positive, negative = (backbone.encode_prompts_with(pipe, [text], [seen]) for text in ("one person", "snow"))
+    given = {"image_grid": (4, 6), "reference_grids": [(4, 4), (2, 6)]}
+    given["references"] = [backbone.encode_pictures(pipe, r[None]) for r in seen]
+    caches, lengths = [ReferenceCache() if cached else None for _ in range(2)], []
+    hook = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(
+        lambda _m, _a, kwargs: lengths.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
+    )
+
+    def velocity(x, s):
+        passes = [
+            backbone.velocity(pipe.transformer, x, s, text, cache=cache, **given)
+            for text, cache in zip((positive, negative), caches, strict=True)
+        ]
+        return backbone.guide(*passes, 2.0)
+
+    with torch.no_grad():
+        got = sample(velocity, noise, backbone.sigmas(pipe, 3, 24))
+    hook.remove()
+    assert torch.allclose(got, drawn[cached], atol=1e-4)
+    assert (lengths[-1] == 24) == cached
+
+
+def test_what_qwen_21_cannot_do_is_refused(pipes):
+    pipe, backbone = pipes["qwen_image_21"], get_backbone("qwen_image_21")
+    text, tokens = backbone.encode_prompts(pipe, ["x"]), torch.ones(1, 6, 4)
+    with pytest.raises(ValueError, match=r"grids must have even rows and columns for qwen_image_21, got \(2, 3\)"):
+        backbone.velocity(pipe.transformer, tokens, torch.ones(1), text, image_grid=(2, 3))
+    shown = backbone.encode_prompts_with(pipe, ["x"], [[torch.rand(3, 32, 32)]])
+    with pytest.raises(ValueError, match="text must be encoded with the 2 references"):
+        backbone.velocity(
+            pipe.transformer, torch.ones(1, 4, 4), torch.ones(1), shown, image_grid=(2, 2), references=[torch.ones(1, 4, 4)] * 2,
+            reference_grids=[(2, 2)] * 2,
+        )  # fmt: skip
+    blind = tiny_qwen21(causal_condition=False)
+    with pytest.raises(ValueError, match="cache must be None"):
+        backbone.velocity(
+            blind.transformer, torch.ones(1, 4, 4), torch.ones(1), text, image_grid=(2, 2), cache=ReferenceCache()
+        )
+
+
+def test_noise_levels_end_where_the_scheduler_says(pipes):
+    """diffusers' own scheduler, with the last level before 0 that published Qwen-Image schedulers name; and a checkpoint's own levels."""
+    pipe, backbone = pipes["qwen_image_21"], get_backbone("qwen_image_21")
+    scheduler = type(pipe.scheduler)(use_dynamic_shifting=True, shift_terminal=0.02, max_shift=0.9)
+    mu = backbone.shift_exponent(scheduler.config, 5, 24)
+    for own in (None, [1.0, 0.9, 0.6, 0.3, 0.1]):
+        scheduler.set_timesteps(sigmas=own or [1.0, 0.8, 0.6, 0.4, 0.2], mu=mu)
+        stand_in = type("Pipe", (), {"scheduler": scheduler, "config": {"sample_sigmas": own}})
+        assert torch.allclose(backbone.sigmas(stand_in, 5, 24), scheduler.sigmas, atol=1e-6)
+        assert float(scheduler.sigmas[-2]) == pytest.approx(0.02)
+
+
 def linear(d_in, d_out):
     return d_in * d_out + d_out
 
@@ -369,6 +508,10 @@ FULL = {
     "qwen_image_edit": linear(64, W) + 3584 + linear(3584, W) + linear(256, W) + linear(W, W)
     + 60 * (2 * linear(W, 6 * W) + 8 * linear(W, W) + 2 * (linear(W, 4 * W) + linear(4 * W, W)) + 4 * 128)
     + linear(W, 2 * W) + linear(W, 64),
+    "qwen_image_21": 64 * 4096 + 4096 + 2 * 4096**2  # picture, text
+    + 256 * 4096 + 4096**2 + 4 * 4096**2  # time, and one modulation for all blocks
+    + 32 * (4 * 4096**2 + 3 * 4096 * 3 * 4096 + 2 * 128)
+    + 4096**2 + 4096 * 64,
 }  # fmt: skip
 
 
@@ -395,8 +538,9 @@ def test_full_size_on_the_meta_device(name):
         adapters = Adapters(transformer, AdapterConfig(rank=512, alpha=512.0), backbone=backbone)
     lora = {n.rsplit(".lora_A", 1)[0] for n, _ in adapters.named_parameters() if "lora_A" in n}
     idle = name == "qwen_image_edit"  # nothing reads the text of its last block: two projections and a FFN
-    assert len(lora) == double * 8 + single * (3 if name.startswith("flux1") else 1) - 2 * idle
-    assert len(adapters.experts.layers) == double * 2 + single - idle
+    per_block = 4 if name == "qwen_image_21" else 8  # one stream
+    assert len(lora) == double * per_block + single * (3 if name.startswith("flux1") else 1) - 2 * idle
+    assert len(adapters.experts.layers) == double * per_block // 4 + single - idle
     touched = {n for n, _ in adapters.named_parameters()}
     assert all("blocks." in n for n in touched)
 

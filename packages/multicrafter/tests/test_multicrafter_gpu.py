@@ -48,7 +48,7 @@ def sliced(name, *, full):
     config = {"num_layers": 1}
     if "num_single_layers" in get_backbone(name).full_config:
         config["num_single_layers"] = 1
-    return config if full else {**config, "num_attention_heads": 2, "joint_attention_dim": 64}
+    return config if full else {**config, "num_attention_heads": 2, get_backbone(name).text_width_name: 64}
 
 
 def slice_step(name, device, dtype, *, full):

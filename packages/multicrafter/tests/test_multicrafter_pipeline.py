@@ -12,9 +12,10 @@ import torch
 from multicrafter.cli import main
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import backbone_of
+from multicrafter.models.binding import BindingConfig
 from multicrafter.models.loading import resolve_adapter
 from multicrafter.pipeline import MultiCrafterPipeline, load_flux, own_shape
-from multicrafter.world.tiny_backbones import tiny_flux1, tiny_klein, tiny_qwen
+from multicrafter.world.tiny_backbones import tiny_flux1, tiny_klein, tiny_qwen, tiny_qwen21
 from multicrafter.world.tiny_flux import TinyFluxConfig
 from PIL import Image
 
@@ -38,7 +39,7 @@ def with_adapter(pipe, **notes):
     with torch.no_grad():
         for parameter in adapters.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return MultiCrafterPipeline(pipe, adapters, {"num_references": 2, **notes})
+    return MultiCrafterPipeline(pipe, adapters, {"num_references": 2, "size": 64, **notes})
 
 
 @pytest.fixture
@@ -65,7 +66,12 @@ def qwen():
     return pipe
 
 
-@pytest.mark.parametrize("kind", ["flux", "klein", "kv", "qwen"])
+@pytest.fixture
+def qwen21():
+    return filled(tiny_qwen21())
+
+
+@pytest.mark.parametrize("kind", ["flux", "klein", "kv", "qwen", "qwen21"])
 def test_a_batch_gives_what_its_prompts_give_alone(kind, request):
     """Unequal numbers of references too, each prompt with its own seed, two pictures each."""
     pipe = filled(tiny_klein(kv=True)) if kind == "kv" else request.getfixturevalue(kind)
@@ -114,7 +120,39 @@ def test_references_keep_their_own_shapes(kind, request):
     assert not torch.allclose(plain, latents(pipeline, "one", [SQUARE, WIDE], true_guidance=1.0), atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["flux", "klein", "qwen"])
+@pytest.mark.parametrize("kind", ["kv", "qwen21"])
+@pytest.mark.parametrize(
+    "separation",
+    [
+        {"mode": "draft", "draft_steps": 2},
+        {"mode": "in-flight", "bind_at": 0.9},
+        {"mode": "masks", "sigmas": (0.4, 1.0)},
+    ],
+)
+def test_kept_references_are_those_of_the_separation(kind, separation, request):
+    """A draft's references look at each other, those of the picture do not: with and without keeping them the same picture."""
+    pipeline = with_adapter(filled(tiny_klein(kv=True)) if kind == "kv" else request.getfixturevalue(kind))
+    masks = None
+    if separation["mode"] == "masks":
+        masks = [torch.zeros(64, 64), torch.zeros(64, 64)]
+        masks[0][:, :32], masks[1][:, 32:] = 1, 1
+    options = {"separation": BindingConfig(**separation), "num_steps": 4, "masks": masks}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kept, anew = (latents(pipeline, "two", [RED, BLUE], cache_references=c, **options) for c in (True, False))
+    assert torch.allclose(kept, anew, atol=2e-4)
+
+
+def test_sides_that_no_grid_of_qwen_21_has_are_refused(qwen21):
+    pipeline = with_adapter(qwen21)
+    with pytest.raises(ValueError, match="size must be a positive multiple of 32 pixels, got 48"):
+        latents(pipeline, "one", [RED], size=(64, 48))
+    assert own_shape(300, 100, (4, 4), 2) == (2, 6)
+    drawn = pipeline("one", [WIDE, TALL], size=(64, 96), reference_shape="own", num_steps=1, output_type="pt")
+    assert drawn[0].shape == (3, 64, 96)
+
+
+@pytest.mark.parametrize("kind", ["flux", "klein", "qwen", "qwen21"])
 def test_one_person_may_have_several_references(kind, request):
     """Two references of the first person, one of the second: two places in the picture, two masks, and one span for both references."""
     pipeline = with_adapter(request.getfixturevalue(kind))

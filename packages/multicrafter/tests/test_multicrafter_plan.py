@@ -124,7 +124,15 @@ def test_what_does_not_depend_on_the_network_is_answered_truly():
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny_stage1", "tiny_stage2", "flux2_klein_stage1", "flux2_dev_stage2", "qwen_image_edit_stage1"]
+    "name",
+    [
+        "tiny_stage1",
+        "tiny_stage2",
+        "flux2_klein_stage1",
+        "flux2_dev_stage2",
+        "qwen_image_edit_stage1",
+        "qwen_image_21_stage1",
+    ],
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_fake_tensors_need_what_real_ones_need(name, checkpointing):
@@ -136,7 +144,8 @@ def test_fake_tensors_need_what_real_ones_need(name, checkpointing):
     )
     config = None
     if "tiny" not in name:
-        config = {"num_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 64}
+        width = get_backbone(run.model.backbone).text_width_name
+        config = {"num_layers": 1, "num_attention_heads": 2, width: 64}
         config |= {} if "qwen" in name else {"num_single_layers": 1}
     shape = Shape(16, (4, 4), (2, 2), 2)
     fake, real = (measure(run, rows=2, device="cpu", fake=f, config=config, shape=shape) for f in (True, False))

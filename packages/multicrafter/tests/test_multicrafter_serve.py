@@ -37,7 +37,14 @@ from multicrafter.demo.serve.server import CLOSED, Guard, listening
 from multicrafter.models.binding import IdentityFinder, MapFinder, Places
 from multicrafter.pipeline import MultiCrafterPipeline
 from multicrafter.world.strangers import strangers
-from multicrafter.world.tiny_backbones import tiny_flux1, tiny_flux2_dev, tiny_klein, tiny_kontext, tiny_qwen
+from multicrafter.world.tiny_backbones import (
+    tiny_flux1,
+    tiny_flux2_dev,
+    tiny_klein,
+    tiny_kontext,
+    tiny_qwen,
+    tiny_qwen21,
+)
 from multicrafter.world.tiny_flux import TinyFluxConfig
 from PIL import Image
 
@@ -97,6 +104,7 @@ MADE = {
     "flux2_klein_kv": lambda: tiny_klein(kv=True),
     "flux2_dev": tiny_flux2_dev,
     "qwen_image_edit": tiny_qwen,
+    "qwen_image_21": tiny_qwen21,
 }
 
 

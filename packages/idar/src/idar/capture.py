@@ -104,7 +104,14 @@ def _maps_of_call(call: Call, captured: CapturedMaps) -> Tensor:
     layout = captured.layout
     query, key = call["query"], call["key"]
     image, missing = layout.image_span, key.shape[2] - query.shape[2]
-    if (
+    if layout.causal:  # Qwen-Image 2.1: references never attend to the image, whose call has no queries but its own
+        if captured.direction == "reference_to_image":
+            raise ValueError(
+                f"direction must be 'image_to_reference' for a causal layout, whose references attend to no image, got "
+                f"{captured.direction!r}"
+            )
+        image = layout.image_queries(query.shape[2], key.shape[2])
+    elif (
         missing
     ):  # FLUX.2-klein-KV: references attend to themselves only, or come from a cache; their queries are elsewhere
         lengths = [stop - start for start, stop in layout.subject_spans]

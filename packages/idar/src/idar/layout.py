@@ -23,12 +23,15 @@ class SubjectLayout:
         subject_spans: (start, stop) of every reference in the joint sequence.
         length: Tokens of the whole sequence, where that is known: passes of another length are refused then. None where tokens
             may follow that belong to no subject.
+        causal: Whether text and references attend only to what precedes them and to themselves, the image to everything, in several calls,
+            each with the last queries of its keys (Qwen-Image 2.1). The image is last then, and text may stand between the references.
     """
 
     num_text: int
     image_span: Span
     subject_spans: tuple[Span, ...]
     length: int | None = field(default=None, compare=False)
+    causal: bool = False
 
     def __post_init__(self) -> None:
         places = [self.num_text, *self.image_span, *(end for span in self.subject_spans for end in span)]
@@ -41,6 +44,10 @@ class SubjectLayout:
             raise ValueError(f"num_text must not be negative, got {self.num_text}")
         if self.length is not None and self.length < self.stop:
             raise ValueError(f"length must be at least {self.stop}, where the last span stops, got {self.length}")
+        if self.causal and self.image_span[1] != self.stop:
+            raise ValueError(
+                f"image_span must be the last of a causal layout, got {self.image_span} before {self.stop}"
+            )
 
     @property
     def stop(self) -> int:
@@ -51,6 +58,20 @@ class SubjectLayout:
     def num_image(self) -> int:
         """Image tokens."""
         return self.image_span[1] - self.image_span[0]
+
+    def image_queries(self, num_queries: int, num_keys: int) -> Span:
+        """Where the image is among the queries of a causal layout's call, which are the last of its keys.
+
+        Raises:
+            ValueError: It is not among them.
+        """
+        missing = num_keys - num_queries
+        start, stop = self.image_span[0] - missing, self.image_span[1] - missing
+        if not 0 <= start < stop <= num_queries:
+            raise ValueError(
+                f"attention must hold the queries of the image at {self.image_span}, got the last {num_queries} of {num_keys}"
+            )
+        return start, stop
 
     @classmethod
     def in_order(

@@ -167,7 +167,11 @@ class Separation:
         if not self._active:
             return call
         query, key = call["query"], call["key"]
-        if key.shape[2] < self.num_keys:
+        if self._layouts[0].causal:
+            bias = self._causal_bias(query, key)
+            if bias is None:
+                return call
+        elif key.shape[2] < self.num_keys:
             bias = self._among_references(query, key)
             if bias is None:
                 return call
@@ -180,6 +184,23 @@ class Separation:
             bias = torch.where(chosen[None, :, None, None], bias, torch.zeros_like(bias))
         there = additive(call.get("attn_mask"), query)
         return {**call, "attn_mask": bias if there is None else bias + there}
+
+    def _causal_bias(self, query: Tensor, key: Tensor) -> Tensor | None:
+        """The bias of the last queries of the first keys; None where no arrow of theirs is weighed."""
+        stop = key.shape[2]
+        start = stop - query.shape[2]
+        image = stop >= self.num_keys
+        touched = [(a, b) for one in self._layouts for a, b in one.subject_spans if a < stop and b > start]
+        if not image and not touched and not {"text_to_reference"} & set(self.arrows):
+            return None
+        if image or isinstance(self.masks, Tensor):
+            bias = self._bias_for(query, key)
+        else:  # before the image no arrow depends on who owns it
+            layout = self._layouts[0]
+            bias = self._bias_of(
+                torch.zeros(query.shape[0], len(layout.subject_spans), layout.num_image, device=query.device)
+            )
+        return _rows_of(bias, query)[:, :, start:stop, :stop]
 
     def _bias_of(self, masks: Tensor) -> Tensor:
         assert self.layout is not None
@@ -254,9 +275,7 @@ def _fitted(
     bias: Tensor, query: Tensor, key: Tensor, layout: SubjectLayout | list[SubjectLayout] | None
 ) -> Float[Tensor, "b_or_1 1 q k"]:
     """The bias for the rows, queries and keys of a call, in its type."""
-    rows, extra = query.shape[0], key.shape[2] - bias.shape[-1]
-    if rows % len(bias):
-        raise ValueError(f"masks must have one row per sample ({rows}) or divide them, got {len(bias)}")
+    extra = key.shape[2] - bias.shape[-1]
     if extra:  # text that comes last
         bias = nn.functional.pad(bias, (0, extra, 0, extra))
     if query.shape[2] != key.shape[2]:  # FLUX.2-klein-KV: the references' queries are elsewhere
@@ -270,6 +289,14 @@ def _fitted(
                 f"attention must hold a query for every key or for all but the references', got {query.shape[2]} and {key.shape[2]}"
             )
         bias = bias[:, :, kept.to(bias.device)]
+    return _rows_of(bias, query)
+
+
+def _rows_of(bias: Tensor, query: Tensor) -> Tensor:
+    """The bias for the rows of a call, in its type."""
+    rows = query.shape[0]
+    if rows % len(bias):
+        raise ValueError(f"masks must have one row per sample ({rows}) or divide them, got {len(bias)}")
     bias = bias.to(device=query.device, dtype=query.dtype)
     return bias if len(bias) in (1, rows) else bias.repeat(rows // len(bias), 1, 1, 1)  # one row serves all
 

@@ -240,7 +240,6 @@ def attention_owners(
     Routing by the model's own attention (after MUSAR, arXiv 2505.02823, section 3.3); a `Router` for `separate_subjects`. Every image
     token gets an owner, whether it shows somebody or not.
     """
-    maps = streaming_maps(
-        query, key, [], layout.subject_spans, layout.image_span, layout.image_span, "image_to_reference"
-    )
+    image = layout.image_queries(query.shape[2], key.shape[2]) if layout.causal else layout.image_span
+    maps = streaming_maps(query, key, [], layout.subject_spans, image, layout.image_span, "image_to_reference")
     return owner_masks(maps, threshold=1e-12)

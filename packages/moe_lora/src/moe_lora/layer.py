@@ -51,8 +51,15 @@ def mixture(
 def infer_features(base: nn.Module) -> tuple[int, int]:
     """Input and output width of a module: of a linear (or GPT-2's Conv1D), or of its first and last one.
 
+    A gated FFN may name its gate last (Qwen-Image 2.1). Linears at the end that are as wide as the first one then do not count, unless
+    the module is a Sequential, which runs in its order.
+
     Raises:
         ValueError: It holds no linear.
+
+    >>> gated = nn.ModuleDict({"proj": nn.Linear(4, 12), "out": nn.Linear(12, 4), "gate": nn.Linear(4, 12)})
+    >>> infer_features(gated), infer_features(nn.Sequential(*gated.values()))
+    ((4, 4), (4, 12))
     """
     names = (("in_features", "out_features"), ("nx", "nf"))
     found = [(getattr(m, i, None), getattr(m, o, None)) for m in base.modules() for i, o in names]
@@ -61,6 +68,8 @@ def infer_features(base: nn.Module) -> tuple[int, int]:
         raise ValueError(
             f"base must hold a linear layer to infer widths from, got {type(base).__name__}: give in_features and out_features"
         )
+    while not isinstance(base, nn.Sequential) and widths[-1] == widths[0] and len(set(widths)) > 1:
+        widths.pop()
     return widths[0][0], widths[-1][1]
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from idar import owner_masks, token_masks
+from idar import Separation, owner_masks, token_masks
 from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -54,14 +54,15 @@ def to_tensor(picture: Picture, size: int) -> Float[Tensor, "3 size size"]:
     return torch.from_numpy(np.asarray(square, np.float32) / 255).permute(2, 0, 1)
 
 
-def own_shape(width: int, height: int, square: Grid) -> Grid:
-    """Rows and columns of about as many tokens as ``square`` has, for a picture of this width and height.
+def own_shape(width: int, height: int, square: Grid, step: int = 1) -> Grid:
+    """Rows and columns, multiples of ``step``, of about as many tokens as ``square`` has, for a picture of this width and height.
 
-    >>> own_shape(400, 400, (20, 20)), own_shape(400, 200, (20, 20))
-    ((20, 20), (14, 28))
+    >>> own_shape(400, 400, (20, 20)), own_shape(400, 200, (20, 20)), own_shape(300, 100, (20, 20), 2)
+    ((20, 20), (14, 28), (12, 34))
     """
     tokens, aspect = square[0] * square[1], width / height
-    return max(1, round(math.sqrt(tokens / aspect))), max(1, round(math.sqrt(tokens * aspect)))
+    rows, columns = math.sqrt(tokens / aspect) / step, math.sqrt(tokens * aspect) / step
+    return step * max(1, round(rows)), step * max(1, round(columns))
 
 
 def to_shape(picture: Picture, size: tuple[int, int]) -> Float[Tensor, "3 h w"]:
@@ -380,8 +381,10 @@ class MultiCrafterPipeline:
         self.bindings = []
         results: dict[int, list[Any]] = {}
         bound: dict[int, Binding] = {}
-        for grids in sorted(set(shapes), key=lambda g: (len(g), g)):
-            rows = [i for i, own in enumerate(shapes) if own == grids]
+        together: dict[tuple[Any, ...], list[int]] = {}
+        for i, own in enumerate(shapes):
+            together.setdefault((len(own), own, i if self.backbone.padding_moves_picture else 0), []).append(i)
+        for (_, grids, _), rows in sorted(together.items()):
             sampler = _Sampler(
                 self, grid, grids, own_shapes=reference_shape == "own", counts=references_per_subject,
                 num_images=num_images, num_steps=num_steps, guidance=guidance, scale=scale, keep=keep,
@@ -403,14 +406,13 @@ class MultiCrafterPipeline:
         _say_missing(self.bindings)
         return [picture for i in range(len(prompts)) for picture in results[i]]
 
-    @staticmethod
-    def _reference_grids(lists: list[list[Image.Image]], square: Grid, shape: str) -> list[tuple[Grid, ...]]:
+    def _reference_grids(self, lists: list[list[Image.Image]], square: Grid, shape: str) -> list[tuple[Grid, ...]]:
         """Token rows and columns of every reference of every prompt."""
         if shape not in ("square", "own"):
             raise UserError(f"reference_shape must be 'square' or 'own', got {shape!r}")
         if shape == "square":
             return [(square,) * len(row) for row in lists]
-        return [tuple(own_shape(p.width, p.height, square) for p in row) for row in lists]
+        return [tuple(own_shape(p.width, p.height, square, self.backbone.grid_step) for p in row) for row in lists]
 
     def _require_memory(self, grid: Grid, reference_grid: Grid, references: int, pictures: int) -> None:
         side = self.backbone.token_side(self.pipe)
@@ -435,7 +437,7 @@ class MultiCrafterPipeline:
 
     def _grids(self, size: int | tuple[int, int] | None, reference_size: int | None) -> tuple[Grid, Grid]:
         """Token grids of picture and reference."""
-        side = self.backbone.token_side(self.pipe)
+        side, step = self.model.token_side, self.model.size_step
         sides = [self.size] * 2 if size is None else list(size) if np.ndim(size) == 1 else [size] * 2  # type: ignore[arg-type]
         if len(sides) != 2:
             raise UserError(f"size must be a side, or (height, width), got {size!r}")
@@ -444,8 +446,8 @@ class MultiCrafterPipeline:
             reference_size = whole("reference_size", reference_size, least=1)
         small = reference_size or (self.reference_size if size is None else min(self.reference_size, height, width))
         for name, value in (("size", height), ("size", width), ("reference_size", small)):
-            if value < side or value % side:
-                raise UserError(f"{name} must be a positive multiple of {side} pixels, got {value}")
+            if value < step or value % step:
+                raise UserError(f"{name} must be a positive multiple of {step} pixels, got {value}")
         if small > max(height, width):
             raise UserError(f"reference_size must be at most the picture's {max(height, width)} pixels, got {small}")
         return (height // side, width // side), (small // side, small // side)
@@ -594,8 +596,12 @@ class _Sampler:
         self.grid, self.num_images, self.num_steps = grid, num_images, num_steps
         self.reference_grids, self.own_shapes, self.counts = list(reference_grids), own_shapes, counts
         self.guidance, self.scale, self.negative_prompts = guidance, scale, negative_prompts
-        self.keep, self.binding, self.masks = keep, binding, masks
-        self.caches = [ReferenceCache(), ReferenceCache()] if keep else [None, None]
+        self.binding, self.masks = binding, masks
+        # what is kept holds for one separation: at noise levels of its own it would be another at every step
+        self.keep = keep and (binding.mode == "none" or binding.sigmas == (0.0, 1.0))
+        self.separation: Separation | None = None
+        self.kept_under: Any = None
+        self.caches = self._new_caches()
         self.bound, self.passes = Binding(None, None, torch.ones(0, dtype=torch.bool), 0), 0
 
     def run(
@@ -635,6 +641,7 @@ class _Sampler:
         with separable(
             self.pipe.transformer, self.backbone, self.grid, grids, self.binding, counts=self.counts
         ) as separation:
+            self.separation = separation
             tokens, bound = sample_bound(
                 self._velocity, noise, schedule, self.num_steps, config=self.binding, separation=separation, masks=masks,
                 decode=lambda x: self.backbone.decode_pictures(self.pipe, x, self.grid), finder=owner.finder, grid=self.grid,
@@ -675,7 +682,14 @@ class _Sampler:
             text = self.backbone.encode_prompts(self.pipe, [prompts[row] for row in rows.tolist()])
         return text.to(self.owner.device, dtype)
 
+    def _new_caches(self) -> list[ReferenceCache | None]:
+        """For the passes with the prompt, and with the negative one."""
+        return [ReferenceCache(), ReferenceCache()] if self.keep else [None, None]
+
     def _velocity(self, x: Tensor, sigma: Tensor) -> Tensor:
+        masks = None if self.separation is None else self.separation.masks
+        if masks is not self.kept_under:  # a draft's references attended to each other
+            self.kept_under, self.caches = masks, self._new_caches()
         positive = self._pass(x, sigma, self.text, self.caches[0])
         if self.negative is None:
             return positive

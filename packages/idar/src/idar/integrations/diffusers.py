@@ -1,7 +1,8 @@
-"""Capture and separation of subject attention on diffusers' MM-DiTs: FLUX.1, FLUX.1-Kontext, FLUX.2, Qwen-Image(-Edit), SD3 and relatives."""
+"""Capture and separation on diffusers' transformers: FLUX.1, Kontext, FLUX.2, Qwen-Image(-Edit, 2.1), SD3 and relatives."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,15 @@ from torch import Tensor, nn
 
 from idar.attention import Direction
 from idar.capture import CapturedMaps, capture_attention
-from idar.integrations.layouts import Layout, checker, flux_kv_layout, flux_layout, qwen_layout, sd3_layout
+from idar.integrations.layouts import (
+    Layout,
+    checker,
+    flux_kv_layout,
+    flux_layout,
+    qwen21_layout,
+    qwen_layout,
+    sd3_layout,
+)
 from idar.intercept import inner
 from idar.separate import Backend, Layouts, Router, Separation, Strength, separate_attention
 from idar.separation import SUBJECT_ARROWS, Arrow, Background
@@ -23,6 +32,7 @@ __all__ = [
     "capture_subject_attention",
     "flux_kv_layout",
     "flux_layout",
+    "qwen21_layout",
     "qwen_layout",
     "sd3_layout",
     "separate_subjects",
@@ -32,7 +42,7 @@ __all__ = [
 def attention_blocks(
     transformer: nn.Module, blocks: Callable[[str], bool] | Sequence[str] | None = None
 ) -> dict[str, nn.Module]:
-    """Attention modules by name: of the double-stream blocks by default, else of the named or accepted ones.
+    """Attention modules by name: of the double-stream blocks by default (of Qwen-Image 2.1, all), else of the named or accepted ones.
 
     Raises:
         ValueError: The transformer has no such blocks.
@@ -43,7 +53,8 @@ def attention_blocks(
         if hasattr(module, "set_processor") and name.rsplit(".", 1)[-1] == "attn"
     }
     if blocks is None:
-        chosen = {n: m for n, m in found.items() if getattr(m, "added_kv_proj_dim", None) is not None}
+        double = {n: m for n, m in found.items() if getattr(m, "added_kv_proj_dim", None) is not None}
+        chosen = double or {n: m for n, m in found.items() if re.search(r"(^|\.)transformer_blocks\.", n)}
     elif callable(blocks):
         chosen = {n: m for n, m in found.items() if blocks(n)}
     else:
@@ -80,8 +91,8 @@ def capture_subject_attention(
         transformer: A FluxTransformer2DModel, Flux2Transformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel or
             another MM-DiT with the same attention modules; it may be wrapped in DDP.
         layout: Where text, image and references are in the joint sequence; or a function that says so from the arguments of the
-            transformer's forward (`flux_layout`, `flux_kv_layout()`, `qwen_layout`, `sd3_layout(...)`). One that is not that of the pass
-            is refused.
+            transformer's forward (`flux_layout`, `flux_kv_layout()`, `qwen_layout`, `qwen21_layout`, `sd3_layout(...)`). One that is not
+            that of the pass is refused.
         direction: See `idar.capture_attention`.
         blocks: Names of attention modules, or a predicate on them; the double-stream blocks by default.
         keep_blocks: Keep the maps of the single blocks too (``captured.blocks``).

@@ -65,6 +65,30 @@ def qwen_layout(kwargs: dict[str, Any]) -> SubjectLayout:
     return SubjectLayout.in_order(kwargs["encoder_hidden_states"].shape[1], image, references)
 
 
+def qwen21_layout(kwargs: dict[str, Any]) -> SubjectLayout:
+    """Layout of a pass of Qwen-Image 2.1, read off ``img_shapes`` and ``img_mask``: references between the words, the picture last.
+
+    Each True of the mask stands for four tokens of a picture.
+
+    Raises:
+        ValueError: There are no references in the pass, or it is one of another model.
+    """
+    _require("qwen21_layout", kwargs, "img_shapes", "img_mask")
+    sizes, slots = _qwen_sizes(kwargs["img_shapes"]), kwargs["img_mask"][0].tolist()
+    if len(sizes) < 2:
+        raise ValueError("img_shapes must hold at least one reference, got the picture alone")
+    spans, position, slot = [], 0, 0
+    for size in sizes:
+        while not slots[slot]:
+            position, slot = position + 1, slot + 1
+        spans.append((position, position + size))
+        position, slot = position + size, slot + size // 4
+    *references, image = spans
+    return SubjectLayout(
+        num_text=slots.count(False), image_span=image, subject_spans=tuple(references), length=position, causal=True
+    )
+
+
 def sd3_layout(transformer: nn.Module, reference_rows: Sequence[int]) -> Callable[[dict[str, Any]], SubjectLayout]:
     """A layout function for SD3, whose text comes last and which has no references of its own: they share one canvas with the picture.
 
@@ -102,6 +126,8 @@ def checker(
     How long the sequence is says the attention call itself: other hooks may still add references to what the forward is given.
     """
     core = inner(transformer)
+    if any(cls.__name__ == "QwenImage21Transformer2DModel" for cls in type(core).__mro__):
+        return _check_between_words
     place = next((TEXT[cls.__name__] for cls in type(core).__mro__ if cls.__name__ in TEXT), None)
     known: set[tuple[SubjectLayout, ...]] = set()
 
@@ -117,6 +143,23 @@ def checker(
         return place, text.shape[1]
 
     return check
+
+
+def _check_between_words(layout: SubjectLayout | Sequence[SubjectLayout], kwargs: dict[str, Any]) -> None:
+    """Of Qwen-Image 2.1: spans must start and stop where pictures do; one span may hold several of them."""
+    mask = kwargs.get("img_mask")
+    if type(mask) is not Tensor or mask.device.type == "meta" or torch.compiler.is_compiling():
+        return
+    found = qwen21_layout(kwargs)
+    starts, stops = ({edge for edge, _ in found.subject_spans}, {edge for _, edge in found.subject_spans})
+    for one in (layout,) if isinstance(layout, SubjectLayout) else layout:
+        own = one.subject_spans
+        fits = one.causal and one.image_span == found.image_span and one.length in (None, found.length)
+        if not fits or not {a for a, _ in own} <= starts or not {b for _, b in own} <= stops:
+            raise ValueError(
+                f"layout must be causal, with its references where QwenImage21Transformer2DModel is given them, at "
+                f"{list(found.subject_spans)}, and the image at {found.image_span}, got {list(own)} and {one.image_span}"
+            )
 
 
 def _check_edges(core: nn.Module, layout: SubjectLayout, num_text: int, kwargs: dict[str, Any]) -> None:

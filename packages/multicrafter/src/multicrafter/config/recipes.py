@@ -203,6 +203,7 @@ ONE_CARD = replace(LEAN, parallel="ddp")
 QUANTIZED = replace(ONE_CARD, quantization="nf4", optimizer="adamw8bit")
 FLUX2_KLEIN = ModelConfig(path="black-forest-labs/FLUX.2-klein-base-4B", backbone="flux2_klein")
 FLUX2_DEV = ModelConfig(path="black-forest-labs/FLUX.2-dev", backbone="flux2_dev")
+QWEN_IMAGE_21 = ModelConfig(path="Qwen/Qwen-Image-2.1", backbone="qwen_image_21")
 QWEN_IMAGE_EDIT = ModelConfig(path="Qwen/Qwen-Image-Edit-2511", backbone="qwen_image_edit")
 
 
@@ -251,6 +252,16 @@ def qwen_image_edit_stage2(*, seed: int = 0) -> Stage2:
     return _stage2_on(QWEN_IMAGE_EDIT, rank=128, execution=ONE_CARD, seed=seed, guidance=1.0)
 
 
+def qwen_image_21_stage1(*, seed: int = 0) -> Stage1:
+    """Qwen-Image 2.1 (7B, research licence): the same method with rank 128, in bf16, for one card of 24 GB."""
+    return _stage1_on(QWEN_IMAGE_21, rank=128, execution=ONE_CARD, seed=seed)
+
+
+def qwen_image_21_stage2(*, seed: int = 0) -> Stage2:
+    """Qwen-Image 2.1, stage 2; its guidance is distilled in, and no input."""
+    return _stage2_on(QWEN_IMAGE_21, rank=128, execution=ONE_CARD, seed=seed, guidance=1.0)
+
+
 def tiny_stage1(*, seed: int = 0) -> Stage1:
     """Stage 1 of `tiny`."""
     return Stage1(model=ModelConfig(text_tokens=16), pretrain=tiny(seed=seed).pretrain)
@@ -274,6 +285,8 @@ RECIPES: dict[str, Callable[..., Run]] = {
         flux2_dev_stage2,
         qwen_image_edit_stage1,
         qwen_image_edit_stage2,
+        qwen_image_21_stage1,
+        qwen_image_21_stage2,
     )
 }
 

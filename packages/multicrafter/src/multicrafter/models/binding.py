@@ -306,7 +306,7 @@ def separable(
         return
 
     def layout(kwargs: dict[str, Any]) -> SubjectLayout:
-        return by_subject(backbone.layout(kwargs["encoder_hidden_states"].shape[1], grid, reference_grids), counts)
+        return by_subject(backbone.layout_of_pass(kwargs, grid, reference_grids), counts)
 
     chosen: dict[str, Callable[[str], bool] | None] = {
         "all": None,
@@ -471,7 +471,7 @@ def _watched(
     total: list[Tensor] = []
 
     def layout(kwargs: dict[str, Any]) -> SubjectLayout:
-        return by_subject(backbone.layout(kwargs["encoder_hidden_states"].shape[1], grid, reference_grids), counts)
+        return by_subject(backbone.layout_of_pass(kwargs, grid, reference_grids), counts)
 
     with capture_subject_attention(
         transformer, layout, direction="image_to_reference", blocks=lambda _: True

@@ -128,8 +128,13 @@ def _target(adapters: Adapters, name: str, base: nn.Module) -> str:
     """The linear layer that a mixture's output is fitted on: the module itself, or the last linear layer of the FFN."""
     if isinstance(base, nn.Linear):
         return name
-    wanted = re.compile(adapters.backbone.ffn_linears)
-    found = [full for inner, _ in base.named_modules() if wanted.fullmatch(full := f"{name}.{inner}")]
+    assert adapters.experts is not None
+    wanted, width = re.compile(adapters.backbone.ffn_linears), adapters.experts.layers[name].lora_b.shape[1]
+    found = [
+        full
+        for inner, module in base.named_modules()
+        if wanted.fullmatch(full := f"{name}.{inner}") and getattr(module, "out_features", None) == width
+    ]
     if not found:
         raise UserError(f"backbone must name the linear layers of {name!r} in ffn_linears to be exported, got none")
     return found[-1]

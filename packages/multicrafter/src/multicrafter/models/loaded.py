@@ -57,6 +57,11 @@ class LoadedModel:
         return self.backbone.token_side(self.pipe)
 
     @property
+    def size_step(self) -> int:
+        """Pixels that every side of a picture is a multiple of."""
+        return self.token_side * self.backbone.grid_step
+
+    @property
     def picture_size(self) -> int:
         """Side of a picture in pixels that the pipeline was made for."""
         return self.backbone.picture_size(self.pipe)

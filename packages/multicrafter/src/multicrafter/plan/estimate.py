@@ -121,10 +121,11 @@ def transformer_config(backbone: Backbone, path: str | None) -> dict[str, Any]:
 
 def token_side(path: str | None, backbone: Backbone | None = None) -> int:
     """Pixels of a token's side, from a local VAE; 16 for the full-size models."""
+    backbone = backbone or BACKBONES[0]
     from multicrafter.models.flux import shipped
 
     file = (Path(path) if path is not None else shipped()) / "vae" / "config.json"
-    return 2 * (backbone or BACKBONES[0]).vae_factor(json.loads(file.read_text())) if file.is_file() else 16
+    return backbone.latents_per_token * backbone.vae_factor(json.loads(file.read_text())) if file.is_file() else 16
 
 
 def shape_of(run: Run) -> Shape:
@@ -315,7 +316,7 @@ def _cached(run: Run, backbone: Backbone, item: int) -> float:
     shape, config = shape_of(run), {**backbone.full_config, **transformer_config(backbone, run.model.path)}
     count = run.pretrain.num_scenes if isinstance(run, Stage1) else run.num_scenes
     picture = (shape.total - shape.text) * config["in_channels"]
-    return float(4 * count * (picture + shape.text * config["joint_attention_dim"]))
+    return float(4 * count * (picture + shape.text * config[backbone.text_width_name]))
 
 
 def with_cache(run: Run) -> Run:

@@ -97,7 +97,8 @@ def require_picture(
             return
         transformer, token_side = dict(known[0].full_config), 16
     elif "temperal_downsample" in vae:  # a VAE of Qwen-Image, whose other names would be read as one level
-        token_side = 2 ** (len(vae["temperal_downsample"]) + 1)
+        own = [b for b in BACKBONES if b.transformer_class == transformer.get("_class_name")]
+        token_side = (own[0].latents_per_token if own else 2) * 2 ** len(vae["temperal_downsample"])
     side = size or int(vae.get("sample_size") or 512)
     height, width = (side, side) if isinstance(side, int) else side
     small = reference_size or min(height // 2, width // 2, 512)

@@ -64,6 +64,8 @@ def build(
         for name, value in list(vars(module).items()):  # tables that are neither, such as Qwen-Image's rotations
             if isinstance(value, Tensor) and value.is_meta:
                 setattr(module, name, _materialise(value))
+            elif isinstance(value, list) and any(isinstance(item, Tensor) and item.is_meta for item in value):
+                setattr(module, name, [_materialise(item) for item in value])
     return transformer, attached
 
 

@@ -24,9 +24,9 @@ Predict = Callable[..., Tensor]
 """(tokens, sigma, text, **context) -> velocity: `Trainee.predict`, or `Backbone.velocity` of a transformer."""
 
 
-def layout_of(backbone: Backbone, scenes: EncodedScenes, num_text: int) -> SubjectLayout:
+def layout_of(backbone: Backbone, scenes: EncodedScenes, text: Text) -> SubjectLayout:
     """Where everything is in the joint sequence."""
-    return backbone.layout(num_text, scenes.grid, [scenes.reference_grid] * scenes.references.shape[1])
+    return backbone.layout_of(text, scenes.grid, [scenes.reference_grid] * scenes.references.shape[1])
 
 
 def noised_velocity(
@@ -82,7 +82,7 @@ def watch_attention(
     device = device or next(transformer.parameters()).device
     noise, text = torch.randn(latents.shape, generator=generator).to(device), text.to(device)
     level = torch.full((len(latents),), sigma, device=noise.device)
-    layout = layout_of(backbone, scenes, text.embeds.shape[1])
+    layout = layout_of(backbone, scenes, text)
     with capture_subject_attention(
         transformer, layout, direction=direction, blocks=blocks, keep_blocks=keep_blocks
     ) as captured:

@@ -160,7 +160,7 @@ class ScenesText:
     def _read(self, key: str) -> Text:
         assert self._cache is not None
         entry = self._cache.stack([key])
-        return Text(entry["embeds"], entry.get("pooled"), entry.get("mask"))
+        return Text(entry["embeds"], entry.get("pooled"), entry.get("mask"), entry.get("slots"))
 
 
 class CachedText:
@@ -214,6 +214,8 @@ def _tokenizers(pipe: Any) -> str:
         processor := getattr(pipe, "processor", None)
     ) is not None:  # of a vision-language encoder: at which size it sees pictures
         digest.update(repr(sorted(processor.image_processor.to_dict().items())).encode())
+        if not found:
+            digest.update(repr(sorted(processor.tokenizer.get_vocab().items())).encode())
     return digest.hexdigest()
 
 

@@ -132,10 +132,10 @@ def encode_shapes(
     Raises:
         ValueError: The dataset has no such record, or the sizes do not fit the VAE.
     """
-    factor = model.token_side
+    factor, step = model.token_side, model.size_step
     for name, value in (*(("size", side) for shape in shapes for side in shape), ("reference_size", reference_size)):
-        if value < factor or value % factor:
-            raise UserError(f"{name} must be a positive multiple of {factor} pixels, got {value}")
+        if value < step or value % step:
+            raise UserError(f"{name} must be a positive multiple of {step} pixels, got {value}")
     config = LoaderConfig(
         batch=CHUNK,
         buckets=tuple(shapes),

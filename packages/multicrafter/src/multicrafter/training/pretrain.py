@@ -137,7 +137,7 @@ class Objective:
             return self._pass(batch, watched=True)
 
     def _layout(self, batch: Noised) -> SubjectLayout:
-        return layout_of(self.trainee.adapters.backbone, batch.scenes, batch.text.embeds.shape[1])
+        return layout_of(self.trainee.adapters.backbone, batch.scenes, batch.text)
 
     def _separate(self, batch: Noised, separated: Tensor | None) -> Any:
         """Separates the attention of the chosen samples, by their masks; around forward and backward."""

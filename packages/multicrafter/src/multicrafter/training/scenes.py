@@ -205,10 +205,10 @@ def token_grid(model: LoadedModel, size: tuple[int, int], *, name: str) -> Grid:
     Raises:
         ValueError: These are not whole tokens; ``name`` says of what.
     """
-    side = model.token_side
+    side, step = model.token_side, model.size_step
     for value in size:
-        if value < side or value % side:
-            raise UserError(f"{name} must be a positive multiple of {side} pixels, got {value}")
+        if value < step or value % step:
+            raise UserError(f"{name} must be a positive multiple of {step} pixels, got {value}")
     return size[0] // side, size[1] // side
 
 

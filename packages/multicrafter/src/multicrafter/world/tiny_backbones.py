@@ -20,6 +20,7 @@ MISTRAL_CHAT = (
     "<s>{% for message in messages %}{% if message['role'] == 'system' %}[SYSTEM]{{ message['content'][0]['text'] }}[/SYSTEM]"
     "{% else %}[INST]{% for part in message['content'] %}{{ part['text'] }}{% endfor %}[/INST]{% endif %}{% endfor %}"
 )
+QWEN3_CHAT = "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'][0]['text'] }}<|im_end|>\n{% endfor %}"
 TEXT_TOKENS = 32
 
 
@@ -235,11 +236,70 @@ def tiny_qwen(
         )  # fmt: skip
 
 
+def tiny_qwen21(
+    *, num_heads: int = 2, head_dim: int = 32, num_layers: int = 2, causal_condition: bool = True, seed: int = 0
+) -> Any:
+    """A `QwenImage21Pipeline`; its VAE divides by 16, as the pipeline wants it, and a token has 16 pixels."""
+    import inspect
+
+    from diffusers import (
+        AutoencoderKLQwenImage21,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImage21Pipeline,
+        QwenImage21Transformer2DModel,
+    )
+    from transformers import (
+        Qwen2VLImageProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    template = inspect.getsource(QwenImage21Pipeline.__init__) + "".join(f"<image{i}>" for i in range(1, 6))
+    tokenizer = build_qwen_tokenizer(marks=VISION_MARKS, texts=[template] * 50, vocab_size=1024, max_length=1024)
+    names = ("vision_start", "vision_end", "image", "video")
+    ids = {f"{n}_token_id": tokenizer.convert_tokens_to_ids(mark) for n, mark in zip(names, VISION_MARKS, strict=True)}
+    width, channels, side = 16, 4, 32
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKLQwenImage21(
+            base_dim=8, decoder_base_dim=8, z_dim=channels, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1, attn_scales=[],
+            temperal_downsample=[False, True, True, True], latents_mean=[-0.3, -0.1, 0.1, 0.3], latents_std=[0.5, 0.8, 1.2, 1.5],
+        )  # fmt: skip
+        config = Qwen3VLConfig(
+            text_config={
+                "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2,
+                "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1], "mrope_interleaved": True},
+            },
+            vision_config={
+                "depth": 2, "hidden_size": width, "intermediate_size": 2 * width, "num_heads": 2, "out_hidden_size": width,
+                "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
+            },
+            **ids,
+        )  # fmt: skip
+        transformer = QwenImage21Transformer2DModel(
+            in_channels=channels, out_channels=channels, num_layers=num_layers, attention_head_dim=head_dim,
+            num_attention_heads=num_heads, context_in_dim=width, causal_condition=causal_condition,
+            axes_dims_rope=(head_dim // 4, 3 * head_dim // 8, 3 * head_dim // 8),
+        )  # fmt: skip
+        sizes = {"size": {"shortest_edge": side**2, "longest_edge": 64 * side**2}, "patch_size": 16}
+        processor = Qwen3VLProcessor(
+            Qwen2VLImageProcessor(**sizes), tokenizer, Qwen3VLVideoProcessor(patch_size=16), chat_template=QWEN3_CHAT
+        )
+        return QwenImage21Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=1.0), vae=vae,
+            text_encoder=Qwen3VLForConditionalGeneration(config), processor=processor, transformer=transformer,
+        )  # fmt: skip
+
+
 TINY = {
     "flux1_dev": tiny_flux1,
     "flux1_kontext": tiny_kontext,
     "flux2_klein": tiny_klein,
     "flux2_dev": tiny_flux2_dev,
     "qwen_image_edit": tiny_qwen,
+    "qwen_image_21": tiny_qwen21,
 }
 """Builders by backbone name; the KV variant is ``tiny_klein(kv=True)``."""

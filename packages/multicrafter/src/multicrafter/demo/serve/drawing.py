@@ -254,7 +254,7 @@ def recorded(
     recorder = Recorder(grid, 2 if guided else 1)
 
     def layout(kwargs: dict[str, Any]) -> SubjectLayout:
-        return backbone.layout(kwargs["encoder_hidden_states"].shape[1], grid, reference_grids)
+        return backbone.layout_of_pass(kwargs, grid, reference_grids)
 
     def before(*_: Any) -> None:
         if cancelled():

@@ -11,9 +11,12 @@ from multicrafter.models.backbones.flux1 import Flux1, Flux1Kontext
 from multicrafter.models.backbones.flux2_dev import Flux2Dev
 from multicrafter.models.backbones.flux2_klein import Flux2Klein
 from multicrafter.models.backbones.flux2_klein_kv import Flux2KleinKV
+from multicrafter.models.backbones.qwen_image21 import QwenImage21
 from multicrafter.models.backbones.qwen_image_edit import QwenImageEdit
 
-BACKBONES: tuple[Backbone, ...] = (Flux1(), Flux1Kontext(), Flux2Klein(), Flux2KleinKV(), Flux2Dev(), QwenImageEdit())
+BACKBONES: tuple[Backbone, ...] = (
+    Flux1(), Flux1Kontext(), Flux2Klein(), Flux2KleinKV(), Flux2Dev(), QwenImageEdit(), QwenImage21(),
+)  # fmt: skip
 
 
 def backbone_of(pipe_or_transformer: Any) -> Backbone:
@@ -61,6 +64,7 @@ __all__ = [
     "Flux2Dev",
     "Flux2Klein",
     "Flux2KleinKV",
+    "QwenImage21",
     "QwenImageEdit",
     "ReferenceCache",
     "backbone_of",

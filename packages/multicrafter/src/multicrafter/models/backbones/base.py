@@ -37,6 +37,10 @@ class Backbone(ABC):
         default_guidance: Embedded guidance where the caller names none.
         default_true_guidance: Scale of the second pass where the caller names none and the pipeline has it; 1 is off.
         default_num_steps: Steps of a picture where neither the caller nor the adapter names them.
+        latents_per_token: Latents of a token's side.
+        grid_step: Rows and columns of every picture are multiples of this many tokens.
+        text_width_name: What the transformer's configuration calls the width of encoded prompts.
+        padding_moves_picture: Whether padding behind a prompt changes the places of the picture, so that prompts are drawn one by one.
         text_sees_references: Whether an encoded prompt depends on the references: then it is encoded with them, scene by scene.
     """
 
@@ -54,6 +58,10 @@ class Backbone(ABC):
     default_guidance: ClassVar[float] = 1.0
     default_true_guidance: ClassVar[float] = 1.0
     default_num_steps: ClassVar[int] = 20
+    latents_per_token: ClassVar[int] = 2
+    grid_step: ClassVar[int] = 1
+    text_width_name: ClassVar[str] = "joint_attention_dim"
+    padding_moves_picture: ClassVar[bool] = False
     text_sees_references: ClassVar[bool] = False
 
     # Text
@@ -106,8 +114,8 @@ class Backbone(ABC):
         return decode_latents(pipe.vae, unpack_latents(tokens, grid))
 
     def token_side(self, pipe: Any) -> int:
-        """Pixels of a token's side: the VAE's factor times the 2x2 patch."""
-        return 2 * self.vae_factor(pipe.vae.config)
+        """Pixels of a token's side: the VAE's factor times the latents of a token."""
+        return self.latents_per_token * self.vae_factor(pipe.vae.config)
 
     def vae_factor(self, config: Mapping[str, Any]) -> int:
         """Pixels of a latent's side, by the VAE's configuration."""
@@ -126,6 +134,14 @@ class Backbone(ABC):
     def layout(self, num_text: int, image: Grid, references: Sequence[Grid]) -> SubjectLayout:
         """Where text, image and references are in the joint sequence of attention."""
         return SubjectLayout.in_order(num_text, image[0] * image[1], [r * c for r, c in references])
+
+    def layout_of(self, text: Text, image: Grid, references: Sequence[Grid]) -> SubjectLayout:
+        """`layout` of a pass with this text."""
+        return self.layout(text.embeds.shape[1], image, references)
+
+    def layout_of_pass(self, kwargs: Mapping[str, Any], image: Grid, references: Sequence[Grid]) -> SubjectLayout:
+        """`layout` of a pass, from the arguments (by name) of the transformer's forward."""
+        return self.layout(kwargs["encoder_hidden_states"].shape[1], image, references)
 
     # Velocity
 
@@ -150,10 +166,14 @@ class Backbone(ABC):
 
     def sigmas(self, pipe: Any, num_steps: int, num_tokens: int) -> Float[Tensor, " t"]:
         """Noise levels from 1 to 0, shifted as the pipeline's own scheduler shifts them."""
-        config = pipe.scheduler.config
+        shift = self.shift(pipe.scheduler.config, num_steps, num_tokens)
+        return to_terminal(sigma_schedule(num_steps, shift=shift), pipe.scheduler.config.get("shift_terminal"))
+
+    def shift(self, config: Any, num_steps: int, num_tokens: int) -> float:
+        """How far a scheduler shifts noise levels, see `sigma_schedule`."""
         if not config.get("use_dynamic_shifting", False):
-            return sigma_schedule(num_steps, shift=float(config.get("shift", 1.0)))
-        return sigma_schedule(num_steps, shift=math.exp(self.shift_exponent(config, num_steps, num_tokens)))
+            return float(config.get("shift", 1.0))
+        return math.exp(self.shift_exponent(config, num_steps, num_tokens))
 
     def shift_exponent(self, config: Any, num_steps: int, num_tokens: int) -> float:
         """Exponent mu of dynamic shifting, linear in the number of image tokens (arXiv 2403.03206, section 5.3.2)."""
@@ -239,6 +259,21 @@ def refuse_cache(name: str, cache: object) -> None:
         raise UserError(f"cache must be None: the reference keys of {name} depend on sigma")
 
 
+def to_terminal(sigmas: Float[Tensor, " t"], terminal: float | None) -> Float[Tensor, " t"]:
+    """Noise levels stretched so that the last one before 0 is ``terminal`` (diffusers' ``shift_terminal``); None leaves them.
+
+        s' = 1 - (1 - s) * (1 - terminal) / (1 - s_last)
+
+    >>> to_terminal(torch.tensor([1.0, 0.5, 0.0]), 0.2).tolist()
+    [1.0, 0.20000000298023224, 0.0]
+    """
+    if not terminal or len(sigmas) < 3:
+        return sigmas
+    s = sigmas.double()
+    s[:-1] = 1 - (1 - s[:-1]) * (1 - terminal) / (1 - s[-2])
+    return s.float()
+
+
 def count_parameters(module: nn.Module) -> int:
     """Parameters, tied ones once."""
     return sum(p.numel() for p in module.parameters())
@@ -252,6 +287,8 @@ def on_meta(build: Any) -> Any:
 
 def pad_texts(texts: Sequence[Text]) -> Text:
     """Texts of different lengths as one batch: zeros behind the shorter ones, and a mask (None where nothing is padded).
+
+    Words before a reference are counted from the front, so that ``slots`` stay what they are.
 
     >>> pad_texts([Text(torch.ones(1, 2, 3), None), Text(torch.ones(1, 1, 3), None)]).mask.tolist()
     [[True, True], [True, False]]
@@ -268,4 +305,5 @@ def pad_texts(texts: Sequence[Text]) -> Text:
         embeds.append(nn.functional.pad(text.embeds, (0, 0, 0, missing)))
         masks.append(nn.functional.pad(mask.bool(), (0, missing)))
     mask = torch.cat(masks)
-    return Text(torch.cat(embeds), None, None if bool(mask.all()) else mask)
+    slots = [text.slots for text in texts if text.slots is not None]
+    return Text(torch.cat(embeds), None, None if bool(mask.all()) else mask, torch.cat(slots) if slots else None)

@@ -43,7 +43,7 @@ def reference_drift(
     Returns:
         By the attention's name.
     """
-    layout = backbone.layout(text.embeds.shape[1], image_grid, reference_grids)
+    layout = backbone.layout_of(text, image_grid, reference_grids)
     start, stop = min(s for s, _ in layout.subject_spans), max(e for _, e in layout.subject_spans)
     noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(0)).to(tokens)
     attentions = {n.removesuffix(".norm_k"): m for n, m in transformer.named_modules() if n.endswith(".norm_k")}

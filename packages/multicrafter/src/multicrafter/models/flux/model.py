@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from multicrafter.models.flux.packing import Grid, diagonal_ids
@@ -21,16 +21,20 @@ if TYPE_CHECKING:
 class Text(NamedTuple):
     """Encoded prompts: token embeddings (b, n, d) and, where the model has one, a pooled vector (b, p) (FLUX.1: T5 and CLIP).
 
-    A mask (b, n) says which tokens are real, where some are padding that the model must not see (Qwen-Image).
+    A mask (b, n) says which tokens are real, where some are padding that the model must not see (Qwen-Image). Where references stand between
+    the words (Qwen-Image 2.1), slots (b, s) say how many words precede each; they are read as numbers, and stay on the CPU.
     """
 
     embeds: Float[Tensor, "b n d"]
     pooled: Float[Tensor, "b p"] | None
     mask: Bool[Tensor, "b n"] | None = None
+    slots: Int[Tensor, "b s"] | None = None
 
     def rows(self, index: Tensor | slice) -> Text:
         """Rows ``index`` of all."""
-        return Text(*(None if part is None else part[index] for part in tuple(self)))  # type: ignore[arg-type]
+        embeds, *parts = (None if part is None else part[index] for part in tuple(self)[:3])
+        slots = None if self.slots is None else self.slots[index.cpu() if isinstance(index, Tensor) else index]
+        return Text(embeds, *parts, slots)  # type: ignore[arg-type]
 
     def __getitem__(self, index: Tensor | slice | int) -> Any:  # type: ignore[override]
         """`rows`; a plain int keeps the tuple's meaning."""
@@ -39,7 +43,8 @@ class Text(NamedTuple):
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Text:
         """All on another device, the numbers in another dtype."""
         pooled = None if self.pooled is None else self.pooled.to(device, dtype)
-        return Text(self.embeds.to(device, dtype), pooled, None if self.mask is None else self.mask.to(device))
+        mask = None if self.mask is None else self.mask.to(device)
+        return Text(self.embeds.to(device, dtype), pooled, mask, self.slots)
 
 
 def text_length(pipe: FluxPipeline) -> int:
