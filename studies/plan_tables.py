@@ -1,6 +1,7 @@
-"""Plans FLUX.1-dev and FLUX.2-klein on cards of 24, 40, 80 and 141 GB, and writes the results page.
+"""Plans every recipe of a full-size base on cards of 24, 40, 80 and 141 GB, and writes the results page.
 
 python -m studies.plan_tables           # plans (a few minutes), then the page
+python -m studies.plan_tables --recipes flux2_dev_stage1 flux2_dev_stage2   # plans these anew, and keeps the others
 python -m studies.plan_tables --page    # the page alone, from the JSON files
 """
 
@@ -11,6 +12,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -27,6 +29,8 @@ def variants(recipe: str) -> dict[str, tuple[int, tuple[str, ...]]]:
     small = tuple(f"{prefix}.{c}" for c in SMALL)
     ddp = f"{prefix}.{ALONE}"
     made = {"as it is": (1, ()), "NF4 base, 8-bit AdamW": (1, (ddp, *small))}
+    if "flux2_dev" in recipe:  # which is so already
+        del made["NF4 base, 8-bit AdamW"]
     if "flux1" in recipe:
         made["rank 64"] = (1, low)
         made["rank 64, NF4 base, 8-bit AdamW"] = (1, (ddp, *small, *low))
@@ -36,7 +40,11 @@ def variants(recipe: str) -> dict[str, tuple[int, tuple[str, ...]]]:
     return made
 
 
-RECIPES = ("flux1_dev_stage1", "flux1_dev_stage2", "flux2_klein_stage1", "flux2_klein_stage2")
+RECIPES = tuple(
+    f"{base}_stage{stage}"
+    for base in ("flux1_dev", "flux2_klein", "flux2_dev", "qwen_image_edit", "qwen_image_21")
+    for stage in (1, 2)
+)
 
 
 def one_pass(recipe: str, changes: tuple[str, ...], rows: int):
@@ -50,8 +58,8 @@ def one_pass(recipe: str, changes: tuple[str, ...], rows: int):
     return found
 
 
-def plans() -> list[dict]:
-    """Every recipe and variant on every card."""
+def plans(recipes: Sequence[str] = RECIPES, *, processes: int = 6) -> list[dict]:
+    """Every variant of some recipes on every card."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
     from dataclasses import asdict
@@ -61,8 +69,8 @@ def plans() -> list[dict]:
     from multicrafter.plan.estimate import rows_of, with_cache
 
     cases, passes = [], {}
-    with ProcessPoolExecutor(6, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for recipe in RECIPES:
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for recipe in recipes:
             for name, (gpus, changes) in variants(recipe).items():
                 run = with_cache(resolve(recipe=recipe, changes=changes))
                 rows, _ = rows_of(run, gpus)
@@ -175,11 +183,19 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="only write the page")
+    parser.add_argument(
+        "--recipes", nargs="+", choices=RECIPES, help="plan these, and keep what is recorded of the others"
+    )
+    parser.add_argument("--processes", type=int, default=6)
     arguments = parser.parse_args()
     from benchmarks.run import circumstances
 
     if not arguments.page:
-        content = {"what": __doc__, "circumstances": circumstances(), "plans": plans()}
+        chosen, path = arguments.recipes or RECIPES, RESULTS / "plan.json"
+        kept = json.loads(path.read_text())["plans"] if path.exists() else []
+        found = [*(p for p in kept if p["recipe"] not in chosen), *plans(chosen, processes=arguments.processes)]
+        found.sort(key=lambda plan: RECIPES.index(plan["recipe"]))
+        content = {"what": __doc__, "circumstances": circumstances(), "plans": found}
         write(RESULTS / "plan.json", json.dumps(content, indent=1) + "\n")
     write(REPOSITORY / "docs" / "results" / "plan.md", page())
 

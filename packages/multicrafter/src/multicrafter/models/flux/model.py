@@ -32,9 +32,9 @@ class Text(NamedTuple):
 
     def rows(self, index: Tensor | slice) -> Text:
         """Rows ``index`` of all."""
-        embeds, *parts = (None if part is None else part[index] for part in tuple(self)[:3])
+        pooled, mask = (None if part is None else part[index] for part in (self.pooled, self.mask))
         slots = None if self.slots is None else self.slots[index.cpu() if isinstance(index, Tensor) else index]
-        return Text(embeds, *parts, slots)  # type: ignore[arg-type]
+        return Text(self.embeds[index], pooled, mask, slots)
 
     def __getitem__(self, index: Tensor | slice | int) -> Any:  # type: ignore[override]
         """`rows`; a plain int keeps the tuple's meaning."""
