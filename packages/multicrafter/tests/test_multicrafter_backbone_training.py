@@ -91,6 +91,13 @@ def test_stage_1_reaches_every_adapter_and_recomputing_changes_nothing(name):
         assert torch.allclose(recomputed[key], gradient, rtol=1e-4, atol=1e-6), key
 
 
+def test_qwen_21_has_no_map_of_references_on_the_picture():
+    pipe = make("qwen_image_21")
+    config = PretrainConfig(batch=2, adapters=SMALL, idar=IDARConfig.paper(), world=WORLD)
+    with pytest.raises(ValueError, match="whose references attend to no image"):
+        Pretrain(pipe, config, encode_scenes(pipe, WORLD, 2, seed=3)).step(0)
+
+
 def test_what_klein_kv_cannot_do_is_refused():
     """Its references look at themselves only, so nobody can say where in the picture they look; foreign processors look at everything."""
     pipe = make("flux2_klein_kv")

@@ -555,6 +555,14 @@ def test_unknown_pipelines_and_names_are_named(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(ValueError, match="got StableDiffusionPipeline"):
         load_flux(tmp_path)
+    for unsupported in (
+        "QwenImageLayeredPipeline",
+        "QwenImageEditPipeline",
+        "QwenImagePipeline",
+    ):  # they take one picture, or none
+        (tmp_path / "model_index.json").write_text(f'{{"_class_name": "{unsupported}"}}')
+        with pytest.raises(ValueError, match=rf"QwenImageEditPlusPipeline, QwenImage21Pipeline, .*got {unsupported}$"):
+            load_flux(tmp_path)
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match="broken"):
         load_flux(tmp_path)
