@@ -126,6 +126,30 @@ def test_every_backbone_draws_with_maps_of_every_block(name: str) -> None:
     assert float(maps.values.min()) >= 0 and float(maps.values.sum(2).max()) <= 1.01 and float(maps.values.max()) > 0
 
 
+def test_a_wide_picture_of_people_with_several_references(pipeline: MultiCrafterPipeline) -> None:
+    """Height and width, references of their own shapes, two of the first person: one map, one box and one row of the table a person."""
+    three = (picture(), picture((220, 90, 30), size=(20, 40)), picture((30, 30, 200)))
+    request = asked(references=three, size=(32, 64), reference_shape="own", references_per_subject=(2, 1), num_steps=2)
+    drawing = draw(pipeline, request)
+    assert drawing.method.picture.size == (64, 32) and drawing.draft is not None
+    maps = drawing.method.maps
+    assert maps is not None and maps.grid == (4, 8) and maps.values.shape == (2, 2, 2, 32)
+    assert drawing.method.places.boxes.shape == drawing.draft.boxes.shape == (1, 2, 4)
+    given = {"seed": 3, "num_steps": 2, "guidance": 3.5, "size": (32, 64), "reference_size": 16, "separation": "draft"}
+    (want,) = pipeline("two people", list(three), reference_shape="own", references_per_subject=[2, 1], **given)
+    assert same(drawing.method.picture, want)
+    html = views.result(drawing, finder=pipeline.finder, adapter=True, trained_for=2)
+    assert "A is shown by pictures 1 to 2. B is shown by picture 3." in html and "32 x 64 pixels" in html
+    assert html.count("<td><b") == 2 and views.maps(drawing, 1, 0).count("<figure") == 4
+
+
+@pytest.mark.parametrize(("text", "counts"), [("", None), (" 2 1 ", (2, 1)), ("2,1", (2, 1))])
+def test_pictures_of_each_person_are_read(text: str, counts: Any) -> None:
+    assert page._counts(text) == counts
+    with pytest.raises(UserError, match="must be whole numbers, such as 2 1"):
+        page._counts(text + "x")
+
+
 def test_maps_are_those_of_the_step_and_the_block(pipeline: MultiCrafterPipeline) -> None:
     """Against maps captured one step at a time by a capture of our own."""
     drawing = draw(pipeline, asked(separation="none"))
@@ -235,6 +259,10 @@ def test_leakage_is_the_share_from_the_others_place() -> None:
         ({"guidance": -1.0}, "guidance"),
         ({"separation": "masks"}, "separation"),
         ({"size": 0}, "size"),
+        ({"size": (32, 0)}, "size"),
+        ({"reference_shape": "round"}, "shape must be square or own, got 'round'"),
+        ({"references_per_subject": (2, 1)}, "must add up to the 2 that you gave, got 2 1"),
+        ({"references_per_subject": (0, 2)}, "must add up to the 2"),
     ],
 )
 def test_a_wrong_request_is_one_sentence(changes: dict[str, Any], word: str) -> None:
@@ -244,7 +272,7 @@ def test_a_wrong_request_is_one_sentence(changes: dict[str, Any], word: str) -> 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"references": (picture(),) * 3}, {"prompt": "x" * 21}, {"num_steps": 6}, {"size": 65}],
+    [{"references": (picture(),) * 3}, {"prompt": "x" * 21}, {"num_steps": 6}, {"size": 65}, {"size": (32, 65)}],
 )
 def test_a_request_beyond_the_limits_is_refused(changes: dict[str, Any]) -> None:
     limits = Limits(max_references=2, max_characters=20, max_steps=5, max_size=64)

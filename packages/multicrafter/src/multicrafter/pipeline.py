@@ -414,6 +414,23 @@ class MultiCrafterPipeline:
             return [(square,) * len(row) for row in lists]
         return [tuple(own_shape(p.width, p.height, square, self.backbone.grid_step) for p in row) for row in lists]
 
+    def grids(
+        self,
+        references: References,
+        size: int | tuple[int, int] | None = None,
+        *,
+        reference_size: int | None = None,
+        reference_shape: Literal["square", "own"] = "square",
+    ) -> tuple[Grid, tuple[Grid, ...]]:
+        """Token rows and columns of a picture and of its references, as a call with these arguments draws it.
+
+        Raises:
+            ValueError: See the call.
+        """
+        grid, square = self._grids(size, reference_size)
+        opened = [open_picture(p, name=f"reference {i}") for i, p in enumerate(references)]
+        return grid, self._reference_grids([opened], square, reference_shape)[0]
+
     def _require_memory(self, grid: Grid, reference_grid: Grid, references: int, pictures: int) -> None:
         side = self.backbone.token_side(self.pipe)
         size = (grid[0] * side, grid[1] * side)

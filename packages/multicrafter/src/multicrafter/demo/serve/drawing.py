@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from id_reward.images import open_image
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from multicrafter import UserError, user_input
-from multicrafter.models.binding import Mode, Places
+from multicrafter.models.binding import Mode, Places, by_subject
 from multicrafter.models.checks import finite, whole
 from multicrafter.models.flux.packing import Grid
 from multicrafter.pipeline import MultiCrafterPipeline, to_image, to_tensor
@@ -65,13 +65,15 @@ class DrawRequest:
     """What somebody wants drawn.
 
     Attributes:
-        references: One picture per subject.
+        references: One picture per subject, or as many as ``references_per_subject`` says.
         prompt: What the picture shows.
         seed: Of the noise, from 0 to 2^63 - 1.
         num_steps: Steps of the picture.
         guidance: Embedded guidance.
-        size: Side of the picture in pixels.
+        size: Side of the picture in pixels, or (height, width).
         separation: One of `WAYS`.
+        reference_shape: "square" or "own", see `MultiCrafterPipeline`.
+        references_per_subject: How many neighbouring references show each subject; None is one each.
     """
 
     references: tuple[Image.Image, ...]
@@ -79,8 +81,10 @@ class DrawRequest:
     seed: int
     num_steps: int
     guidance: float
-    size: int
+    size: int | tuple[int, int]
     separation: Mode
+    reference_shape: Literal["square", "own"] = "square"
+    references_per_subject: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.references:
@@ -88,7 +92,16 @@ class DrawRequest:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise UserError("Write what the picture should show, for example: two people in the park by day.")
         whole("num_steps", self.num_steps, least=1)
-        whole("size", self.size, least=1)
+        for side in self.height_width:
+            whole("size", side, least=1)
+        if self.reference_shape not in ("square", "own"):
+            raise UserError(f"The references' shape must be square or own, got {self.reference_shape!r}.")
+        counts = self.references_per_subject
+        if counts is not None and (sum(counts) != len(self.references) or min(counts, default=0) < 1):
+            raise UserError(
+                f"The pictures of each person must add up to the {len(self.references)} that you gave, got "
+                f"{' '.join(map(str, counts)) or 'none'}."
+            )
         if not 0 <= whole("seed", self.seed) < 2**63:
             raise UserError(f"The seed must be a whole number from 0 to {2**63 - 1}, got {self.seed}.")
         if not 0 <= finite("guidance", self.guidance) <= 100:
@@ -96,13 +109,18 @@ class DrawRequest:
         if self.separation not in WAYS:
             raise UserError(f"The separation must be one of {', '.join(WAYS)}, got {self.separation!r}.")
 
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Of the picture in pixels."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
     def check(self, limits: Limits) -> None:
         """Raises a UserError where the request asks for more than is allowed."""
         for what, asked, most in (
             ("pictures", len(self.references), limits.max_references),
             ("characters in the prompt", len(self.prompt), limits.max_characters),
             ("steps", self.num_steps, limits.max_steps),
-            ("pixels on a side", self.size, limits.max_size),
+            ("pixels on a side", max(self.height_width), limits.max_size),
         ):
             if asked > most:
                 raise UserError(f"This page draws with at most {most} {what}, got {asked}.")
@@ -246,7 +264,11 @@ def coarser(maps: Float[Tensor, "k s n"], grid: Grid) -> Float[Tensor, "k s m"]:
 
 @contextmanager
 def recorded(
-    pipeline: MultiCrafterPipeline, grid: Grid, reference_grids: list[Grid], cancelled: Callable[[], bool]
+    pipeline: MultiCrafterPipeline,
+    grid: Grid,
+    reference_grids: Sequence[Grid],
+    cancelled: Callable[[], bool],
+    counts: Sequence[int] | None = None,
 ) -> Iterator[Recorder]:
     """Records every block's maps while a picture is drawn, and raises `Cancelled` before the next pass once ``cancelled()``."""
     transformer, backbone = pipeline.pipe.transformer, pipeline.backbone
@@ -254,7 +276,7 @@ def recorded(
     recorder = Recorder(grid, 2 if guided else 1)
 
     def layout(kwargs: dict[str, Any]) -> SubjectLayout:
-        return backbone.layout_of_pass(kwargs, grid, reference_grids)
+        return by_subject(backbone.layout_of_pass(kwargs, grid, reference_grids), counts)
 
     def before(*_: Any) -> None:
         if cancelled():
@@ -312,11 +334,12 @@ def _draw_one(
     cancelled: Callable[[], bool],
 ) -> tuple[Drawn, Places | None, int]:
     """A picture, where subjects were in its draft, and the passes of the model."""
-    side = pipeline.backbone.token_side(pipeline.pipe)
-    reference_size = min(pipeline.reference_size, request.size)
-    grid, reference_grid = (request.size // side,) * 2, (reference_size // side,) * 2
-    references = list(request.references)
-    with recorded(pipeline, grid, [reference_grid] * len(references), cancelled) as recorder:
+    references, counts = list(request.references), request.references_per_subject
+    reference_size = min(pipeline.reference_size, *request.height_width)
+    grid, reference_grids = pipeline.grids(
+        references, request.size, reference_size=reference_size, reference_shape=request.reference_shape
+    )
+    with recorded(pipeline, grid, reference_grids, cancelled, counts) as recorder:
 
         def step_done(_: Any, step: int, __: float, ___: dict[str, Any]) -> None:
             recorder.after_step(step)
@@ -325,10 +348,11 @@ def _draw_one(
         (picture,) = pipeline(
             request.prompt, references, seed=request.seed, num_steps=request.num_steps, guidance=request.guidance,
             size=request.size, reference_size=reference_size, separation=separation, callback_on_step_end=step_done,
-            output_type="pt",
+            output_type="pt", reference_shape=request.reference_shape, references_per_subject=counts,
         )  # fmt: skip
     draft = pipeline.bindings[0].places
     picture = picture.float().clamp(0, 1).cpu()
-    seen = [to_tensor(r, reference_size) for r in references]
+    first = references if counts is None else [references[sum(counts[:i])] for i in range(len(counts))]
+    seen = [to_tensor(r, reference_size) for r in first]
     places = pipeline.finder(picture[None], [seen], recorder.mean, grid)
     return Drawn(to_image(picture), places, recorder.maps), draft, recorder.passes

@@ -87,7 +87,16 @@ def build(desk: Desk) -> Any:
         return remove
 
     async def draw(
-        prompt: str, seed: float, steps: float, guidance: float, size: float, separation: str, request: gr.Request
+        prompt: str,
+        seed: float,
+        steps: float,
+        guidance: float,
+        height: float,
+        width: float,
+        separation: str,
+        reference_shape: str,
+        counts: str,
+        request: gr.Request,
     ) -> AsyncIterator[list[Any]]:
         """Puts the request into the line and says how far it is until it is over."""
         idle, busy = [gr.Button(interactive=True), gr.Button(interactive=False)], [
@@ -97,8 +106,9 @@ def build(desk: Desk) -> Any:
                 key(request),
                 DrawRequest(
                     references=tuple(desk.visitor(key(request)).references), prompt=prompt, seed=_number("seed", seed),
-                    num_steps=_number("number of steps", steps), guidance=guidance, size=_number("size", size),
-                    separation=separation,  # type: ignore[arg-type]
+                    num_steps=_number("number of steps", steps), guidance=guidance,
+                    size=(_number("height", height), _number("width", width)), separation=separation,  # type: ignore[arg-type]
+                    reference_shape=reference_shape, references_per_subject=_counts(counts),  # type: ignore[arg-type]
                 ),
             )  # fmt: skip
         except UserError as error:
@@ -193,9 +203,10 @@ def build(desk: Desk) -> Any:
 
 
 def _settings(gr: Any, desk: Desk) -> list[Any]:
-    """Seed, steps, guidance, size and separation."""
+    """Seed, steps, guidance, height, width, separation, the references' shape, and how many show each person."""
     pipeline, limits = desk.pipeline, desk.limits
-    side = pipeline.backbone.token_side(pipeline.pipe)
+    side = pipeline.model.size_step
+    sizes = {"step": side, "value": min(pipeline.size, limits.max_size)}
     ways = [(LABELS[way], way) for way in WAYS]
     default = pipeline.separation.mode if pipeline.separation.mode in WAYS else "none"
     return [
@@ -204,12 +215,30 @@ def _settings(gr: Any, desk: Desk) -> list[Any]:
             1, limits.max_steps, value=min(pipeline.num_steps, limits.max_steps), step=1, label="Steps", elem_id="mc-steps"
         ),
         gr.Slider(0, 10, value=min(pipeline.guidance, 10), step=0.1, label="Guidance", elem_id="mc-guidance"),
-        gr.Slider(
-            2 * side, max(limits.max_size, 2 * side), value=min(pipeline.size, limits.max_size), step=side, label="Size in pixels",
-            elem_id="mc-size",
+        *(
+            gr.Slider(
+                2 * side, max(limits.max_size, 2 * side), label=f"{name} in pixels", elem_id=f"mc-{name.lower()}", **sizes
+            )
+            for name in ("Height", "Width")
         ),
         gr.Dropdown(ways, value=default, label="How people are kept apart", elem_id="mc-separation"),
+        gr.Dropdown(
+            [("padded to squares", "square"), ("as they are", "own")], value="square", label="Shape of the pictures you gave",
+            elem_id="mc-shape",
+        ),
+        gr.Textbox(
+            "", label="Pictures of each person", info="Such as 2 1: the first two show one person. Empty: one each.", max_length=40,
+            elem_id="mc-counts",
+        ),
     ]  # fmt: skip
+
+
+def _counts(text: str) -> tuple[int, ...] | None:
+    """Whole numbers of a field, or None where it is empty."""
+    parts = (text or "").replace(",", " ").split()
+    if not all(part.isdigit() and part.isascii() for part in parts):
+        raise UserError("The pictures of each person must be whole numbers, such as 2 1.")
+    return tuple(int(part) for part in parts) or None
 
 
 def _number(what: str, value: Any) -> int:

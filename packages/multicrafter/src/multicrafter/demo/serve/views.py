@@ -142,8 +142,9 @@ def result(drawing: Drawing, *, finder: Any, adapter: bool, trained_for: int) ->
     ]
     rows = [
         {"letter": letter(i), "cells": [_found(places, i) for _, places in columns]}
-        for i in range(len(drawing.request.references))
+        for i in range(drawing.method.places.boxes.shape[1])
     ]
+    size = " x ".join(map(str, drawing.request.height_width))
     identity = isinstance(finder, IdentityFinder)
     missing = [] if drawing.draft is None else [
         letter(i) for i, gone in enumerate(drawing.draft.boxes[0].isnan().any(-1).tolist()) if gone
@@ -151,8 +152,20 @@ def result(drawing: Drawing, *, finder: Any, adapter: bool, trained_for: int) ->
     return render(
         HERE, "result.jinja", pictures=pictures, prompt=drawing.request.prompt, columns=[name for name, _ in columns], rows=rows,
         identity=identity, missing=missing, base=base, trained_for=trained_for, seed=drawing.request.seed, steps=drawing.request.num_steps,
-        guidance=f"{drawing.request.guidance:g}", size=drawing.request.size, passes=drawing.passes, seconds=f"{drawing.seconds:.1f}",
+        guidance=f"{drawing.request.guidance:g}", size=size, shows=_shows(drawing), passes=drawing.passes, seconds=f"{drawing.seconds:.1f}",
     )  # fmt: skip
+
+
+def _shows(drawing: Drawing) -> str:
+    """Which pictures show whom, where somebody has several."""
+    counts, texts, done = drawing.request.references_per_subject or (), [], 0
+    if max(counts, default=1) == 1:
+        return ""
+    for index, count in enumerate(counts):
+        pictures = f"picture {done + 1}" if count == 1 else f"pictures {done + 1} to {done + count}"
+        texts.append(f"{letter(index)} is shown by {pictures}.")
+        done += count
+    return " ".join(texts)
 
 
 def _found(places: Places, index: int) -> str:
@@ -216,4 +229,4 @@ def maps(drawing: Drawing, step: int, block: int) -> str:
                 ],
             }
         )
-    return render(HERE, "maps.jinja", rows=rows, top=percent(top), several=len(drawing.request.references) > 1)
+    return render(HERE, "maps.jinja", rows=rows, top=percent(top), several=drawing.method.places.boxes.shape[1] > 1)
