@@ -145,6 +145,7 @@ def test_files_hold_the_adapter_only_and_round_trip_to_the_bit(tmp_path: Path) -
     handle = inject(net, replace(CONFIG, top_k=2, gating="topk_then_softmax"), [r"\d\.ff"])
     awake(handle)
     handle.save(tmp_path / "a")
+    assert len({p.stat().st_mode for p in (tmp_path / "a").iterdir()}) == 1, "who may read one file may read both"
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["moe_lora.json", "moe_lora.safetensors"]
     keys = {f"{i}.ff.{n}" for i in range(2) for n in ("lora_a", "lora_b", "router.weight")}
     with safe_open(tmp_path / "a" / "moe_lora.safetensors", "pt") as file:

@@ -349,6 +349,8 @@ def test_the_command_writes_the_shipped_adapter(form, tmp_path, capsys):
     assert main([*words, "--dtype", "bfloat16"]) == 0
     assert capsys.readouterr().out.strip() == str(out)
     (file,) = [out] if out.is_file() else out.glob("*.safetensors")
+    (tmp_path / "new").touch()
+    assert file.stat().st_mode == (tmp_path / "new").stat().st_mode, "as any file, not for its owner alone"
     assert export.read_header(file)["training"]["steps"] == 4000
     dtypes = {v.dtype for k, v in load_file(file).items() if "lora" in k or form == "merged"}
     assert dtypes == {torch.bfloat16}

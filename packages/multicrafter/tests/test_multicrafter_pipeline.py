@@ -364,6 +364,7 @@ def test_a_saved_pipeline_draws_the_same(klein, tmp_path, base):
     assert {"adapter.json", "adapter.safetensors", "README.md"} <= names
     assert ("model_index.json" in names) == base
     assert not list(tmp_path.glob(".saved*"))
+    assert {p.stat().st_mode for p in folder.rglob("*") if p.is_file()} == {(folder / "README.md").stat().st_mode}
     if base:
         assert "lora" not in "".join(json.loads((folder / "transformer" / "config.json").read_text()))
         (tmp_path / "base" / "model_index.json").unlink()

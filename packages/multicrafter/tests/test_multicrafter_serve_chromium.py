@@ -98,7 +98,7 @@ def until(true: Callable[[], object], seconds: float = PATIENCE / 1000) -> None:
 
 
 def status_is(page: Any, part: str) -> None:
-    page.wait_for_function("part => document.querySelector('#mc-status').innerText.includes(part)", arg=part)
+    page.wait_for_function("part => document.querySelector('#mc-status')?.innerText.includes(part)", arg=part)
 
 
 def take_people(page: Any) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -55,13 +57,21 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor], config: MoELoRAConfig
     check_numbers("state to save", tensors)
     make_folder(folder)
     weights, meta = folder / WEIGHTS, folder / META
-    save_file({k: t.contiguous().cpu() for k, t in tensors.items()}, f"{weights}.tmp", {"format": "pt"})
-    Path(f"{meta}.tmp").write_text(
-        json.dumps({"format": FORMAT, "config": asdict(config), "targets": targets}, indent=2) + "\n"
-    )
-    os.replace(f"{weights}.tmp", weights)
-    os.replace(f"{meta}.tmp", meta)
+    about = {"format": FORMAT, "config": asdict(config), "targets": targets}
+    write_adapter(weights, {k: t.contiguous().cpu() for k, t in tensors.items()}, {"format": "pt"}, meta, about)
     return folder
+
+
+def write_adapter(
+    weights: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], meta: Path, about: Mapping[str, Any]
+) -> None:
+    """Writes tensors and the JSON beside them through temporary names, both with the permissions that a new file here gets."""
+    new_weights, new_meta = Path(f"{weights}.tmp"), Path(f"{meta}.tmp")
+    save_file(dict(tensors), new_weights, dict(header))
+    new_meta.write_text(json.dumps(about, indent=2) + "\n")
+    new_weights.chmod(stat.S_IMODE(new_meta.stat().st_mode))  # safetensors lets the owner alone read it
+    os.replace(new_weights, weights)
+    os.replace(new_meta, meta)
 
 
 def read_config(folder: Path) -> tuple[MoELoRAConfig, list[str]]:

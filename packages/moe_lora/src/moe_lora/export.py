@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +9,9 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moe_lora.checkpoint import check_numbers, make_folder, whole
+from moe_lora.checkpoint import check_numbers, make_folder, whole, write_adapter
 from moe_lora.dispatch import experts
 from moe_lora.inject import MoELoRA
 from moe_lora.layer import Mixture
@@ -266,8 +263,5 @@ def save_peft_lora(handle: MoELoRA, path: str | Path, loras: dict[str, LowRank] 
     }
     check_numbers("adapter to save", tensors)
     make_folder(folder)
-    save_file(tensors, folder / "adapter_model.safetensors.tmp", {"format": "pt"})
-    (folder / "adapter_config.json.tmp").write_text(json.dumps(meta, indent=2) + "\n")
-    os.replace(folder / "adapter_model.safetensors.tmp", folder / "adapter_model.safetensors")
-    os.replace(folder / "adapter_config.json.tmp", folder / "adapter_config.json")
+    write_adapter(folder / "adapter_model.safetensors", tensors, {"format": "pt"}, folder / "adapter_config.json", meta)
     return folder

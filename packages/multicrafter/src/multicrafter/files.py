@@ -100,6 +100,15 @@ def write_whole(path: Path, content: bytes | str, *, sync: bool = False) -> Path
     return path
 
 
+def follow_umask(*paths: Path) -> None:
+    """Gives files the permissions that any new file here gets; safetensors lets nobody but the owner read what it writes."""
+    for path in paths:
+        probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        probe.touch()
+        path.chmod(stat.S_IMODE(probe.stat().st_mode))
+        probe.unlink()
+
+
 def write_json(path: Path, content: object) -> None:
     """Writes JSON, whole or not at all; NaN becomes null."""
 

@@ -18,7 +18,7 @@ from moe_lora import MoELoRA, MoELoRAConfig, inject
 from torch import Tensor, nn
 
 from multicrafter import UserError, __version__
-from multicrafter.files import read_json, source_commit
+from multicrafter.files import follow_umask, read_json, source_commit
 from multicrafter.models.backbones import Backbone, backbone_of
 from multicrafter.models.checks import check_finite, finite, whole
 
@@ -197,6 +197,7 @@ class Adapters:
         check_tensors("adapter to save", tensors)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "adapter.safetensors.tmp")
+        follow_umask(folder / "adapter.safetensors.tmp")
         meta = {
             "format": FORMAT,
             "config": asdict(self.config),

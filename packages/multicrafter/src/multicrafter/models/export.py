@@ -22,7 +22,7 @@ from moe_lora.export import LowRank
 from torch import Tensor, nn
 
 from multicrafter import UserError, __version__
-from multicrafter.files import appearing, source_commit, write_json
+from multicrafter.files import appearing, follow_umask, source_commit, write_json
 from multicrafter.models.adapters import AdapterConfig, adapted, fingerprint, read_adapter
 from multicrafter.models.backbones import Backbone, backbone_of, get_backbone
 from multicrafter.models.backbones.base import on_meta
@@ -340,6 +340,7 @@ def _save(found: Mapping[str, Tensor], path: Path, about: dict[str, str]) -> Non
     from safetensors.torch import save_file
 
     save_file(dict(found), path, metadata=about)
+    follow_umask(path)
 
 
 def peft_config(lora: PlainLoRA) -> dict[str, Any]:
@@ -389,3 +390,4 @@ def save_transformer(transformer: Any, folder: Path, about: dict[str, str]) -> N
         transformer.state_dict(), folder, metadata=about, max_shard_size="10GB",
         filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
     )  # fmt: skip
+    follow_umask(*folder.glob("*.safetensors"))

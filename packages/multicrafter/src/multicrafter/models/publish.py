@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from multicrafter import UserError, __version__
-from multicrafter.files import read_json
+from multicrafter.files import follow_umask, read_json
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.backbones import Backbone
 
@@ -128,6 +128,7 @@ def save_pretrained(pipeline: Publishable, folder: Path, *, base: bool = False) 
         staged = Path(temporary)
         if base:
             _save_base(pipeline, staged)
+            follow_umask(*staged.rglob("*.safetensors"))
         if pipeline.adapters is not None:
             own = {"format", "config", "base", "backbone", "code", "folder"}  # the commit stays that of the training
             notes = {k: v for k, v in pipeline.notes.items() if k not in own}

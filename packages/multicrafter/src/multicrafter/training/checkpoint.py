@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from multicrafter import __version__
-from multicrafter.files import write_whole
+from multicrafter.files import follow_umask, write_whole
 from multicrafter.training import distributed
 
 logger = logging.getLogger(__name__)
@@ -182,6 +182,7 @@ def _write_mine(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[str, tuple
             mine[key] = part.contiguous()
     path = folder / name
     save_file(mine, path)
+    follow_umask(path)
     sync(path)
     return name, (path.stat().st_size, sha256(path)), pieces
 

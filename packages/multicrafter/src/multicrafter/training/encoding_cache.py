@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from multicrafter.files import appearing
+from multicrafter.files import appearing, follow_umask
 from multicrafter.models.backbones.base import pad_texts
 from multicrafter.models.flux.model import Text
 from multicrafter.models.loaded import LoadedModel
@@ -78,6 +78,7 @@ class TensorCache:
         try:
             with appearing(self.path(key)) as temporary:
                 save_file({k: v.detach().cpu().contiguous() for k, v in entry.items()}, temporary)
+                follow_umask(temporary)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cache {self.folder} must be writable, got {error}") from error
 

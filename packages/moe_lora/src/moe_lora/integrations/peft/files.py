@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moe_lora.checkpoint import read_tensors, whole
+from moe_lora.checkpoint import read_tensors, whole, write_adapter
 from moe_lora.inject import MoELoRA
 from moe_lora.integrations.peft.config import PeftMoELoRAConfig
 from moe_lora.integrations.peft.handle import PeftMoELoRA, handle
@@ -38,10 +36,8 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
     tensors = {PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
     # diffusers makes a LoraConfig of what stands under this key, and fails, instead of loading next to nothing
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(meta)}
-    save_file({k: whole(t.detach()).contiguous().cpu() for k, t in tensors.items()}, folder / f"{WEIGHTS}.tmp", header)
-    (folder / f"{CONFIG}.tmp").write_text(json.dumps(meta, indent=2, sort_keys=True) + "\n")
-    os.replace(folder / f"{WEIGHTS}.tmp", folder / WEIGHTS)
-    os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
+    held = {k: whole(t.detach()).contiguous().cpu() for k, t in tensors.items()}
+    write_adapter(folder / WEIGHTS, held, header, folder / CONFIG, dict(sorted(meta.items())))
     return folder
 
 

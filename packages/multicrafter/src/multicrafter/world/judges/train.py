@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from multicrafter.files import follow_umask
 from multicrafter.world import FAMILIES, PEOPLE, SETTINGS, TIMES, Family, Scenes, WorldConfig, make_scenes
 from multicrafter.world.judges.clip import MEAN, STD, ClipScorer, build_clip
 from multicrafter.world.judges.network import centre_cells, detection_loss
@@ -174,6 +175,7 @@ def train_clip(out: Path, *, minutes: float, seed: int, family: Family = PEOPLE,
 def _write(out: Path, name: str, network: nn.Module) -> None:
     out.mkdir(parents=True, exist_ok=True)
     save_file({k: v.half().contiguous() for k, v in network.state_dict().items()}, out / f"{name}.safetensors")
+    follow_umask(out / f"{name}.safetensors")
 
 
 def measure_reader(reader: Reader, *, count: int = 400) -> dict[str, float]:
