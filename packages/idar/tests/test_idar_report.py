@@ -23,6 +23,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
@@ -30,14 +31,16 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
 )
 from idar import SubjectLayout
 from idar.cli import main
 from idar.integrations.bound import draw_bound
-from idar.integrations.diffusers import capture_subject_attention, flux_layout, qwen_layout
-from idar.integrations.recording import record, references_in_context, to_tensor
+from idar.integrations.diffusers import capture_subject_attention, flux_layout, qwen21_layout, qwen_layout
+from idar.integrations.recording import guided, record, references_in_context, to_tensor
 from PIL import Image
 
 WORDS = ["two", "people", "in", "a", "park"]
@@ -276,13 +279,85 @@ def qwen() -> tuple[Any, dict[str, Any]]:
     return pipe, {"prompt_embeds": torch.randn(1, 5, 12), "prompt_embeds_mask": torch.ones(1, 5, dtype=torch.long)}
 
 
-@pytest.mark.slow  # references are a megapixel each, whatever their size
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen-Image-Edit makes a megapixel of each reference, whatever its size; here 64 x 64."""
+    monkeypatch.setattr("diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE", 64 * 64)
+
+
+@pytest.mark.usefixtures("small")
 def test_qwen_image_edit_takes_several() -> None:
     pipe, options = qwen()
     found = record(pipe, [picture(64, 64), picture(128, 64)], "", num_steps=2, size=(64, 64), options=options)
     assert found.grid == (4, 4) and found.sigmas == (1.0, 0.5)
     assert found.maps["image_to_reference"].shape == (2, 2, 2, 16)
     torch.testing.assert_close(found.maps["reference_to_image"].sum(-1), torch.ones(2, 2, 2))
+
+
+class Words:
+    """Stands in for the processor of Qwen-Image 2.1, which only its text encoder needs once the pipeline is made."""
+
+    tokenizer = property(lambda self: self)
+
+    def encode(self, text: str) -> list[int]:
+        return [0]
+
+    def apply_chat_template(self, *_: Any, **__: Any) -> list[list[int]]:
+        return [[0]]
+
+
+def qwen21() -> tuple[Any, dict[str, Any]]:
+    """A `QwenImage21Pipeline` whose text encoder gives three words, a reference, a word, the next one, ..., and a last word."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLQwenImage21(
+        base_dim=8, decoder_base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1, attn_scales=[],
+        temperal_downsample=[False, True, True, True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, context_in_dim=12,
+        axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    pipe = QwenImage21Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=vae, text_encoder=None,
+        processor=Words(), transformer=transformer,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+
+    def encode_prompt(*, prompt: str, image: list[Image.Image], **_: Any) -> Any:
+        pads = [False] * 2
+        for shown in image:
+            pads += [False, *[True] * (shown.width * shown.height // 32**2)]
+        pads.append(False)
+        embeds = torch.randn(1, len(pads), 12, generator=torch.Generator().manual_seed(len(prompt)))
+        return embeds, None, torch.tensor([pads])
+
+    pipe.encode_prompt = encode_prompt
+    return pipe, {"prompt": "two people"}
+
+
+@pytest.mark.filterwarnings("ignore:.*divisible by")
+def test_qwen_image_21_shows_where_the_picture_looks_at_references_between_its_words() -> None:
+    """With its own cache of keys after the first step, guided by a second pass, and without: the same maps."""
+    pipe, options = qwen21()
+    references = [picture(64, 64), picture(128, 32)]
+    given = {"num_steps": 3, "size": (64, 96), "reference_size": 64, "seed": 2}
+    found, plain = (
+        record(pipe, references, "two", **given, options={**options, **guided(pipe, 2.0), "use_kv_cache": cached})
+        for cached in (True, False)
+    )
+    assert found.grid == (4, 6) and len(found.sigmas) == 3
+    assert set(found.maps) == {"image_to_reference"} and found.maps["image_to_reference"].shape == (2, 3, 2, 24)
+    torch.testing.assert_close(found.maps["image_to_reference"], plain.maps["image_to_reference"], atol=1e-5, rtol=1e-4)
+    exchanged = record(pipe, references[::-1], "two", **given, options=options)
+    assert not torch.allclose(exchanged.maps["image_to_reference"], found.maps["image_to_reference"], atol=1e-5)
+    with pytest.raises(ValueError, match="directions must hold one that QwenImage21Pipeline has"):
+        record(pipe, references, "two", directions=["reference_to_image"], **given)
+    with pytest.raises(ValueError, match="reference_size must be at least 32 pixels"):
+        record(pipe, references, "two", reference_size=8)
+    pipe.vae.decoder.conv_out.weight.data[3:] = 0
+    pipe.vae.decoder.conv_out.bias.data[3:] = -1  # the fourth channel: all transparent
+    clear = record(pipe, references, "two", **given, options=options).picture
+    torch.testing.assert_close(clear, torch.ones_like(clear))
 
 
 def klein() -> tuple[Any, dict[str, Any]]:
@@ -297,12 +372,13 @@ def context() -> tuple[Any, dict[str, Any]]:
     return pipe, {"max_sequence_length": 6}
 
 
-@pytest.mark.parametrize("build", [context, klein, pytest.param(qwen, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("build", [context, klein, qwen, qwen21])
 def test_somebody_elses_pipeline_is_bound(build: Callable[[], Any]) -> None:
     """The pass that counts: a draft of two steps, boxes given by a detector, attention between subjects exactly 0 afterwards."""
     pipe, options = build()
     references = [picture(64, 64), picture(64, 64, (0, 255, 0))]
-    size = (64, 64) if build is qwen else None
+    size = (64, 64) if build in (qwen, qwen21) else None
     asked: list[Any] = []
 
     def find(draft: torch.Tensor, given: Any) -> torch.Tensor:
@@ -312,6 +388,8 @@ def test_somebody_elses_pipeline_is_bound(build: Callable[[], Any]) -> None:
 
     prompt = "two people" if build is context else ""
     given = {"num_steps": 2, "seed": 3, "size": size, "options": options}
+    if build is qwen21:
+        given["reference_size"] = 64
     plain = record(pipe, references, prompt, **given)
     crossing = []
     with watched(pipe, crossing):
@@ -339,7 +417,7 @@ def test_somebody_elses_pipeline_is_bound(build: Callable[[], Any]) -> None:
 @contextmanager
 def watched(pipe: Any, crossing: list[float]) -> Iterator[None]:
     """Attention mass of every pass from the left half of the picture to reference B and from the right half to A."""
-    layout = qwen_layout if isinstance(pipe, QwenImageEditPlusPipeline) else flux_layout
+    layout = {QwenImageEditPlusPipeline: qwen_layout, QwenImage21Pipeline: qwen21_layout}.get(type(pipe), flux_layout)
     if isinstance(pipe, FluxPipeline):
         layout = lambda kwargs: SubjectLayout.in_order(6, 36, [9, 9])  # noqa: E731
     with capture_subject_attention(

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         "report",
         help="run a multi-reference pipeline once and write where its subjects bleed",
         description="Runs any supported diffusers pipeline (FLUX.1 with references in context, FLUX.1-Kontext, FLUX.2, "
-        "Qwen-Image-Edit) once and writes report.html, its figures and report.json: heat maps of every subject, block and step.",
+        "Qwen-Image-Edit, Qwen-Image 2.1) once and writes report.html, its figures and report.json: heat maps of every subject, block and step.",
     )
     _drawing(report)
     report.add_argument("--out", type=Path, default=Path("idar_report"), help="folder to write (default: %(default)s)")
@@ -77,7 +77,10 @@ def _drawing(command: argparse.ArgumentParser) -> None:
     command.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
     command.add_argument("--size", type=_size, help="pixels, N or HEIGHTxWIDTH (default: the autoencoder's)")
     command.add_argument(
-        "--reference-size", type=int, help="long side of references in pixels (FLUX.1; default: half the picture's)"
+        "--reference-size",
+        type=int,
+        help="long side of references in pixels (FLUX.1; default: half the picture's); of Qwen-Image 2.1 "
+        "the side of a square as large",
     )
     command.add_argument("--guidance", type=_number, help="guidance scale (default: the pipeline's)")
     command.add_argument(
@@ -95,7 +98,7 @@ def _drawn(options: argparse.Namespace, directions: Sequence[Direction]) -> tupl
     import torch
 
     from idar.integrations.pictures import read_mask, read_masks, read_picture
-    from idar.integrations.recording import record, size_of
+    from idar.integrations.recording import guided, record, size_of
     from idar.integrations.report import load_pipeline
 
     for what, given in (("--mask", options.mask), ("--name", options.name)):
@@ -117,7 +120,7 @@ def _drawn(options: argparse.Namespace, directions: Sequence[Direction]) -> tupl
     recording = record(
         pipe, references, options.prompt, directions=directions, blocks=options.block, size=options.size,
         reference_size=options.reference_size, num_steps=options.steps, seed=options.seed,
-        options={} if options.guidance is None else {"guidance_scale": options.guidance},
+        options={} if options.guidance is None else guided(pipe, options.guidance),
     )  # fmt: skip
     return recording, masks
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from idar.integrations.diffusers import capture_subject_attention, separate_subjects
-from idar.integrations.recording import grid_of, ready
+from idar.integrations.recording import drawn, grid_of, ready
 from idar.masks import box_masks, map_boxes
 from idar.separation import Background
 
@@ -58,7 +58,7 @@ def draw_bound(
     """Draws a short draft, finds each reference's subject in it, and draws again from the same noise with attention between them cut.
 
     Works on pipelines as they are, without training: FLUX.1 with references in context (UNO's layout), FLUX.2 and its klein variants,
-    Qwen-Image-Edit-Plus, with any LoRA loaded.
+    Qwen-Image-Edit-Plus and Qwen-Image 2.1, with any LoRA loaded.
 
     Args:
         pipe: One of `idar.integrations.recording.SUPPORTED` that takes several references.
@@ -91,7 +91,7 @@ def draw_bound(
         ) as captured:
             hook = pipe.transformer.register_forward_hook(lambda *_: maps.append(captured.maps[:1].float().cpu()))
             try:
-                draft = pipe(**drafted).images[0].float().cpu().clamp(0, 1)
+                draft = drawn(pipe, drafted)
             finally:
                 hook.remove()
         looked = torch.stack(maps).mean(0)
@@ -108,7 +108,7 @@ def draw_bound(
         masks = torch.where(missing[None, :, None], (1 - masks.amax(1, keepdim=True)).expand_as(masks), masks)
         masks = masks.to(pipe.transformer.device)
         with separate_subjects(pipe.transformer, prepared.layout, masks, background=background):
-            picture = pipe(**final).images[0].float().cpu().clamp(0, 1)
+            picture = drawn(pipe, final)
     return BoundPicture(
         picture=picture, draft=draft, boxes=boxes, masks=masks[0].cpu(), complete=not bool(missing.any()),
         num_steps=draft_steps + num_steps,

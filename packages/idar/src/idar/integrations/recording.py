@@ -19,6 +19,7 @@ from idar.integrations.diffusers import (
     capture_subject_attention,
     flux_kv_layout,
     flux_layout,
+    qwen21_layout,
     qwen_layout,
 )
 from idar.integrations.pictures import read_picture, to_tensor
@@ -32,7 +33,10 @@ SUPPORTED: dict[str, tuple[str, int | None]] = {
     "Flux2KleinPipeline": ("flux", None),
     "Flux2KleinKVPipeline": ("flux-kv", None),
     "QwenImageEditPlusPipeline": ("qwen", None),
+    "QwenImage21Pipeline": ("qwen-21", None),
 }
+FROM_THE_IMAGE: tuple[str, ...] = ("flux-kv", "qwen-21")
+"""Whose references never attend to the image, so that "image_to_reference" is their only direction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +76,17 @@ def record(
     """Generates one picture with the pipeline's own code and records the maps of every block and step.
 
     FLUX.1 (`FluxPipeline`) gets its references in context, in UNO's layout (arXiv 2504.02160): their clean tokens follow the image's, with
-    position ids diagonally behind it. FLUX.1-Kontext, FLUX.2 and Qwen-Image-Edit take references themselves.
+    position ids diagonally behind it. FLUX.1-Kontext, FLUX.2, Qwen-Image-Edit and Qwen-Image 2.1 take references themselves.
 
     Args:
         pipe: One of `SUPPORTED`, adapters already loaded.
         references: One picture per subject, see `idar.integrations.pictures.read_picture`.
         prompt: What the picture shows; an empty one with ``options={"prompt_embeds": ...}``.
-        directions: One or both directions; Flux2KleinKVPipeline has "image_to_reference" only.
+        directions: One or both directions; Flux2KleinKVPipeline and QwenImage21Pipeline have "image_to_reference" only.
         blocks: Names of attention modules; the double-stream blocks by default.
         size: Height and width in pixels; by default the size the autoencoder was made for.
-        reference_size: Long side of references in pixels (FluxPipeline only); by default half of the picture's.
+        reference_size: Of FluxPipeline the long side of references in pixels, by default half of the picture's. Of QwenImage21Pipeline
+            the side of a square as large as each reference, by default the pipeline's own. Others size references themselves.
         num_steps: Denoising steps.
         seed: Of the noise.
         options: More arguments of the pipeline's call.
@@ -89,7 +94,7 @@ def record(
     Raises:
         ValueError: The pipeline is not supported, or references, directions or numbers do not fit it.
     """
-    if type(pipe).__name__ == "Flux2KleinKVPipeline":
+    if SUPPORTED.get(type(pipe).__name__, ("",))[0] in FROM_THE_IMAGE:
         directions = [d for d in directions if d == "image_to_reference"]
     if not directions:
         raise ValueError(f"directions must hold one that {type(pipe).__name__} has, got none")
@@ -106,20 +111,27 @@ def record(
                 for d in directions
             }
             stack.enter_context(_after_each_pass(pipe.transformer, steps, captured))
-            picture = pipe(**given).images[0].float().cpu()
+            picture = drawn(pipe, given)
     if not bool(torch.isfinite(picture).all()):
         raise ValueError(
             "the picture must be finite, got NaN or infinity (a broken adapter, or too narrow a type of numbers?)"
         )
     maps = {d: torch.stack([row[d] for row in steps.maps], 1) for d in directions}
     return Recording(
-        picture=picture.clamp(0, 1),
+        picture=picture,
         references=tuple(to_tensor(read_picture(r)) for r in references),
         maps=maps,
         blocks=tuple(captured[directions[0]].blocks),
         sigmas=tuple(steps.sigmas),
         grid=grid_of(picture, prepared.side, next(iter(maps.values())).shape[-1]),
     )
+
+
+def drawn(pipe: Any, given: dict[str, Any]) -> Float[Tensor, "3 H W"]:
+    """The picture that the pipeline draws, in [0, 1]; what it leaves transparent (Qwen-Image 2.1) is white."""
+    picture: Tensor = pipe(**given).images[0].float().cpu().clamp(0, 1)
+    colour, opacity = picture[:3], picture[3:]
+    return colour * opacity + 1 - opacity if len(opacity) else colour
 
 
 def grid_of(picture: Float[Tensor, "3 H W"], side: int, tokens: int) -> tuple[int, int]:
@@ -146,6 +158,17 @@ def size_of(pipe: Any, size: tuple[int, int] | None = None) -> tuple[int, int]:
     if min(height, width) < side or height % side or width % side:
         raise ValueError(f"size must be multiples of {side} pixels, got {height} x {width}")
     return height, width
+
+
+def guided(pipe: Any, guidance: float) -> dict[str, Any]:
+    """The arguments of a pipeline's call that mean ``guidance``: by its own name, and where it is a second pass with what that steers from.
+
+    >>> from types import SimpleNamespace
+    >>> guided(SimpleNamespace(), 3.5)
+    {'guidance_scale': 3.5}
+    """
+    way, _ = SUPPORTED.get(type(pipe).__name__, ("", None))
+    return {"true_cfg_scale": guidance, "negative_prompt": " "} if "qwen" in way else {"guidance_scale": guidance}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,9 +224,11 @@ def ready(
     references = [read_picture(given, f"references[{i}]") for i, given in enumerate(references)]
     if most is not None and len(references) > most:
         raise ValueError(f"references must be at most {most} for {name}, got {len(references)}")
-    side, (height, width) = 2 * int(pipe.vae_scale_factor), size_of(pipe, size)  # side: pixels per token
+    height, width = size_of(pipe, size)
+    side = int(pipe.vae_scale_factor) * (1 if way == "qwen-21" else 2)  # pixels per token
     given: dict[str, Any] = {"prompt": prompt or None, "height": height, "width": width, "output_type": "pt"}
-    layout: Layout = {"qwen": qwen_layout, "flux-kv": flux_kv_layout()}.get(way, flux_layout)
+    layouts: dict[str, Layout] = {"qwen": qwen_layout, "qwen-21": qwen21_layout, "flux-kv": flux_kv_layout()}
+    layout = layouts.get(way, flux_layout)
     with ExitStack() as stack:
         if way == "context":
             longest = int(getattr(pipe.tokenizer_2, "model_max_length", 512)) if pipe.tokenizer_2 else 512
@@ -213,6 +238,10 @@ def ready(
             )
         else:
             given["image"] = references[0] if most == 1 else list(references)
+            if way == "qwen-21" and reference_size is not None:
+                if reference_size < 32:
+                    raise ValueError(f"reference_size must be at least 32 pixels for {name}, got {reference_size}")
+                given["output_resolution"] = reference_size
         if "_auto_resize" in inspect.signature(pipe.__call__).parameters:  # Kontext would change the size
             given |= {"_auto_resize": False, "max_area": height * width}
         yield Ready(layout=layout, side=side, size=(height, width), arguments=given)
