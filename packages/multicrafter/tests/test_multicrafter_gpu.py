@@ -39,7 +39,7 @@ import multicrafter_workers as workers
 NO_CARD = "needs a CUDA device, and there is none here"
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CARD)]
 ON_CARD = pytest.param("cuda", marks=GPU)
-SLICED = ["flux1_dev", "flux2_klein", "qwen_image_edit"]
+SLICED = ["flux1_dev", "flux2_klein", "flux2_dev", "qwen_image_edit", "qwen_image_21"]
 WORLD = WorldConfig(numbers=(2,), shared_attributes=4)
 
 
@@ -52,7 +52,10 @@ def sliced(name, *, full):
 
 
 def slice_step(name, device, dtype, *, full):
-    """Velocity and gradients of all adapters of a slice: one pass of two rows with two references."""
+    """Velocity and gradients of all adapters of a slice: one pass of two rows with two references.
+
+    The noise level, and 1000 times it, are numbers of bf16: diffusers' transformers round what they are told, and 0.6 would be another level.
+    """
     backbone, generator = get_backbone(name), torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     transformer = backbone.build_transformer(**sliced(name, full=full))
@@ -74,7 +77,7 @@ def slice_step(name, device, dtype, *, full):
     empty = backbone.empty_text(transformer, 2, 64)
     text = Text(drawn(*empty.embeds.shape), None if empty.pooled is None else drawn(*empty.pooled.shape))
     velocity = trainee.predict(
-        tokens, torch.full((2,), 0.6, device=device), text, image_grid=side, references=references, reference_grids=[small] * 2
+        tokens, torch.full((2,), 0.5, device=device), text, image_grid=side, references=references, reference_grids=[small] * 2
     )  # fmt: skip
     (velocity - target).square().mean().backward()
     gradients = {n: p.grad.flatten().float().cpu() for n, p in adapters.named_parameters() if "router" not in n}
@@ -82,13 +85,16 @@ def slice_step(name, device, dtype, *, full):
 
 
 def bf16_follows_fp32(name, device, *, full):
-    """Relative error of the velocity at most 3 %; cosine of the gradients at least .95, since a token at the border changes its expert."""
+    """Relative error of the velocity at most 2 %; cosine of the gradients at least .995, since a token at the border changes its expert.
+
+    On the CPU they are .5 % and .9996. With its table of frequencies in bf16, Qwen-Image 2.1 had a cosine of .988.
+    """
     want, want_gradient = slice_step(name, device, "float32", full=full)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION if device == "cuda" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
         got, gradient = slice_step(name, device, "bfloat16", full=full)
-    assert (got - want).norm() / want.norm() < 0.03
-    assert torch.nn.functional.cosine_similarity(gradient, want_gradient, dim=0) > 0.95
-    assert float(gradient.norm() / want_gradient.norm()) == pytest.approx(1, abs=0.1)
+    assert (got - want).norm() / want.norm() < 0.02
+    assert torch.nn.functional.cosine_similarity(gradient, want_gradient, dim=0) > 0.995
+    assert float(gradient.norm() / want_gradient.norm()) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("name", SLICED)
@@ -190,7 +196,13 @@ def planned_and_measured(recipe, device, *, full):
     return predicted, torch.cuda.max_memory_allocated() - before
 
 
-RECIPES = ["flux1_dev_stage1", "flux1_dev_stage2", "flux2_klein_stage1", "qwen_image_edit_stage1"]
+RECIPES = [
+    "flux1_dev_stage1",
+    "flux1_dev_stage2",
+    "flux2_klein_stage1",
+    "qwen_image_edit_stage1",
+    "qwen_image_21_stage1",
+]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

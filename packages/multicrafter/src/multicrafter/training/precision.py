@@ -82,10 +82,23 @@ class ExecutionConfig:
 def prepare_transformer(transformer: nn.Module, config: ExecutionConfig) -> None:
     """Casts, quantises and configures a frozen transformer in place; before adapters are attached to it."""
     if config.dtype == "bfloat16" and next(transformer.parameters()).dtype != torch.bfloat16:
-        transformer.to(torch.bfloat16)
+        cast_weights(transformer, torch.bfloat16)
     if config.quantization != "none":
         quantize(transformer, config.quantization)
     configure_transformer(transformer, config)
+
+
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """What a checkpoint holds in another dtype, in place, as if it had been loaded in it.
+
+    Tables that a module makes itself (buffers that are not saved) stay as they are: frequencies of a noise level in bf16 are other frequencies.
+    """
+    saved = module.state_dict().keys()
+    tables = [(name, table) for name, table in module.named_buffers() if name not in saved]
+    module.to(dtype)
+    for name, table in tables:
+        parent, _, leaf = name.rpartition(".")
+        module.get_submodule(parent).register_buffer(leaf, table, persistent=False)
 
 
 def configure_transformer(transformer: nn.Module, config: ExecutionConfig) -> None:
