@@ -97,10 +97,12 @@ def test_the_shipped_adapter_says_how_it_is_drawn() -> None:
         shipped_adapter(9)
 
 
-def test_side_by_side_is_a_picture(tmp_path: Path) -> None:
+def test_side_by_side_frames_without_above_with(tmp_path: Path) -> None:
     scenes = cases(load_flux(None), EvaluateConfig(num_cases=2, split="validation"))
     path = side_by_side(tmp_path / "s.png", scenes, scenes.images, 1 - scenes.images, [0, 1])
-    assert Image.open(path).width > 400
+    seen = np.asarray(Image.open(path).convert("RGB"))
+    red, green = (np.flatnonzero((seen == colour).all(-1).any(1)) for colour in ((214, 39, 40), (44, 160, 44)))
+    assert 0 < red.min() < red.max() < green.min(), "framed, without above with"
 
 
 def interval(low: float, high: float) -> Interval:

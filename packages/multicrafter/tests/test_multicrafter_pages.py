@@ -11,8 +11,9 @@ import jinja2
 import multicrafter
 import pytest
 from multicrafter import files, pages
-from multicrafter.demo.report import write_report
+from multicrafter.demo.report import BETTER, write_report
 from multicrafter.pages import Cell, render
+from multicrafter.scoring.evaluate import METRICS
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -38,7 +39,7 @@ def test_every_class_has_a_style():
         for p in [*TEMPLATES, ROOMS / "pages" / "parts.html"]
         for name in re.findall(r'class="(\w+)"', p.read_text())
     }
-    marks = {"sure", "worse", "best", "text"}
+    marks = {"sure", "worse", "unsure", "best", "text"}
     assert {name for name in used | marks if f".{name}" not in style} == set()
 
 
@@ -65,11 +66,15 @@ def test_what_is_filled_in_is_escaped_and_nothing_is_left_out(tmp_path):
         render(tmp_path, "t.html", **{k: v for k, v in values.items() if k != "notes"})
 
 
-def test_the_demo_marks_differences_that_exclude_zero(tmp_path):
-    sure, unsure = {"mean": 0.2, "low": 0.1, "high": 0.3}, {"mean": 0.1, "low": -0.1, "high": 0.3}
+def test_the_demo_marks_better_and_worse_by_metric_where_an_interval_excludes_zero(tmp_path):
+    up, unsure = {"mean": 0.2, "low": 0.1, "high": 0.3}, {"mean": 0.1, "low": -0.1, "high": 0.3}
+    down, unknown = {"mean": -0.2, "low": -0.3, "high": -0.1}, {"mean": None, "low": None, "high": None}
     results = {
-        "summary": {"baseline": {"swaps": sure}, "stage 1": {"swaps": unsure, "reward": sure}},
-        "differences": {"stage 1 - baseline": {"swaps": sure, "text": unsure}},
+        "summary": {"baseline": {"swaps": up}, "stage 1": {"swaps": unsure, "reward": up}},
+        "differences": {
+            "stage 1 - baseline": {"swaps": down, "identity": up, "text": unsure, "found": unknown},
+            "stage 2 - stage 1": {"swaps": up, "identity": down, "swaps_by_chance": down},
+        },
         "claims": {"a < b": {"holds": True}, "c": {"holds": False}},
         "metrics": {"swaps": "attributes <swapped>"}, "judges": {"clip": 1}, "seconds": {"total": 12.0},
         "config": {"seed": 3, "cases": 7},
@@ -77,10 +82,21 @@ def test_the_demo_marks_differences_that_exclude_zero(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(results))
     (tmp_path / "reward.png").write_bytes(b"png")
     page = write_report(tmp_path).read_text()
-    assert page.count('<td class="sure">0.200 <span class="range">[0.100, 0.300]</span></td>') == 1
-    assert '<td class="sure">a &lt; b</td>' in page and '<td class="worse">c</td>' in page
+    for kind, text, ends in (
+        ("sure", "-0.20", "[-0.30, -0.10] better"), ("sure", "+0.20", "[+0.10, +0.30] better"),
+        ("worse", "+0.20", "[+0.10, +0.30] worse"), ("worse", "-0.20", "[-0.30, -0.10] worse"),
+        ("unsure", "+0.10", "[-0.10, +0.30]"), ("unsure", "–", "[–, –]"),
+    ):  # fmt: skip
+        assert page.count(f'<td class="{kind}">{text} <span class="range">{ends}</span></td>') == 1, (kind, text)
+    assert "<td>-0.20 " in page, "what guessing gives is neither better nor worse"
+    assert page.count('<td>0.20 <span class="range">[0.10, 0.30]</span></td>') == 2, "of one model nothing is marked"
+    assert '<td class="sure">a &lt; b</td>' in page and '<td class="unsure">c</td>' in page
     assert "attributes &lt;swapped&gt;" in page and "seed 3" in page and "12 s of compute" in page
     assert page.count("<img") == 1 and pages.embedded(b"png") in page
+
+
+def test_of_every_metric_it_is_known_what_is_better():
+    assert set(METRICS) - set(BETTER) == {"swaps_by_chance"}
 
 
 @pytest.fixture

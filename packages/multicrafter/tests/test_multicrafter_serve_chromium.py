@@ -142,7 +142,7 @@ def test_the_first_picture_stands_beside_the_one_without(visit: Any, served: Ser
     drawn(page, 1)
     assert page.locator("#mc-result figure").count() == 2
     titles = page.locator("#mc-result figcaption b").all_inner_texts()
-    assert titles == ["With the method", "Without"]
+    assert titles == ["With the method", "Without the method"]
     assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0 && i.alt)")
     assert page.evaluate("[...document.images].length") == 2 + 2 + 4
     assert page.locator("#mc-result td").count() == 2 * 4, "both references, in the draft, with and without"
@@ -260,6 +260,8 @@ def test_it_fits_a_phone_in_light_and_dark(visit: Any, scheme: str) -> None:
     settings(page, steps=2, seed=5)
     drawn(page, 5)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.click("#mc-status a")
+    page.wait_for_function("Math.abs(document.querySelector('#mc-result').getBoundingClientRect().top) < 200")
     shade = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)")
     assert (max(shade) < 60) if scheme == "dark" else (min(shade) > 200)
 

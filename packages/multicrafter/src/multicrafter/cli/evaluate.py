@@ -65,7 +65,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def score(arguments: argparse.Namespace) -> int:
     """Pictures of any model, scored against a manifest."""
     from multicrafter.files import write_whole
-    from multicrafter.pages import number
+    from multicrafter.pages import interval
     from multicrafter.scoring.judges import JudgeConfig, Judges
     from multicrafter.scoring.manifest import find_cases, read_prompts
     from multicrafter.scoring.pages import run_page
@@ -99,7 +99,8 @@ def score(arguments: argparse.Namespace) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     scores = run(found, judges, name=arguments.name or arguments.pictures.resolve().name, progress=sys.stderr.isatty())
     for name, e in scores.summary().items():
-        print(f"{name:16} {number(e.mean)} [{number(e.low)}, {number(e.high)}]  {e.cases} pictures, {e.groups} prompts")
+        mean, ends, _ = interval(e.mean, e.low, e.high)
+        print(f"{name:16} {mean} {ends}  {e.cases} pictures, {e.groups} prompts")
     for problem in scores.problems[:10]:
         logger.info(f"note: {problem}")
     if scores.missing:

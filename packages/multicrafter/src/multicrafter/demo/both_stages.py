@@ -147,7 +147,7 @@ def run(
         first = stage1["baseline"]
         training = encode_scenes(base, first.world, first.num_scenes, seed=first.data_seed)
         unseen = cases(base, evaluation)
-    shown = list(range(min(10, config.cases)))
+    shown = list(range(min(5, config.cases)))
     metrics, pictures, maps, histories = {}, {}, {}, {}
     for name, folder in (("baseline", "baseline"), ("stage 1", "stage1")):
         base = load_model(model).to(device)
@@ -169,7 +169,7 @@ def run(
         f"{a} - {b}": difference(metrics[a], metrics[b]) for a, b in (("stage 1", "baseline"), ("stage 2", "stage 1"))
     }
     with clock.measure("draw figures"):
-        figures.side_by_side(out / "side_by_side.png", unseen, pictures["baseline"], pictures["stage 1"], shown[:6])
+        figures.side_by_side(out / "side_by_side.png", unseen, pictures["baseline"], pictures["stage 1"], shown[:4])
         figures.picture_grid(out / "pictures.png", unseen, pictures, shown)
         figures.attention_figure(out / "attention.png", unseen, maps, shown)
         figures.training_curve(out / "training.png", histories)

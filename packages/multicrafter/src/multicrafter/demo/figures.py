@@ -20,17 +20,22 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-def _figure(rows: int, columns: int, *, cell: float = 1.15) -> tuple[Any, Any]:
+def _banded(labels: Sequence[str], columns: int, *, heights: Sequence[float]) -> tuple[Any, list[Any]]:
+    """A figure and the axes of each row, by row. A row has its label above it, large enough to be read on a phone."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(columns * cell + 0.9, rows * cell + 0.3), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-        for spine in axis.spines.values():
-            spine.set_visible(False)
-    return figure, axes
+    figure = Figure(figsize=(1.35 * columns, sum(1.35 * h + 0.34 for h in heights)), layout="constrained")
+    bands = figure.subfigures(len(labels), 1, squeeze=False, height_ratios=[1.35 * h + 0.34 for h in heights])[:, 0]
+    rows = []
+    for band, label in zip(bands, labels, strict=True):
+        band.suptitle(label, x=0.005, ha="left", fontsize=max(9.0, 2.7 * columns))
+        rows.append(band.subplots(1, columns, squeeze=False)[0])
+        for axis in rows[-1]:
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+    return figure, rows
 
 
 def _show(axis: Any, picture: Tensor) -> None:
@@ -42,28 +47,17 @@ def side_by_side(path: Path, scenes: EncodedScenes, without: Tensor, with_method
 
     One column a case; the first ones, not chosen ones.
     """
-    from matplotlib.figure import Figure
-
     count = scenes.references.shape[1]
-    figure = Figure(figsize=(1.5 * len(cases) + 1.3, 1.5 * (2 + count / 2) + 0.2), layout="constrained")
-    heights = [*[0.5] * count, 1, 1]
-    axes = figure.subplots(len(heights), len(cases), squeeze=False, height_ratios=heights)
-    labels = [*(f"person {chr(65 + i)}" for i in range(count)), "without", "with"]
+    labels = [*(f"person {chr(65 + i)}" for i in range(count)), "without: a plain LoRA", "with: the method"]
+    figure, rows = _banded(labels, len(cases), heights=[*[0.5] * count, 1, 1])
     for column, case in enumerate(cases):
-        shown = [*scenes.reference_images[case], without[case], with_method[case]]
-        for row, picture in enumerate(shown):
-            axis = axes[row, column]
+        for row, picture in enumerate([*scenes.reference_images[case], without[case], with_method[case]]):
+            axis = rows[row][column]
             _show(axis, picture)
-            axis.set_xticks([])
-            axis.set_yticks([])
             for spine in axis.spines.values():
                 spine.set_visible(row >= count)
                 spine.set_color("tab:red" if row == count else "tab:green")
                 spine.set_linewidth(2.5)
-    for row, label in enumerate(labels):
-        axes[row, 0].set_ylabel(
-            label, fontsize=9 if row < count else 13, rotation=0, ha="right", va="center", labelpad=8
-        )
     figure.savefig(path, dpi=140)
     return path
 
@@ -90,12 +84,10 @@ def picture_grid(path: Path, scenes: EncodedScenes, pictures: Mapping[str, Tenso
     """One column a case: its references on top, then one row per model."""
     m = scenes.references.shape[1]
     labels = [*(f"reference {chr(65 + i)}" for i in range(m)), *pictures]
-    figure, axes = _figure(len(labels), len(cases))
+    figure, rows = _banded(labels, len(cases), heights=[*[0.6] * m, *[1] * len(pictures)])
     for column, case in enumerate(cases):
         for row, picture in enumerate([*scenes.reference_images[case], *(p[case] for p in pictures.values())]):
-            _show(axes[row, column], picture)
-    for row, label in enumerate(labels):
-        axes[row, 0].set_ylabel(label, fontsize=8)
+            _show(rows[row][column], picture)
     figure.savefig(path, dpi=110)
     return path
 
@@ -127,19 +119,17 @@ def subject_maps(
 def attention_figure(path: Path, scenes: EncodedScenes, maps: Mapping[str, Tensor], cases: Sequence[int]) -> Path:
     """True scene, true masks of subject A, then every model's map of A: red is A, blue is the others."""
     labels = ["scene", "mask of A", *(f"{name}: A" for name in maps)]
-    figure, axes = _figure(len(labels), len(cases))
+    figure, rows = _banded(labels, len(cases), heights=[1] * len(labels))
     for column, case in enumerate(cases):
-        _show(axes[0, column], scenes.images[case])
+        _show(rows[0][column], scenes.images[case])
         mask = scenes.masks[case].unflatten(1, scenes.grid)
-        axes[1, column].imshow(
+        rows[1][column].imshow(
             (mask[0] - mask[1:].sum(0)).numpy(), cmap="coolwarm", vmin=-1, vmax=1, interpolation="nearest"
         )
         for row, of in enumerate(maps.values()):
-            axes[2 + row, column].imshow(
+            rows[2 + row][column].imshow(
                 (2 * of[column, 0] - 1).numpy(), cmap="coolwarm", vmin=-1, vmax=1, interpolation="nearest"
             )
-    for row, label in enumerate(labels):
-        axes[row, 0].set_ylabel(label, fontsize=8)
     figure.savefig(path, dpi=110)
     return path
 

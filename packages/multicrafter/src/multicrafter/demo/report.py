@@ -9,7 +9,7 @@ from typing import Any
 
 from multicrafter import UserError
 from multicrafter.files import read_json, write_whole
-from multicrafter.pages import Cell, embedded, interval, render
+from multicrafter.pages import Cell, difference, embedded, interval, render
 
 FIGURES = {
     "pictures.png": (
@@ -38,25 +38,31 @@ CHARTS = ("training.png", "reward.png")
 """Figures with axes, whose writing is small."""
 
 
-def _table(rows: Mapping[str, Mapping[str, Any]], *, sign: bool = False) -> tuple[list[str], list[list[Cell]]]:
-    """One column a row of ``rows``; with ``sign`` intervals that exclude 0 are marked."""
+BETTER = {
+    "identity": "more", "attributes": "more", "swaps": "less", "swaps_above_chance": "less", "count": "more", "setting": "more",
+    "text": "more", "aesthetics": "more", "found": "more", "leakage": "less", "reward": "more",
+}  # fmt: skip
+"""Of each metric; what guessing would give, ``swaps_by_chance``, is neither good nor bad."""
 
-    def cell(found: Mapping[str, Any] | None) -> Cell:
+
+def _table(rows: Mapping[str, Mapping[str, Any]], *, differences: bool = False) -> tuple[list[str], list[list[Cell]]]:
+    """One column a row of ``rows``; differences are marked as better or worse."""
+
+    def cell(name: str, found: Mapping[str, Any] | None) -> Cell:
         if found is None:
             return Cell("")
-        low, high = found["low"], found["high"]
-        sure = sign and low is not None and (low > 0 or high < 0)
-        return interval(found["mean"], low, high, "sure" if sure else "")
+        numbers = (found["mean"], found["low"], found["high"])
+        return difference(*numbers, better=BETTER.get(name)) if differences else interval(*numbers)
 
     names = list(dict.fromkeys(n for row in rows.values() for n in row))
-    return ["", *rows], [[Cell(name), *(cell(row.get(name)) for row in rows.values())] for name in names]
+    return ["", *rows], [[Cell(name), *(cell(name, row.get(name)) for row in rows.values())] for name in names]
 
 
 def _claims(claims: Mapping[str, Mapping[str, Any]]) -> list[list[Cell]]:
     return [
         [Cell(text, kind=kind), Cell(f"{found} in this run", kind=kind)]
         for text, claim in claims.items()
-        for found, kind in [("holds", "sure") if claim["holds"] else ("not shown", "worse")]
+        for found, kind in [("holds", "sure") if claim["holds"] else ("not shown", "unsure")]
     ]
 
 
@@ -86,7 +92,7 @@ def write_report(run: Path) -> Path:
         config=results["config"],
         claims=_claims(results["claims"]),
         summary=_table(results["summary"]),
-        differences=_table(results["differences"], sign=True),
+        differences=_table(results["differences"], differences=True),
         metrics=list(results["metrics"].items()),
         pictures=shown,
         tails=[(title, text, json.dumps(content, indent=1)) for title, text, content in tails],

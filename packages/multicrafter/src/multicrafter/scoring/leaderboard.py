@@ -147,7 +147,7 @@ def leaderboard(runs: Sequence[Scores], *, sort_by: str | None = None, metrics: 
 
 def as_markdown(board: Board) -> str:
     """The board as a Markdown table; the best means in bold."""
-    from multicrafter.pages import number
+    from multicrafter.pages import interval
 
     lines = [
         "| run | " + " | ".join(board.names) + " | pictures | missing |",
@@ -157,7 +157,7 @@ def as_markdown(board: Board) -> str:
         cells = []
         for name in board.names:
             value = row["summary"].get(name)
-            text = "" if value is None else f"{number(value.mean)} [{number(value.low)}, {number(value.high)}]"
+            text = "" if value is None else " ".join(interval(value.mean, value.low, value.high)[:2])
             cells.append(f"**{text}**" if name in row["best"] else text)
         lines.append(f"| {row['name']} | {' | '.join(cells)} | {row['pictures']} | {row['missing']} |")
     return "\n".join(lines) + "\n"

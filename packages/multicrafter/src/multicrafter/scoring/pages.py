@@ -88,7 +88,7 @@ def compare_page(a: Scores, b: Scores, result: Mapping[str, Comparison], notes: 
         rows.append(
             [
                 name, number(float(np.nanmean(a.values(name)))), number(float(np.nanmean(b.values(name)))),
-                Cell(f"{c.difference:+.3f}", f"[{c.low:+.3f}, {c.high:+.3f}]", kind), f"{c.p:.4f}", f"{c.p_corrected:.4f}",
+                interval(c.difference, c.low, c.high, kind, sign=True), f"{c.p:.4f}", f"{c.p_corrected:.4f}",
                 c.cases, c.groups,
             ]
         )  # fmt: skip

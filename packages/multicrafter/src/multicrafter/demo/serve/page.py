@@ -125,7 +125,7 @@ def build(desk: Desk) -> Any:
         last, count = (max(recorded.steps) + 1, len(recorded.blocks)) if recorded is not None else (1, 1)
         middle = (last + 1) // 2
         yield [
-            views.sentence(f"Done in {drawing.seconds:.1f} s."),
+            views.sentence(f"Done in {drawing.seconds:.1f} s.", down=True),
             shown(
                 views.result(drawing, finder=pipeline.finder, adapter=has_adapter, trained_for=pipeline.max_references)
             ),

@@ -57,9 +57,9 @@ def percent(value: float) -> str:
     return f"{100 * value:.0f} %" if math.isfinite(value) else "–"
 
 
-def sentence(text: str, kind: str = "") -> str:
-    """One line of status; kind "error" marks it."""
-    return render(HERE, "status.jinja", text=text, kind=kind, share=None)
+def sentence(text: str, kind: str = "", *, down: bool = False) -> str:
+    """One line of status; kind "error" marks it, ``down`` leads to the pictures on a phone, where they stand below."""
+    return render(HERE, "status.jinja", text=text, kind=kind, share=None, down=down)
 
 
 def waiting(desk: Desk, job: Job) -> str:
@@ -69,9 +69,9 @@ def waiting(desk: Desk, job: Job) -> str:
         people = "1 request is" if ahead == 1 else f"{ahead} requests are"
         return sentence(f"In line: {people} ahead of yours." if ahead else "In line: yours is next.")
     if not job.step:
-        return render(HERE, "status.jinja", text="Looking at the references ...", kind="", share=0)
+        return render(HERE, "status.jinja", text="Looking at the references ...", kind="", share=0, down=False)
     text = f"Drawing: step {job.step} of {job.of}."
-    return render(HERE, "status.jinja", text=text, kind="", share=100 * job.step // max(job.of, 1))
+    return render(HERE, "status.jinja", text=text, kind="", share=100 * job.step // max(job.of, 1), down=False)
 
 
 def references(visitor: Visitor) -> str:
@@ -129,10 +129,10 @@ def result(drawing: Drawing, *, finder: Any, adapter: bool, trained_for: int) ->
     else:
         pictures = [
             _picture(
-                drawing.method, "With the method", "Attention between the subjects is cut.", drawing, "with"
+                drawing.method, "With the method", "Where one of them is drawn, the model may not look at the others' pictures.", drawing, "with"
             ),
             _picture(
-                drawing.plain, "Without", "The same model and the same noise. Attention is as it is.", drawing, "without"
+                drawing.plain, "Without the method", "The same model, and the same noise. It may look anywhere.", drawing, "without"
             ),
         ]  # fmt: skip
     columns: list[tuple[str, Places]] = [
