@@ -58,7 +58,7 @@ def measure(pipe, scenes, batch: int = 64) -> dict[str, object]:
             noise = torch.randn(latents.shape, generator=generator)
             level = torch.full((len(latents),), sigma)
             text = scenes.encode_text(model, part)
-            layout = layout_of(model.backbone, scenes, text.embeds.shape[1])
+            layout = layout_of(model.backbone, scenes, text)
             with (
                 capture_subject_attention(pipe.transformer, layout, direction=R2I) as looks,
                 capture_subject_attention(pipe.transformer, layout, direction=I2R) as takes,

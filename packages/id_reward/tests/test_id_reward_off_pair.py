@@ -140,7 +140,7 @@ def test_among_references_must_fit() -> None:
     with pytest.raises(ValueError, match=r"among_references must be \(2, 2\), got \(1, 2\)"):
         score_similarity(np.eye(2), off_pair_penalty=1.0, among_references=np.zeros((1, 2)))
     for wrong in (-0.1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="off_pair_penalty must be finite and not negative"):
+        with pytest.raises(ValueError, match="off_pair_penalty must be a finite number, at least 0"):
             score_similarity(np.eye(2), off_pair_penalty=wrong)
 
 

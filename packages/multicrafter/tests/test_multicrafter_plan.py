@@ -231,6 +231,7 @@ def test_arithmetic_of_stage_2():
     align = replace(
         run.align,
         prompts=2,
+        separation=None,  # drafts are counted below
         online=OnlineConfig(window=SlidingWindow(8), group_size=3, policy=PolicyConfig(micro_batch_size=2)),
         execution=replace(run.align.execution, micro_batch=1),
     )

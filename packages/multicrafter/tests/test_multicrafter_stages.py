@@ -132,7 +132,7 @@ def test_leakage_of_groups_in_the_same_passes_is_that_of_each_alone(pipe, scenes
     noise = torch.randn(scenes.tokens.shape, generator=torch.Generator().manual_seed(3))
     level, backbone = torch.full((len(scenes),), 0.4), backbone_of(pipe)
     text, noisy = backbone.encode_prompts(pipe, scenes.captions), add_noise(scenes.tokens, noise, level)
-    layout = layout_of(backbone, scenes, text.embeds.shape[1])
+    layout = layout_of(backbone, scenes, text)
     for name, blocks in groups.items():
         with torch.no_grad(), capture_subject_attention(
             pipe.transformer, layout, direction="image_to_reference", blocks=blocks
@@ -518,7 +518,7 @@ class TestDistillation:
         with (
             torch.no_grad(),
             watch_outputs(pipe.transformer) as outputs,
-            separate_subjects(pipe.transformer, layout_of(stage.model.backbone, scenes, text.embeds.shape[1]), masks),
+            separate_subjects(pipe.transformer, layout_of(stage.model.backbone, scenes, text), masks),
         ):
             expected = stage.trainee.predict(x, sigma, text, **scenes.context(rows))
         assert torch.equal(teacher.velocity, expected) and not teacher.velocity.requires_grad

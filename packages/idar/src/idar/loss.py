@@ -127,7 +127,7 @@ def idar_loss(
     0.5754
     """
     check_masks(maps, masks)
-    if bool((maps.detach() < 0).any()):
+    if not bool((maps.detach() >= 0).all()):
         raise ValueError(f"maps must be at least 0, as attention is, got {float(maps.min()):g}")
     if not isinstance(eps, numbers.Real) or not 0 <= eps < math.inf:
         raise ValueError(f"eps must be at least 0 and finite, got {eps!r}")

@@ -17,7 +17,7 @@ from PIL import Image
 
 SOURCE = Path(multicrafter.__file__).parent
 MAY_OPEN = {
-    "models/pictures.py": "_mask_values",  # masks, whose numbers count and not their colours
+    "models/pictures.py": "_opened",  # masks, whose numbers count and not their colours
     "photos/pictures.py": "open_planes",  # masks of a dataset, one bit a subject
     "photos/stages.py": "_copyright",  # metadata only
     "photos/store.py": "open",  # a JPEG decoded smaller, then `to_rgb`
