@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multicrafter.cli import main
 from multicrafter.config import recipes, settings
+from multicrafter.config.described import described
 from multicrafter.config.provenance import STUDIED, provenance
 from multicrafter.config.recipes import Stage1, Stage2, get_recipe, resolve
 
@@ -198,3 +199,18 @@ def test_a_run_saves_what_it_was_and_runs_again_as_it_is(pipe, tmp_path, capsys)
         assert main(["pretrain", "--out", str(tmp_path / "no"), *extra]) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_value_of_a_recipe_is_explained(name):
+    found = described(get_recipe(name))
+    assert [d.name for d in found if not d.meaning] == []
+    known = settings.leaves(settings.to_dict(get_recipe(name)))
+    assert {d.name for d in found} <= known.keys() | {"align.online.kernel"}
+
+
+def test_the_settings_of_a_run_are_printed(capsys):
+    assert main(["settings", "learning", "peak", "--set", "lr=3e-3"]) == 0
+    assert capsys.readouterr().out == "pretrain.lr = 0.003  (float; ours)\n    Peak learning rate.\n"
+    assert main(["settings", "--recipe", "tiny_stage2", "no-such-thing"]) == 2
+    assert "words must be in the name or the meaning of a value, got 'no-such-thing'" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from multicrafter.cli import (
     pretrain,
     report,
     serve,
+    settings,
 )
 
 ROWS = (
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
         leaderboard,
         report,
         plan,
+        settings,
         serve,
         check_real,
     ):

@@ -39,8 +39,9 @@ class AdapterConfig:
         top_k: Experts per token.
         experts_on_linears: One mixture on each linear layer of an FFN, instead of one beside the whole FFN as in the paper; there every
             single expert is a LoRA that other programs can load (docs/guides/export.md).
-        gating: See `moe_lora.MoELoRAConfig`.
-        balance_coef, z_coef: Router losses.
+        gating: How a token's experts are weighed, see `moe_lora.MoELoRAConfig`.
+        balance_coef: Weight of the loss that spreads tokens evenly over experts.
+        z_coef: Weight of the loss that keeps the router's logits small.
     """
 
     rank: int = 16

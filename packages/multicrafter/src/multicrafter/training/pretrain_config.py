@@ -133,7 +133,8 @@ class PretrainConfig:
         data: Folder of `multicrafter data build`: photos instead of drawn scenes, at the sizes of ``world``. None draws.
         shapes: Sizes (height, width) of pictures; a batch holds one of them only. A photo goes to the one nearest to its own aspect, cut so
             that faces stay inside; of drawn scenes there are as many of each. None takes ``world.shape``, or squares of ``world.size``.
-        seed: Of data order, noise and adapters; scenes come from ``data_seed``.
+        data_seed: Of the drawn scenes.
+        seed: Of data order, noise and adapters.
         start: Folder of a stage-1 adapter whose weights training goes on from, as in a run of its own (a new schedule, new moving averages);
             None starts from adapters that change nothing.
         separation: See `SeparationConfig`; None trains without it.

@@ -33,7 +33,8 @@ class RewardConfig:
         text: Weight of the CLIP alignment, in [0, 1].
         aesthetics: Weight of the closed form, in [0, 1].
         multi_id: Weight of the matched cosine, in [-1, 1].
-        missing_penalty, extra_penalty: See `id_reward.multi_id_alignment_reward`.
+        missing_penalty: What a reference without a face costs, see `id_reward.multi_id_alignment_reward`.
+        extra_penalty: What a face without a reference costs, see there.
         off_pair_penalty: See there: what a face costs that is like several references, such as their average. 0 asks nothing.
         copy_paste: What a face costs that repeats its reference's pose, crop and light, times `id_reward.copying.CopyPaste` in [0, 1].
         copy_paste_free: Correlation up to which that costs nothing; None is 0.8 for drawn people, who are more alike, and 0.65 for photos.

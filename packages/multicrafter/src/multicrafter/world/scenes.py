@@ -54,6 +54,7 @@ class WorldConfig:
         numbers: Numbers of subjects a scene may have.
         shared_attributes: How many attributes every further subject of a scene shares with the first one, at most
             (drawn uniformly from 0 to this): look-alikes.
+        weights: How often each of ``numbers`` is drawn, in proportion; none draws all alike.
     """
 
     family: str = "people"
