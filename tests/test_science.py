@@ -224,7 +224,14 @@ def test_the_wide_lora_has_as_many_parameters_as_the_experts():
     assert plain[0] < experts <= plain[1]
 
 
-@pytest.mark.parametrize("study", everything.STUDIES, ids=lambda s: s.name)
+QUICK = ("ablation", "bleeding", "copy_paste")
+"""The studies of which each `make test` runs a miniature; `make test-all` runs one of all."""
+
+
+@pytest.mark.parametrize(
+    "study",
+    [pytest.param(s, id=s.name, marks=() if s.name in QUICK else pytest.mark.slow) for s in everything.STUDIES],
+)
 def test_every_study_runs(study, laboratory):
     """Two arms of each, in miniature; ``make bench-science-smoke`` runs all arms."""
 

@@ -67,10 +67,10 @@ CUT: dict[int, dict] = {2: {"prompts": 3}}
 @pytest.mark.parametrize(
     ("stage", "world", "parallel", "changes"),
     [
-        (1, 2, "ddp", EVEN[1]),
         (1, 2, "fsdp", EVEN[1]),
         (2, 2, "ddp", EVEN[2]),
-        (2, 2, "fsdp", EVEN[2]),
+        pytest.param(1, 2, "ddp", EVEN[1], marks=slow),
+        pytest.param(2, 2, "fsdp", EVEN[2], marks=slow),
         pytest.param(2, 2, "ddp", CUT[2], marks=slow),
         pytest.param(2, 2, "fsdp", CUT[2], marks=slow),
         pytest.param(1, 4, "ddp", EVEN[1], marks=slow),
