@@ -128,8 +128,11 @@ MAPS = torch.rand(1, 2, 4, generator=torch.Generator().manual_seed(1))
         (lambda: idar_loss(MAPS, MASKS, weight=torch.ones(3)), "weight must be one factor"),
         (lambda: idar_loss(MAPS, MASKS, weight=[1.0]), "weight must be a torch tensor"),
         (lambda: idar_loss(MAPS, MASKS, eps=NAN), "eps must be"),
-        (lambda: idar_loss(MAPS, MASKS, eps=-1), "eps must be at least 0"),
+        (lambda: idar_loss(MAPS, MASKS, eps=-1), "eps must be"), (lambda: idar_loss(MAPS, MASKS, eps=1e9), "eps must be"),
+        (lambda: idar_loss(MAPS, MASKS, eps=True), "eps must be"), (lambda: idar_loss(MAPS, MASKS, kind=["dice"]), "kind must be one of"),
+        (lambda: idar_loss(MASKS.long(), MASKS), "maps must be floating, as attention is"),
         (lambda: leakage(MAPS.numpy(), MASKS), "maps must be a torch tensor"),
+        (lambda: leakage(MAPS - 1, MASKS), "maps must be at least 0"), (lambda: sigma_weight(0.5), "sigma must be a torch tensor"),
         (lambda: sigma_weight(torch.zeros(1), power=NAN), "power at least 0"),
     ],
 )  # fmt: skip

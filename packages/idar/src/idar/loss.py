@@ -25,14 +25,18 @@ class IDARLoss(NamedTuple):
 
 
 def check_masks(maps: Tensor, masks: Tensor) -> None:
-    """Raises ValueError unless maps and masks are both (b, s, n), maps finite and masks in [0, 1]."""
+    """Raises ValueError unless maps and masks are both (b, s, n), maps floating, finite and at least 0, and masks in [0, 1]."""
     require_tensor(maps=maps, masks=masks)
+    if not maps.is_floating_point():
+        raise ValueError(f"maps must be floating, as attention is, got {maps.dtype}")
     if maps.dim() == masks.dim() == 3 and maps.shape[1] != masks.shape[1]:
         raise ValueError(f"masks must be of as many subjects as maps, got {masks.shape[1]} and {maps.shape[1]}")
     if maps.dim() != 3 or maps.shape != masks.shape:
         raise ValueError(f"maps and masks must both be (b, s, n), got {tuple(maps.shape)} and {tuple(masks.shape)}")
     if not bool(torch.isfinite(maps.detach()).all()):
         raise ValueError("maps must be finite, got NaN or infinity (are the queries finite?)")
+    if not bool((maps.detach() >= 0).all()):
+        raise ValueError(f"maps must be at least 0, as attention is, got {float(maps.min()):g}")
     if not bool(((masks >= 0) & (masks <= 1)).all()):
         raise ValueError("masks must lie in [0, 1], got values outside or NaN")
 
@@ -117,25 +121,23 @@ def idar_loss(
             the map, "balanced" (FastComposer) of either direction.
         normalization: Applied to the maps before the loss (`normalize_maps`).
         weight: One factor of at least 0 per sample, such as `sigma_weight`.
-        eps: Smoothing.
+        eps: Smoothing, in [0, 1].
 
     Raises:
-        ValueError: Shapes or numbers of subjects differ, kind is unknown, maps are not finite, masks leave [0, 1], or every mask is empty.
+        ValueError: Shapes or numbers of subjects differ, kind is unknown, maps are not floating, finite and at least 0, masks leave [0, 1], or every mask is empty.
 
     >>> takes = torch.tensor([[[0.3, 0.1], [0.1, 0.3]]])
     >>> round(idar_loss(takes, torch.eye(2)[None]).loss.item(), 4)  # each token listens to its own subject by 3/4: 2 log(4/3)
     0.5754
     """
     check_masks(maps, masks)
-    if not bool((maps.detach() >= 0).all()):
-        raise ValueError(f"maps must be at least 0, as attention is, got {float(maps.min()):g}")
-    if not isinstance(eps, numbers.Real) or not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be at least 0 and finite, got {eps!r}")
+    if not isinstance(eps, numbers.Real) or isinstance(eps, bool) or not 0 <= eps <= 1:
+        raise ValueError(f"eps must be a number in [0, 1], got {eps!r}")
     if weight is not None:
         require_tensor(weight=weight)
         if weight.shape != maps.shape[:1] or not bool((torch.isfinite(weight) & (weight >= 0)).all()):
             raise ValueError(f"weight must be one factor of at least 0 per sample ({len(maps)}), got {weight.tolist()}")
-    if kind not in _LOSSES:
+    if not isinstance(kind, str) or kind not in _LOSSES:
         raise ValueError(f"kind must be one of {tuple(_LOSSES)}, got {kind!r}")
     if kind in ("share_cross_entropy", "token_cross_entropy") and normalization == "none":
         _warn_of_the_other_direction(maps, kind)
@@ -174,6 +176,7 @@ def sigma_weight(sigma: Float[Tensor, " b"], *, sigma_max: float = 1.0, power: f
     >>> sigma_weight(torch.tensor([0.0, 0.5, 0.9]), sigma_max=0.8, power=1.0).tolist()
     [1.0, 0.5, 0.0]
     """
+    require_tensor(sigma=sigma)
     if not 0 < sigma_max <= 1 or not 0 <= power < math.inf:
         raise ValueError(f"sigma_max must be in (0, 1] and power at least 0, got {sigma_max} and {power}")
     if not bool(((sigma >= 0) & (sigma <= 1)).all()):
