@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 import multicrafter_workers as workers
 
-STEPS = 20
+STEPS = 8
 TOLERANCE = 1e-5
 slow = pytest.mark.slow
 
@@ -119,7 +119,7 @@ def test_sharded_checkpoints_reload_into_another_number_of_ranks(stage, before, 
         tmp_path / "run",
         {"execution": {"parallel": "fsdp"}, "changes": changes},
     )
-    workers.run(train_until, stage, out, 10, world=before, tmp=tmp_path, **sharded)
+    workers.run(train_until, stage, out, STEPS // 2, world=before, tmp=tmp_path, **sharded)
     found = find_checkpoint(out / "checkpoints")
     assert found.manifest["world_size"] == before
     if before > 1:
