@@ -248,8 +248,12 @@ def as_yaml(content: Mapping[str, Any], marks: Mapping[str, str] | None = None) 
     marks, lines = marks or {}, []
 
     def scalar(value: Any) -> str:
-        text = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True)
-        return str(text).strip().removesuffix("\n...").strip()
+        odd = (
+            isinstance(value, str) and not value.isprintable()
+        )  # line breaks that YAML knows, and spaces that are none
+        style = {"default_style": '"', "allow_unicode": False} if odd else {"allow_unicode": True}
+        text = yaml.safe_dump(value, default_flow_style=True, width=10**9, **style)
+        return str(text).removesuffix("\n").removesuffix("\n...")
 
     def write(node: Mapping[str, Any], path: str, depth: int) -> None:
         for key, value in node.items():
