@@ -124,7 +124,8 @@ def idar_loss(
         eps: Smoothing, in [0, 1].
 
     Raises:
-        ValueError: Shapes or numbers of subjects differ, kind is unknown, maps are not floating, finite and at least 0, masks leave [0, 1], or every mask is empty.
+        ValueError: Shapes or numbers of subjects differ, kind is unknown, maps are not floating, finite and at least 0, masks leave [0, 1],
+            or every mask is empty.
 
     >>> takes = torch.tensor([[[0.3, 0.1], [0.1, 0.3]]])
     >>> round(idar_loss(takes, torch.eye(2)[None]).loss.item(), 4)  # each token listens to its own subject by 3/4: 2 log(4/3)
