@@ -1,4 +1,4 @@
-"""Stage 1 trains on a photo dataset; real photos go through the whole pipeline with the dlib backend."""
+"""Both stages train on a photo dataset; real photos go through the whole pipeline with the dlib backend."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from multicrafter.cli import main
+from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.loaded import LoadedModel
+from multicrafter.models.loading import load_flux
 from multicrafter.photos import BuildConfig, FilterConfig, WriteConfig, build
 from multicrafter.photos.check import check_dataset
 from multicrafter.photos.loader import LoaderConfig, PhotoLoader
 from multicrafter.photos.people import inside
 from multicrafter.photos.store import open_split
-from multicrafter.training import runs
+from multicrafter.training import rewarding, runs
 from multicrafter.training.photo_scenes import encode_by_number, encode_photos, share_out
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -279,3 +281,65 @@ def test_the_command_line_trains_on_shapes(shaped, capsys):
     assert pretrain(shaped, "--set", "pretrain.shapes=[[48,60]]", "--resume") == 2
     assert "shapes" in capsys.readouterr().err
     assert notes["size"] == 56, "the side of a square as large as the first shape, in whole tokens"
+
+
+def align(folder, *more):
+    """Stage 2 of one iteration with an adapter of the model in ``folder``."""
+    adapter = folder / "adapter"
+    if not adapter.exists():
+        made = Adapters(load_flux(folder / "model").transformer, AdapterConfig(rank=2, alpha=2.0, num_experts=0))
+        made.save(adapter, stage=1, num_references=2, size=64, reference_size=32)
+    common = ["--steps", "1", "--prompts", "2", "--group-size", "2", "--set", "align.online.window.num_steps=3"]
+    common += ["--set", "align.watch.action=none", "--set", "align.separation=null", "--tracker", "none"]
+    return main(
+        ["align", "--model", f"{folder}/model", "--adapter", str(adapter), "--out", f"{folder}/two", *common, *more]
+    )
+
+
+def test_stage_2_takes_prompts_and_references_of_photos(shaped, monkeypatch):
+    """From the command line; every photo is there once, with all its references' pixels, and the reward is asked about people of one photo."""
+    seen, asked = [], []
+    real, reward = runs.encode_by_number, rewarding.photo_reward
+    monkeypatch.setattr(runs, "encode_by_number", lambda *a, **k: seen.extend(real(*a, **k)) or seen)
+
+    def spied(config, **models):
+        judge = reward(config, **models)
+        return lambda images, prompts, references: (
+            asked.append((images, prompts, references)) or judge(images, prompts, references)
+        )
+
+    monkeypatch.setattr(rewarding, "photo_reward", spied)
+    shapes = "align.shapes=[[48,64],[64,48],[64,64]]"
+    assert align(shaped, "--data", f"{shaped}/set", "--faces", "tiny", "--clip", "tiny", "--set", shapes) == 0
+    records = open_split(shaped / "set").records
+    want = Counter((len(r["subjects"]), r["height"], r["width"]) for r in records)
+    assert {(s.references.shape[1], s.grid[0] * 8, s.grid[1] * 8): len(s) for s in seen} == want
+    assert all(len(s.reference_images) == len(s) for s in seen)
+    ((pictures, prompts, references),) = asked
+    bucket = next(
+        s for s in seen if s.images.shape[-2:] == pictures[0].shape[-2:] and s.references.shape[1] == len(references[0])
+    )
+    for prompt, shown in zip(prompts, references, strict=True):
+        rows = [i for i, row in enumerate(bucket.reference_images) if torch.equal(row, torch.stack(list(shown)))]
+        assert any(bucket.captions[i] == prompt for i in rows)
+    notes = json.loads((shaped / "two" / "adapter" / "adapter.json").read_text())
+    assert notes["stage"] == notes["num_references"] == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--faces", "tiny"], "--faces is for photos, but no --data is given"),
+        (["--data", "{tmp}/model"], "written by multicrafter data build"),
+        (["--data", "{tmp}/set", "--faces", "tiny"], "scorers.clip must be the folder of a CLIP where reward.text is not 0"),
+        (["--data", "{tmp}/set", "--faces", "martian", "--clip", "tiny"], "faces martian"),
+        (["--data", "{tmp}/set", "--faces", "tiny", "--clip", "tiny", "--aesthetics", "none"], "scorers.aesthetics must not be none"),
+        (["--data", "{tmp}/set", "--faces", "tiny", "--clip", "tiny", "--set", "align.watch.action=warn"], "must name who watches"),
+        (["--data", "{tmp}/set", "--faces", "tiny", "--set", "align.scorers.watch=tiny"], "watch must be another one than faces"),
+    ],
+)  # fmt: skip
+def test_stage_2_says_what_is_missing_before_the_model_is_loaded(folders, capsys, monkeypatch, more, words):
+    monkeypatch.setattr("multicrafter.cli.align.load", None)
+    folders.joinpath("adapter").mkdir()
+    assert align(folders, *(m.format(tmp=folders) for m in more)) == 2
+    assert words in capsys.readouterr().err

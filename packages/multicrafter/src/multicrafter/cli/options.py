@@ -173,22 +173,15 @@ def binding(arguments: argparse.Namespace, notes: Any) -> Any:
 
 def finder(name: str, model: str | None) -> Any:
     """What finds subjects in a draft."""
-    from multicrafter.models.binding import IdentityFinder, MapFinder
+    from multicrafter.models.binding import MapFinder
+    from multicrafter.photos.people import people_finder
 
     if name == "auto":
         name = "people" if model is None else "maps"
     if name == "maps":
         return MapFinder()
-    if name == "people":
-        from multicrafter.world import judges
-        from multicrafter.world.judges.people import PeopleBackend
-
-        return IdentityFinder(backend=PeopleBackend.from_pretrained(judges.shipped()))
-    from id_reward import get_face_backend
-
-    face_of_a_person = (1.5, 0.8, 1.5, 5.0)  # a standing person round a face, in faces
     with user_input("--finder"):
-        return IdentityFinder(backend=get_face_backend(name), grow=face_of_a_person)  # type: ignore[arg-type]
+        return people_finder("tiny" if name == "people" else name)
 
 
 def loaded_pipeline(arguments: argparse.Namespace) -> Any:

@@ -17,6 +17,8 @@ from multicrafter import UserError, user_input
 if TYPE_CHECKING:
     from PIL import Image
 
+    from multicrafter.models.binding import IdentityFinder
+
 Box = tuple[float, float, float, float]
 
 
@@ -41,6 +43,17 @@ def face_backend(name: str) -> FaceBackend:
 
     with user_input(f"faces {name}"):
         return get_face_backend(name)  # type: ignore[arg-type]
+
+
+FACE_OF_A_PERSON = (1.5, 0.8, 1.5, 5.0)
+"""How far a standing person reaches beyond the face: to the left, top, right and bottom, in faces."""
+
+
+def people_finder(name: str) -> IdentityFinder:
+    """Finds the people of a draft by the faces of `face_backend`; those of the drawn world are boxed whole."""
+    from multicrafter.models.binding import IdentityFinder
+
+    return IdentityFinder(backend=face_backend(name), grow=(0.0,) * 4 if name == "tiny" else FACE_OF_A_PERSON)
 
 
 THRESHOLDS = {"tiny": 0.8}

@@ -16,6 +16,7 @@ from multicrafter.models.checks import check_finite
 from multicrafter.training.loop import LoopConfig
 from multicrafter.training.optimization import AdamWConfig, ScheduleConfig
 from multicrafter.training.precision import ExecutionConfig
+from multicrafter.training.rewarding import ScorersConfig
 from multicrafter.training.watching import WatchConfig
 from multicrafter.world.rewards import RewardConfig
 from multicrafter.world.scenes import check_shapes
@@ -127,8 +128,9 @@ class AlignConfig:
 
     Attributes:
         num_steps: Iterations; each draws a rollout and updates on it.
-        shapes: Sizes (height, width) of the drawn scenes whose prompts and references are taken, as many of each; an iteration draws pictures
-            of one of them. None takes squares of the size that the adapter was trained at.
+        data: Folder of `multicrafter data build`: prompts and references of its photos instead of drawn scenes'. None draws.
+        shapes: Sizes (height, width) of pictures; an iteration draws pictures of one of them. A photo's prompt goes to the one nearest to the
+            photo's own aspect; of drawn scenes there are as many of each. None takes squares of the size that the adapter was trained at.
         prompts: Prompts (with their references) an iteration, on all ranks together.
         online: How groups are drawn, rewarded and learned from. One batch is always split over the ranks, and a velocity that is not finite
             always skips the step. ``micro_batch_size`` None takes ``execution.micro_batch``. The seed is also that of the prompts' order.
@@ -143,6 +145,7 @@ class AlignConfig:
         schedule: How it rises and falls.
         adamw: The rest of the optimizer; gradients are clipped to ``online.policy.max_grad_norm``.
         reward: Weights.
+        scorers: Models that the reward of photos is made of; see ``data``.
         reward_normalization: "sum": the weighted sum of the parts is normalised in its group, so that the part with the largest spread
             decides; "each": every part is normalised by itself and then weighted (GDPO), by ``online.reward_weights`` or those of ``reward``.
         keep: Which weights the adapter has in the end: the "last" ones, or their moving "average" (``execution.ema_decay``).
@@ -159,6 +162,7 @@ class AlignConfig:
     modern: ClassVar[Callable[[Mapping[str, Any]], dict[str, Any]]] = staticmethod(modern)
 
     num_steps: int = 40
+    data: str | None = None
     shapes: tuple[tuple[int, int], ...] | None = None
     prompts: int = 8
     online: OnlineConfig = field(default_factory=online_defaults)
@@ -171,6 +175,7 @@ class AlignConfig:
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup_steps=5, decay="constant"))
     adamw: AdamWConfig = field(default_factory=lambda: AdamWConfig(betas=(0.9, 0.99)))
     reward: RewardConfig = field(default_factory=RewardConfig)
+    scorers: ScorersConfig = field(default_factory=ScorersConfig)
     reward_normalization: Literal["sum", "each"] = "sum"
     keep: Literal["last", "average"] = "last"
     watch: WatchConfig = field(default_factory=WatchConfig)

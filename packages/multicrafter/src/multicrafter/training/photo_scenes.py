@@ -1,4 +1,4 @@
-"""A photo dataset as what stage 1 trains on: encoded pictures, references and masks of a FLUX."""
+"""A photo dataset as what both stages train on: encoded pictures, references, masks and prompts."""
 
 from __future__ import annotations
 
@@ -119,12 +119,13 @@ def encode_shapes(
     num_workers: int = 0,
     cache: str | Path | None = None,
     keep_pictures: int | None = None,
+    keep_references: bool = False,
     progress: bool = False,
 ) -> list[EncodedScenes]:
     """Records with ``num_subjects`` subjects, each at the one of ``shapes`` (height, width) nearest to its own aspect.
 
     A crop keeps the faces inside where it can (`photos.samples.cover`); masks are cut alike. Arguments are those of `encode_photos`;
-    ``count`` samples are of all shapes together.
+    ``count`` samples are of all shapes together, and with ``keep_references`` the references' pixels are kept of all of them (for stage 2).
 
     Returns:
         One `EncodedScenes` for each shape that some record has, in the order of ``shapes``.
@@ -165,7 +166,7 @@ def encode_shapes(
             grid = (height // factor, width // factor)
             own.parts.append((encode(images), encoded, token_masks(batch.masks[kept], grid)))
             left = len(images) if keep_pictures is None else max(0, keep_pictures - len(own.captions))
-            own.pictures.append((images[:left], references[:left]))
+            own.pictures.append((images[:left], references if keep_references else references[:left]))
             own.captions += batch.captions[kept]
             if own.text is not None:
                 own.text.add(batch.captions[kept], references)
@@ -191,11 +192,12 @@ def encode_by_number(
     shapes: Sequence[Size] | None = None,
     seed: int = 0,
     cache: str | Path | None = None,
+    keep_references: bool = False,
     progress: bool = False,
 ) -> list[EncodedScenes]:
     """About ``count`` samples of the train split, one `EncodedScenes` per number of subjects and shape, in proportion to the records.
 
-    ``shapes`` (height, width) stand in for squares of ``size``.
+    ``shapes`` (height, width) stand in for squares of ``size``; ``keep_references`` as in `encode_shapes`.
 
     Raises:
         ValueError: See `encode_photos`.
@@ -206,7 +208,7 @@ def encode_by_number(
         for number, samples in shares.items()
         for scenes in encode_shapes(
             LoadedModel.of(model), folder, shapes or ((size, size),), num_subjects=number, reference_size=reference_size,
-            count=samples, seed=seed, cache=cache, keep_pictures=CHUNK, progress=progress,
+            count=samples, seed=seed, cache=cache, keep_pictures=CHUNK, keep_references=keep_references, progress=progress,
         )
     ]  # fmt: skip
 

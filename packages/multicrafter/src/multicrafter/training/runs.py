@@ -24,7 +24,7 @@ from multicrafter.training.loop import LoopConfig
 from multicrafter.training.photo_scenes import encode_by_number
 from multicrafter.training.pretrain import Pretrain
 from multicrafter.training.pretrain_config import PretrainConfig, sampling_notes
-from multicrafter.training.rewarding import Reward
+from multicrafter.training.rewarding import Reward, photo_judges
 from multicrafter.training.scenes import EncodedScenes, encode_shaped_scenes
 from multicrafter.training.trackers import Tracker
 from multicrafter.world import WorldConfig, judges
@@ -89,6 +89,19 @@ def training_scenes(
     )  # fmt: skip
 
 
+def prompt_scenes(
+    model: LoadedModel | DiffusionPipeline, config: AlignConfig, world: WorldConfig, count: int
+) -> Sequence[EncodedScenes]:
+    """Whose prompts and references stage 2 takes: drawn scenes, or samples of the photos of ``config.data``, in the sizes of ``world``."""
+    seed, cache = config.online.seed + 10_000, config.execution.cache
+    if config.data is None:
+        return encode_shaped_scenes(model, world, count, config.shapes, seed=seed, cache=cache)
+    return encode_by_number(
+        model, config.data, count, size=world.size, reference_size=world.reference_size, shapes=config.shapes, seed=seed,
+        cache=cache, keep_references=True, progress=is_main() and sys.stderr.isatty(),
+    )  # fmt: skip
+
+
 def run_pretrain(
     model: LoadedModel | DiffusionPipeline,
     config: PretrainConfig,
@@ -145,21 +158,22 @@ def run_align(
 ) -> list[dict[str, float]]:
     """Stage 2 into ``out``, as `run_pretrain`; returns the metrics of every iteration.
 
-    Without ``scenes`` prompts and references are drawn from the tiny world's ``family``, at the sizes that the adapter was trained at, or in
-    ``config.shapes``; several `EncodedScenes`, drawn or of photos (`photo_scenes.encode_shapes`), are buckets of different shapes;
-    without ``reward`` it is the tiny world's, of people, and so is what finds subjects in drafts. Who
-    watches has to be given (`multicrafter.scoring.watcher.drawn_watcher`) where ``config.watch`` asks for somebody.
+    Without ``scenes`` prompts and references are those of ``config.data``, or drawn from the tiny world's ``family``, at the sizes that the
+    adapter was trained at, or in ``config.shapes``; several `EncodedScenes`, drawn or of photos, are buckets of different shapes. Without
+    ``reward`` it is made of ``config.scorers`` where ``config.data`` is given, and so are finder and watcher; else it is the tiny world's, of
+    people, and so is what finds subjects in drafts, and who watches has to be given (`multicrafter.scoring.watcher.drawn_watcher`).
     ``sampling`` is what the stage-1 adapter says of how its pictures are drawn; the new one says the same.
     """
     if resume:
         _check_resume(out, config, resume)
+    if reward is None and config.data is not None:
+        reward, found, watching = photo_judges(config.reward, config.scorers)
+        finder, watcher = finder or found, watcher or watching
+    elif reward is None:
+        finder = finder or IdentityFinder(backend=PeopleBackend.from_pretrained(judges.shipped()))
     sizes: dict[str, Any] = {**trained_sizes(adapters.notes)}
     world = WorldConfig(family=family, numbers=(num_references,), shared_attributes=4, **sizes)
-    scenes = scenes or encode_shaped_scenes(
-        model, world, 512, config.shapes, seed=config.online.seed + 10_000, cache=config.execution.cache
-    )
-    if reward is None:
-        finder = finder or IdentityFinder(backend=PeopleBackend.from_pretrained(judges.shipped()))
+    scenes = scenes or prompt_scenes(model, config, world, 512)
     stage = Align(model, adapters, config, scenes, reward or tiny_reward(config.reward), finder=finder, watcher=watcher)
     history = loop.run(
         stage,
@@ -172,8 +186,9 @@ def run_align(
         tracker=tracker,
     )
     stage.finish()
+    subjects = max(bucket.masks.shape[1] for bucket in stage.buckets.buckets)
     stage.trainee.save(
-        out, stage=2, num_references=num_references, steps=config.num_steps, sampling=dict(sampling or {}),
+        out, stage=2, num_references=subjects, steps=config.num_steps, sampling=dict(sampling or {}),
         **sides_of(stage.buckets.buckets[0], stage.model.token_side),
     )  # fmt: skip
     return history

@@ -41,7 +41,7 @@ class EncodedScenes:
         masks: Share of each patch that a subject covers, in [0, 1].
         captions: n prompts.
         images: Pictures in [0, 1]; of photos perhaps only the first few.
-        reference_images: References in [0, 1], as many.
+        reference_images: References in [0, 1], as many, or all.
         grid: Rows and columns of patches.
         reference_grid: Of a reference.
         identities: Who is shown; of drawn subjects their attributes, of photos a number per person.
@@ -59,7 +59,7 @@ class EncodedScenes:
     masks: Float[Tensor, "n m tokens"]
     captions: list[str]
     images: Float[Tensor, "k 3 h w"]
-    reference_images: Float[Tensor, "k m 3 rh rw"]
+    reference_images: Float[Tensor, "j m 3 rh rw"]
     grid: tuple[int, int]
     reference_grid: tuple[int, int]
     identities: Int[Tensor, "n m a"] | None = None
