@@ -81,7 +81,7 @@ def test_files_are_named(tmp_path) -> None:
             IdentityScorer(Blind(), no_face="error")([PEOPLE], [""], [[reference]])
 
 
-@pytest.mark.parametrize("name", ["dlib", "torch"])
+@pytest.mark.parametrize("name", [pytest.param("dlib", marks=pytest.mark.slow), "torch"])  # one detector for both
 def test_dlib_finds_a_stretched_portrait_as_a_reference(photos, dlib_faces, name) -> None:
     """Its detector gives the face .26: too little for a picture, enough for a photo of which a face is known to be in it."""
     if name == "torch":

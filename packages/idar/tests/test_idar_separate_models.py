@@ -201,7 +201,10 @@ def test_bit_equal_where_nothing_is_forbidden(build: Callable[[], Built]) -> Non
 
 
 @pytest.mark.parametrize("build", [flux1, *(pytest.param(m, marks=pytest.mark.slow) for m in MODELS[1:])])
-@pytest.mark.parametrize(("background", "masks"), [("none", MASKS), ("all", MASKS), ("none", MASKS * 0.7)])
+@pytest.mark.parametrize(
+    ("background", "masks"),
+    [pytest.param("none", MASKS, marks=pytest.mark.slow), ("all", MASKS), ("none", MASKS * 0.7)],
+)
 def test_flex_attention_agrees(build: Callable[[], Built], background: Any, masks: torch.Tensor) -> None:
     """What a GPU runs, here in its eager form: hard masks by blocks, soft ones by score."""
     model, given, layout, _ = build()

@@ -515,7 +515,10 @@ FULL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in ("flux1_kontext", "flux2_klein_kv") else n for n in NAMES],
+)  # these two have the network of FLUX.1-dev and of FLUX.2-klein
 def test_full_size_on_the_meta_device(name):
     """The whole network without memory: parameters, the velocity's shape, where the adapters sit."""
     backbone = get_backbone(name)

@@ -123,18 +123,19 @@ def test_what_does_not_depend_on_the_network_is_answered_truly():
         assert isinstance(levels, FakeTensor) and isinstance(kept, FakeTensor)
 
 
+NAMES = (
+    "tiny_stage1", "tiny_stage2", "flux2_klein_stage1", "flux2_dev_stage2", "qwen_image_edit_stage1", "qwen_image_21_stage1",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "checkpointing"),
     [
-        "tiny_stage1",
-        "tiny_stage2",
-        "flux2_klein_stage1",
-        "flux2_dev_stage2",
-        "qwen_image_edit_stage1",
-        "qwen_image_21_stage1",
+        pytest.param(name, again, marks=() if again == number % 2 else pytest.mark.slow)
+        for number, name in enumerate(NAMES)
+        for again in (False, True)
     ],
 )
-@pytest.mark.parametrize("checkpointing", [False, True])
 def test_fake_tensors_need_what_real_ones_need(name, checkpointing):
     """To the byte and to the operation, on small networks."""
     prefix = "align" if name.endswith("2") else "pretrain"
@@ -142,7 +143,7 @@ def test_fake_tensors_need_what_real_ones_need(name, checkpointing):
     run = settings.override(
         get_recipe(name), [f"{prefix}.execution.gradient_checkpointing={str(checkpointing).lower()}", rank]
     )
-    config = None
+    config = TINY
     if "tiny" not in name:
         width = get_backbone(run.model.backbone).text_width_name
         config = {"num_layers": 1, "num_attention_heads": 2, width: 64}

@@ -331,11 +331,11 @@ def test_stage2_raises_a_reward_it_can_reach(pipe, scenes, monkeypatch):
         group_size=8,
         policy=gspo.PolicyConfig(num_inner_epochs=2),
     )
-    config = replace(STAGE2, num_steps=40, prompts=3, lr=1e-2, online=online)
+    config = replace(STAGE2, num_steps=9, prompts=3, lr=2e-2, online=online)
     stage = Align(pipe, adapters, config, scenes, Brightness())
-    steps = [stage.step(i) for i in range(40)]
-    gain = np.mean([s["reward"] for s in steps[-8:]]) - np.mean([s["reward"] for s in steps[:8]])
-    assert gain > 2 * np.mean([s["reward_spread"] for s in steps[:8]])
+    steps = [stage.step(i) for i in range(9)]
+    gain = np.mean([s["reward"] for s in steps[-3:]]) - np.mean([s["reward"] for s in steps[:3]])
+    assert gain > 2 * np.mean([s["reward_spread"] for s in steps[:3]])
 
 
 def test_kl_needs_the_base_and_uses_it(pipe, scenes):
