@@ -373,7 +373,7 @@ def page(content: dict[str, Any], pictures: list[tuple[str, Any]]) -> str:
             ]
         )  # fmt: skip
     facts = [
-        (part["name"], ", ".join(f"{k}: {v}" for k, v in part["facts"].items()))
+        (part["name"], ", ".join(f"{k}: {brief(v)}" for k, v in part["facts"].items()))
         for part in content["parts"]
         if part["facts"]
     ]
@@ -382,6 +382,19 @@ def page(content: dict[str, Any], pictures: list[tuple[str, Any]]) -> str:
         machine=[[k, str(v)] for k, v in content["machine"].items()], pictures=[(text, png(p)) for text, p in pictures],
         errors=[(part["name"], part["error"]) for part in content["parts"] if part["error"]],
     )  # fmt: skip
+
+
+def brief(value: Any) -> str:
+    """A fact; of a number that is not whole three digits are shown.
+
+    >>> brief([1.57779163, 0.0]), brief(9.795e-08), brief(9472)
+    ('1.58, 0', '9.8e-08', '9472')
+    """
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(brief, value))
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if value.is_integer() else f"{value:.3g}"
 
 
 def shown(value: float | None, unit: float, name: str) -> str:

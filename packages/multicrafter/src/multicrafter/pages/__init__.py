@@ -28,7 +28,7 @@ def number(value: float | None, places: int = 2, *, sign: bool = False) -> str:
 
 
 def interval(mean: float | None, low: float | None, high: float | None, kind: str = "", *, sign: bool = False) -> Cell:
-    """A mean with its interval, to a third decimal where the interval is so narrow that two would hide it.
+    """A mean with its interval, to a third or fourth decimal where the interval is so narrow that two would hide it.
 
     Args:
         mean: None where it is not known, as are the others.
@@ -42,7 +42,8 @@ def interval(mean: float | None, low: float | None, high: float | None, kind: st
     >>> interval(0.0042, 0.0021, 0.0063, sign=True)
     Cell(text='+0.004', range='[+0.002, +0.006]', kind='')
     """
-    places = 3 if low is not None and high is not None and 0 < high - low < 0.02 else 2
+    width = 1.0 if low is None or high is None else (high - low) or 1.0
+    places = next((n for n in (2, 3) if not width < 2 * 10**-n), 4)
     mean_text, low_text, high_text = (number(x, places, sign=sign) for x in (mean, low, high))
     return Cell(mean_text, f"[{low_text}, {high_text}]", kind)
 

@@ -62,13 +62,15 @@ def histograms(path: Path, kept: Sequence[Photo], records: Sequence[Record], sco
             )
         elif values:
             axis.hist(values, bins=40, color="tab:blue")
-            axis.axvline(float(np.mean(values)), color="black", linewidth=1, label=f"mean {np.mean(values):.4f}")
+            axis.axvline(float(np.mean(values)), color="black", linewidth=1, label=f"mean {np.mean(values):.4g}")
         if title.startswith("aesthetics (hps"):
             axis.axvline(
                 PAPER_AESTHETICS, color="tab:red", linewidth=1, linestyle="--", label=f"paper {PAPER_AESTHETICS}"
             )
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
+        axis.yaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=(title, values) in whole, min_n_ticks=1)
         axis.set_title(title, fontsize=10)
         axis.tick_params(labelsize=8)
     buffer = io.BytesIO()
