@@ -128,9 +128,17 @@ def spread_table(arms: dict[str, Any]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
 
 
+VERDICT = {
+    (False, False): "By the criterion that was written down before this test it does not ship, and stage 1 stays what is drawn with.",
+    (True, False): "By the criterion that was written down before this test it ships, beside the one of stage 1: what a viewer sees, attributes and the number of people, has not changed beyond chance.",
+    (True, True): "By the criterion that was written down before this test it ships, and `generate` draws with it.",
+}
+
+
 def outcome(content: dict[str, Any]) -> str:
-    """Differences on the test split, drawn bound and not."""
-    parts = []
+    """How it was trained, the criterion's word, and differences on the test split, drawn bound and not."""
+    verdict = content["verdict"]
+    parts = [f"{TRAINED}\n\n{VERDICT[verdict['ships'], verdict['default']]}"]
     for name in DRAWN:
         rows = [
             f"| {metric} | {content[name]['stage 1'][metric]['mean']:.3f} | {content[name]['stage 2'][metric]['mean']:.3f} | "
@@ -221,6 +229,13 @@ Measured at {content["commit"][:10]}, torch {content["versions"]["torch"]}, {con
     write_whole(PAGE, text)
     return 0
 
+
+TRAINED = """One run, one seed, of 80 iterations of 128 pictures from the adapter of stage 1 that ships. Its peak learning rate is 1e-3, three times the recipe's, because the average over ten batches that Adam takes is mostly signal here. The first 40 iterations did most of what all 80 did. The commands are
+
+```sh
+multicrafter align --recipe tiny_stage2 --adapter packages/multicrafter/src/multicrafter/world/weights/adapters/stage1 --steps 80 --set align.lr=1e-3 --out runs/stage2
+python -m studies.stage2 run runs/stage2/adapter --split test
+```"""
 
 NOT_TRAINED = """No stage-2 adapter ships. The machine on which this was measured was shared by a dozen programs, which left an experiment a tenth of a core: some ten iterations of the recipe in the time that there was, where the trial of issue 22 took eighty for a rise in the composite reward of .041 [-.001, .086] on test cases. An adapter of ten
 iterations would show nothing, and the test split was not drawn for it. The criterion by which one will ship is written down in `studies/stage2.py`, before any test: the reward's interval above 0, and nothing worse. The commands are
