@@ -16,8 +16,8 @@ def settings(arguments: argparse.Namespace) -> int:
     from multicrafter.config.run_options import chosen
     from multicrafter.config.settings import as_yaml, to_dict
 
-    run = tiny_stage1() if arguments.recipe is None and arguments.config is None else None
-    run = chosen(arguments, default=run)
+    named = arguments.recipe is not None or arguments.config is not None
+    run = chosen(arguments, default=None if named else tiny_stage1())
     words = [word.lower() for word in arguments.words]
     found = [d for d in described(run) if all(w in f"{d.name} {d.meaning}".lower() for w in words)]
     if not found:
