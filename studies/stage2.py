@@ -129,8 +129,14 @@ def spread_table(arms: dict[str, Any]) -> str:
 
 
 VERDICT = {
-    (False, False): "By the criterion that was written down before this test it does not ship, and stage 1 stays what is drawn with.",
-    (True, False): "By the criterion that was written down before this test it ships, beside the one of stage 1: what a viewer sees, attributes and the number of people, has not changed beyond chance.",
+    (
+        False,
+        False,
+    ): "By the criterion that was written down before this test it does not ship, and stage 1 stays what is drawn with.",
+    (
+        True,
+        False,
+    ): "By the criterion that was written down before this test it ships, beside the one of stage 1: what a viewer sees, attributes and the number of people, has not changed beyond chance.",
     (True, True): "By the criterion that was written down before this test it ships, and `generate` draws with it.",
 }
 
