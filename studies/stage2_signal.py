@@ -169,7 +169,7 @@ class Bench:
             score_attributes(truth.identities[s], r.identities, family, truth.identities[s][0]).attributes
             for s, r in zip(rows, read, strict=True)
         ]
-        known = {s: self.judges.people.detect_and_embed(list(self.scenes.reference_images[s])) for s in set(rows)}
+        known = {s: self.judges.people.detect_and_embed_references(self.scenes.reference_images[s]) for s in set(rows)}
         cosines, boxes = np.zeros((len(rows), 2)), torch.full((len(rows), 2, 4), torch.nan)
         for i, (s, faces) in enumerate(zip(rows, self.judges.people.detect_and_embed(list(pictures)), strict=True)):
             if not len(faces.scores):

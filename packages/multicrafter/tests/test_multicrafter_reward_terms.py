@@ -45,14 +45,15 @@ def test_an_average_face_pays_for_being_like_both():
 @pytest.fixture(scope="module")
 def people():
     """Two scenes of one person each (the same), and the person's references."""
-    world = WorldConfig(numbers=(1,), size=64, reference_size=64)
+    world = WorldConfig(numbers=(1,))
     scenes = make_scenes(6, world, torch.Generator().manual_seed(2))
     return scenes
 
 
 def test_a_pasted_reference_pays_and_a_person_drawn_anew_pays_less(people):
     references = [[r] for r in people.references[:, 0]]
-    pasted, drawn = list(people.references[:, 0]), list(people.images)
+    pasted = list(torch.nn.functional.interpolate(people.references[:, 0], (64, 64), mode="bilinear", antialias=True))
+    drawn = list(people.images)
     rows = [""] * len(references)
     plain, paying = tiny_reward(ALONE), tiny_reward(with_terms(copy_paste=0.5))
     assert set(plain.parts) == {"multi_id"} and set(paying.parts) == {"multi_id", "copy_paste"}
@@ -62,7 +63,7 @@ def test_a_pasted_reference_pays_and_a_person_drawn_anew_pays_less(people):
         assert np.allclose(now.parts["multi_id"], before.totals)
     copied = paying(pasted, rows, references).parts["copy_paste"]
     anew = paying(drawn, rows, references).parts["copy_paste"]
-    assert copied.min() > 0.9 and anew.mean() < copied.mean() - 0.3
+    assert copied.min() > 0.6 and anew.mean() < copied.mean() - 0.3
 
 
 def test_faces_are_found_once_for_both_terms():

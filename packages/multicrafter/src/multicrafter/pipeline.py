@@ -57,10 +57,14 @@ def to_tensor(picture: Picture, size: int) -> Float[Tensor, "3 size size"]:
 def own_shape(width: int, height: int, square: Grid, step: int = 1) -> Grid:
     """Rows and columns, multiples of ``step``, of about as many tokens as ``square`` has, for a picture of this width and height.
 
-    >>> own_shape(400, 400, (20, 20)), own_shape(400, 200, (20, 20)), own_shape(300, 100, (20, 20), 2)
-    ((20, 20), (14, 28), (12, 34))
+    A line of pixels gets a line of as many tokens, and is cut.
+
+    >>> own_shape(400, 400, (20, 20)), own_shape(400, 200, (20, 20)), own_shape(300, 100, (20, 20), 2), own_shape(1, 9000, (4, 4))
+    ((20, 20), (14, 28), (12, 34), (16, 1))
     """
-    tokens, aspect = square[0] * square[1], width / height
+    tokens = square[0] * square[1]
+    longest = tokens / step**2
+    aspect = min(max(width / height, 1 / longest), longest)
     rows, columns = math.sqrt(tokens / aspect) / step, math.sqrt(tokens * aspect) / step
     return step * max(1, round(rows)), step * max(1, round(columns))
 
@@ -554,10 +558,17 @@ def _mask_lists(masks: Any, lists: Sequence[Sequence[Any]], grid: Grid) -> list[
             "masks must be one per reference (one per subject, with references_per_subject), "
             f"{[len(r) for r in lists]}, got {[len(r) for r in rows]} masks"
         )
-    return [
-        owner_masks(torch.stack([token_masks(coverage(m)[None, None], grid)[0, 0] for m in row])[None])[0]
-        for row in rows
-    ]
+    return [owner_masks(torch.stack([_on_grid(coverage(m), grid) for m in row])[None])[0] for row in rows]
+
+
+def _on_grid(mask: Float[Tensor, "H W"], grid: Grid) -> Float[Tensor, " n"]:
+    """Coverage of the tokens; a mask of other proportions would say other places."""
+    high, wide = mask.shape
+    if not 0.97 < (wide * grid[0]) / (high * grid[1]) < 1.03:
+        raise UserError(
+            f"masks must have the proportions of the picture, {grid[0]} to {grid[1]} (height to width), got {high} x {wide} pixels"
+        )
+    return token_masks(mask[None, None], grid)[0, 0]
 
 
 def _per_prompt(binding: Binding, count: int) -> list[Binding]:

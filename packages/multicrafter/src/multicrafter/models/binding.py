@@ -155,7 +155,7 @@ class IdentityFinder:
         """See `Finder`. Of more boxes than references those with the best scores are matched."""
         count = len(references[0])
         flat = [picture for row in references for picture in row]
-        known = self.backend.detect_and_embed(flat)
+        known = getattr(self.backend, "detect_and_embed_references", self.backend.detect_and_embed)(flat)
         boxes = torch.full((len(pictures), count, 4), torch.nan)
         similarity = torch.full((len(pictures), count), torch.nan)
         for row, faces in enumerate(self.backend.detect_and_embed(list(pictures))):

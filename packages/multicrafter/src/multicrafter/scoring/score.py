@@ -153,14 +153,14 @@ class _References:
         self.judges, self.problems = judges, problems
         self._known: dict[Any, dict[str, Any]] = {}
 
-    def get(self, image: Path | bytes, *, face: bool) -> dict[str, Any]:
+    def get(self, image: Path | bytes, *, face: bool, target: bool = False) -> dict[str, Any]:
         """size, thumb, and from the judges that are there: whole, faces, head (of a human reference); empty if it cannot be opened."""
-        key = (image, face)
+        key = (image, face, target)
         if key not in self._known:
-            self._known[key] = self._judge(image, face)
+            self._known[key] = self._judge(image, face, target)
         return self._known[key]
 
-    def _judge(self, image: Path | bytes, face: bool) -> dict[str, Any]:
+    def _judge(self, image: Path | bytes, face: bool, target: bool) -> dict[str, Any]:
         name = str(image) if isinstance(image, Path) else "a reference in the table"
         try:
             picture = open_any(image)
@@ -173,7 +173,8 @@ class _References:
         if judges.vlm:
             known["picture"] = picture
         if face and judges.faces:
-            faces = judges.faces.detect_and_embed([picture])[0]
+            find = judges.faces.detect_and_embed
+            faces = (find if target else getattr(judges.faces, "detect_and_embed_references", find))([picture])[0]
             largest = metrics.largest_face(faces)
             if largest is None:
                 self.problems.append(f"{name} shows no face")
@@ -309,7 +310,7 @@ def _faces(
             np.stack([k["head"][name] for _, k in people]), crops, pairs
         )
     if case.prompt.target is not None:
-        target = references.get(case.prompt.target, face=True)
+        target = references.get(case.prompt.target, face=True, target=True)
         if target and target.get("faces") is not None:
             values["copy_paste"] = metrics.copy_paste_metric(known, found.embeddings, target["faces"].embeddings)
     return values

@@ -13,7 +13,7 @@ from id_reward.images import as_array
 from safetensors.torch import load_file
 from torch import Tensor
 
-from multicrafter.world.judges.network import SubjectNetwork, find
+from multicrafter.world.judges.network import PICTURE_SIDE, REFERENCE_SIDE, SubjectNetwork, find, shown_at
 
 WIDTH, DILATIONS, EMBEDDING = 48, (1, 2, 4, 1, 2), 48
 
@@ -53,20 +53,29 @@ class PeopleBackend:
         network.load_state_dict({k: v.float() for k, v in load_file(Path(folder) / "people.safetensors").items()})
         return cls(network)
 
-    @torch.inference_mode()
     def detect_and_embed(self, images: Sequence[Any] | Tensor) -> list[Faces]:
-        """One `Faces` per picture; pictures of one size are batched."""
+        """One `Faces` per scene, of any size; pictures of one size are batched."""
+        return self._find(images, PICTURE_SIDE)
+
+    def detect_and_embed_references(self, images: Sequence[Any] | Tensor) -> list[Faces]:
+        """`detect_and_embed` of references, in which a person fills the picture."""
+        return self._find(images, REFERENCE_SIDE)
+
+    @torch.inference_mode()
+    def _find(self, images: Sequence[Any] | Tensor, side: int) -> list[Faces]:
         pictures = as_tensor(images)
         results: list[Faces] = [Faces(np.zeros((0, 4)), np.zeros(0), np.zeros((0, EMBEDDING)))] * len(pictures)
         for shape in {p.shape for p in pictures}:
             rows = [i for i, p in enumerate(pictures) if p.shape == shape]
             for start in range(0, len(rows), 64):
                 part = rows[start : start + 64]
-                found = find(self.network(torch.stack([pictures[i] for i in part])))
+                shown, scale = shown_at(torch.stack([pictures[i] for i in part]), side)
+                found = find(self.network(shown))
                 unit = torch.nn.functional.normalize(found.features, dim=1)
+                boxes = found.boxes / scale
                 for position, row in enumerate(part):
                     mine = found.picture == position
                     results[row] = Faces(
-                        found.boxes[mine].numpy(), found.scores[mine].numpy(), unit[mine].numpy().astype(np.float64)
+                        boxes[mine].numpy(), found.scores[mine].numpy(), unit[mine].numpy().astype(np.float64)
                     )
         return results

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from multicrafter.world import FAMILIES, SETTINGS, TIMES, Family
-from multicrafter.world.judges.network import Maps, SubjectNetwork, find
+from multicrafter.world.judges.network import PICTURE_SIDE, Maps, SubjectNetwork, find, shown_at
 from multicrafter.world.judges.people import as_tensor
 
 WIDTH, DILATIONS = 64, (1, 2, 3, 1, 2, 1)
+REFERENCE_SIDE = 48
+"""Shorter side, in pixels, at which a reference shows a person as large as a scene does."""
 
 
 class Reading(NamedTuple):
@@ -52,11 +54,13 @@ class Reader:
 
     @torch.inference_mode()
     def read(self, pictures: Float[Tensor, "b 3 H W"], *, batch: int = 64) -> list[Reading]:
-        """One `Reading` per picture, subjects from left to right."""
+        """One `Reading` per picture, of any size; subjects from left to right."""
         readings: list[Reading] = []
         for part in pictures.split(batch):
-            maps: Maps = self.network(part)
+            shown, scale = shown_at(part)
+            maps: Maps = self.network(shown)
             found = find(maps)
+            found = found._replace(boxes=found.boxes / scale)
             setting, time = maps.scene.split([len(SETTINGS), len(TIMES)], 1)
             logits = found.features.split(list(self.family.sizes), 1)
             identities = self.family.canonical(torch.stack([x.argmax(1) for x in logits], 1))
@@ -75,24 +79,23 @@ class ReaderBackend:
     A subject's embedding is the root of the probability of every value of every attribute, as a unit vector: the cosine of two is the mean
     Bhattacharyya coefficient of their attributes, 1 where all are read alike.
 
-    References show people smaller than the scenes that the reader was trained on, and are looked at enlarged by half.
+    References show people smaller than the scenes that the reader was trained on, and are looked at in `REFERENCE_SIDE` pixels.
     """
 
     def __init__(self, reader: Reader) -> None:
         """Takes a reader."""
         self.reader = reader
 
+    def detect_and_embed(self, images: Sequence[Any] | Tensor) -> list[Faces]:
+        """One `Faces` per scene, of any size; pictures of one size are batched."""
+        return self._find(images, PICTURE_SIDE)
+
     def detect_and_embed_references(self, images: Sequence[Any] | Tensor) -> list[Faces]:
-        """`detect_and_embed`, with boxes in pixels of the pictures as they are given."""
-        large = [
-            torch.nn.functional.interpolate(p[None], scale_factor=1.5, mode="bilinear", antialias=True)[0].clamp(0, 1)
-            for p in as_tensor(images)
-        ]
-        return [found._replace(boxes=found.boxes / 1.5) for found in self.detect_and_embed(large)]
+        """`detect_and_embed` of references, in which a person fills the picture."""
+        return self._find(images, REFERENCE_SIDE)
 
     @torch.inference_mode()
-    def detect_and_embed(self, images: Sequence[Any] | Tensor) -> list[Faces]:
-        """One `Faces` per picture; pictures of one size are batched."""
+    def _find(self, images: Sequence[Any] | Tensor, side: int) -> list[Faces]:
         sizes = list(self.reader.family.sizes)
         pictures = as_tensor(images)
         results = [Faces(np.zeros((0, 4)), np.zeros(0), np.zeros((0, sum(sizes))))] * len(pictures)
@@ -100,10 +103,12 @@ class ReaderBackend:
             rows = [i for i, p in enumerate(pictures) if p.shape == shape]
             for start in range(0, len(rows), 64):
                 part = rows[start : start + 64]
-                found = find(self.reader.network(torch.stack([pictures[i] for i in part])))
+                shown, scale = shown_at(torch.stack([pictures[i] for i in part]), side)
+                found = find(self.reader.network(shown))
                 likely = [logits.softmax(1) for logits in found.features.split(sizes, 1)]
                 unit = (torch.cat(likely, 1) / len(sizes)).sqrt().double().numpy()
+                boxes = (found.boxes / scale).numpy()
                 for position, row in enumerate(part):
                     mine = (found.picture == position).numpy()
-                    results[row] = Faces(found.boxes.numpy()[mine], found.scores.numpy()[mine], unit[mine])
+                    results[row] = Faces(boxes[mine], found.scores.numpy()[mine], unit[mine])
         return results

@@ -209,7 +209,7 @@ def measure_people(backend: PeopleBackend, *, family: Family = PEOPLE, count: in
 
     scenes = _scenes(family, torch.Generator().manual_seed(78), count, (2,), "test")
     found = backend.detect_and_embed(scenes.images)
-    references = backend.detect_and_embed(scenes.references.flatten(0, 1))
+    references = backend.detect_and_embed_references(scenes.references.flatten(0, 1))
     same, different, matched, usable = [], [], 0, 0
     for i, faces in enumerate(found):
         known = references[2 * i : 2 * i + 2]
