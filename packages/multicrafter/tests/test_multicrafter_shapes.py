@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import gspo
 import pytest
 import torch
 from gspo import OnlineConfig, PolicyConfig, SlidingWindow
@@ -17,7 +18,7 @@ from multicrafter.cli import main
 from multicrafter.config.recipes import resolve
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.backbones import backbone_of
-from multicrafter.models.binding import BindingConfig, IdentityFinder, Places, masks_of_places
+from multicrafter.models.binding import BindingConfig, IdentityFinder, Places, by_subject, masks_of_places
 from multicrafter.models.loaded import LoadedModel
 from multicrafter.pipeline import MultiCrafterPipeline, to_image
 from multicrafter.plan.estimate import shape_of
@@ -25,7 +26,8 @@ from multicrafter.scoring.evaluate import EvaluateConfig, WorldJudges, cases, dr
 from multicrafter.training import loop
 from multicrafter.training.align import Align
 from multicrafter.training.align_config import AlignConfig
-from multicrafter.training.pretrain import Pretrain, PretrainConfig
+from multicrafter.training.attention import watch_attention
+from multicrafter.training.pretrain import Pretrain, PretrainConfig, SeparationConfig
 from multicrafter.training.runs import run_align, training_scenes
 from multicrafter.training.scenes import encode_scenes, encode_shaped_scenes
 from multicrafter.world import FAMILIES, WorldConfig, make_scenes
@@ -218,6 +220,92 @@ def test_a_run_of_stage_2_draws_the_scenes_of_its_shapes(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "adapter" / "adapter.json").read_text())["size"] == 8 * round((6 * 12) ** 0.5)
 
 
+# ---- several references of one person, of any shape
+
+TALL_REFERENCE = (32, 16)
+
+
+@pytest.fixture(scope="module")
+def several(pipe):
+    """Two references of each of two people, half as wide as high."""
+    world = replace(WORLD, references_per_subject=2, reference_shape=TALL_REFERENCE)
+    return encode_scenes(pipe, world, 6, seed=3)
+
+
+def test_references_of_one_person_show_that_person_anew(several):
+    """Side by side, in another pose; of pictures and truth there is what there was."""
+    world = replace(WORLD, references_per_subject=2, reference_shape=(48, 32))
+    one, two = (make_scenes(8, w, torch.Generator().manual_seed(1)) for w in (WORLD, world))
+    assert torch.equal(one.images, two.images) and torch.equal(one.masks, two.masks)
+    assert two.references.shape == (8, 4, 3, 48, 32) and not torch.equal(two.references[:, 0], two.references[:, 1])
+    found = WorldJudges.load().people.detect_and_embed_references(two.references.flatten(0, 1))
+    seen = torch.tensor([list(faces.embeddings[0]) for faces in found]).unflatten(0, (8, 4))
+    alike = torch.einsum("nad,nbd->nab", seen, seen).mean(0)
+    assert alike[0, 1] > 0.9 and alike[2, 3] > 0.9 and alike[:2, 2:].max() < 0.5
+    assert several.references.shape[:2] == (6, 4) and several.reference_grid == (4, 2) and several.num_subjects == 2
+    assert several.counts == [2, 2] and several.masks.shape[1] == 2
+    shown = several.subject_pictures(slice(1, 3))
+    assert torch.equal(torch.stack(shown[1]), several.reference_images[2, [0, 2]])
+    with pytest.raises(ValueError, match="references must be 2 of each of the 2 subjects that have masks, got 2"):
+        replace(several, references=several.references[:, :2])
+
+
+def test_attention_on_a_person_is_that_on_all_her_references(pipe, several):
+    """Maps and loss of stage 1 are of people: the sum over the references of each, taken apart by hand."""
+    apart = replace(several, references_per_subject=1, masks=several.masks.repeat_interleave(2, 1))
+    model, maps = LoadedModel.of(pipe), []
+    for scenes in (several, apart):
+        captured = watch_attention(
+            model.transformer, model.backbone, scenes, slice(0, 4), scenes.encode_text(model, slice(0, 4)), sigma=0.6,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        maps.append(captured.maps)
+    assert maps[0].shape == (4, 2, 64) and maps[1].shape == (4, 4, 64)
+    torch.testing.assert_close(maps[0], maps[1].unflatten(1, (2, 2)).sum(2))
+
+
+def test_both_stages_and_evaluation_take_several_references(several):
+    """Beside a bucket of one square reference each; the reward, which compares people, is shown one reference of each."""
+    base = workers.small_pipe()
+    stage = Pretrain(
+        base, PretrainConfig(batch=2, adapters=workers.SMALL, separation=SeparationConfig()), [several, encode_scenes(base, WORLD, 6, seed=4)]
+    )  # fmt: skip
+    metrics = [stage.step(i) for i in range(6)]
+    assert all(m["skipped"] == 0 and m["attention_loss"] > 0 for m in metrics)
+    two, asked = aligned(several)[0], []
+    two.config = replace(two.config, separation=BindingConfig(mode="masks"))
+    two.reward = lambda images, prompts, references: (
+        asked.extend(references) or gspo.Scores([float(i.mean()) for i in images], {})
+    )
+    two.reward.num_failed = 0
+    metrics = two.step(0)
+    assert metrics["initial_log_ratio"] == 0 and metrics["skipped"] == 0
+    known = [torch.stack(list(row)) for row in several.reference_images[:, ::2]]
+    assert all(len(given) == 2 and any(torch.equal(torch.stack(list(given)), k) for k in known) for given in asked)
+    config = EvaluateConfig(
+        num_cases=2, num_sampling_steps=1, references_per_subject=2, separation=BindingConfig(mode="masks")
+    )
+    drawn = cases(base, config)
+    assert crossing(base, drawn, config, owner_masks(drawn.masks)) == 0
+    metrics, _ = evaluate(base, drawn, WorldJudges.load(), config)
+    assert (metrics["leakage"] > 0).all()
+
+
+def test_reference_shapes_are_buckets_too(pipe):
+    shapes, small = (WIDE, (64, 64)), ((32, 32), TALL_REFERENCE)
+    config = PretrainConfig(num_scenes=6, shapes=shapes, reference_shapes=small, world=WORLD)
+    found = training_scenes(pipe, config)
+    assert [(s.grid, s.reference_grid) for s in found] == [(g, r) for g in ((6, 12), (8, 8)) for r in ((4, 4), (4, 2))]
+    assert sum(map(len, found)) == 6
+    with pytest.raises(ValueError, match="reference_shapes must be a positive multiple of 8 pixels, got 20"):
+        training_scenes(pipe, replace(config, reference_shapes=((20, 32),)))
+    with pytest.raises(ValueError, match=r"reference_shapes must hold sizes \(height, width\)"):
+        replace(config, reference_shapes=())
+    changes = ["pretrain.reference_shapes=[[320,320],[384,320]]", "pretrain.world.references_per_subject=2"]
+    planned = shape_of(resolve(recipe="flux1_dev_stage1", changes=changes))
+    assert (planned.reference, planned.references, planned.references_per_subject) == ((24, 20), 4, 2)
+
+
 # ---- binding
 
 
@@ -235,7 +323,7 @@ def test_boxes_become_the_tokens_that_they_cover_in_a_grid_that_is_not_square():
 def crossing(pipe, scenes, config, owners, layout=None):
     """How much image tokens look at references that are not theirs, in any block and step."""
     maps = []
-    layout = layout or backbone_of(pipe).layout(16, scenes.grid, [scenes.reference_grid] * 2)
+    layout = layout or by_subject(backbone_of(pipe).layout(16, scenes.grid, scenes.reference_grids), scenes.counts)
     with capture_subject_attention(pipe.transformer, layout, blocks=lambda _: True) as captured:
         hook = pipe.transformer.register_forward_hook(lambda *_: maps.append(captured.maps.clone()))
         draw_cases(pipe, scenes, config)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from multicrafter.photos.loader import LoaderConfig, PhotoLoader, aspect_buckets, nearest_bucket, usable_subjects
-from multicrafter.photos.samples import Draw, cover, read_sample
+from multicrafter.photos.samples import Draw, cover, read_sample, reference_at
 from multicrafter.photos.store import Store, open_split
 from PIL import Image
 
@@ -171,9 +171,51 @@ def test_masks_are_cut_as_their_pictures_are(tmp_path, bucket):
     subject = {"identity": "x", "mask_bit": 2, "face_box": [55, 32, 75, 50], "references": [{"image": "r.png"}]}
     record = {"key": "k", "image": "a.png", "masks": "m.png", "width": 120, "height": 90, "caption": "c"}
     for epoch in range(5):
-        sample = read_sample(Store(tmp_path, {}, [], {}), record, [subject], bucket, Draw(0, epoch, 8, 16))
+        sample = read_sample(Store(tmp_path, {}, [], {}), record, [subject], bucket, Draw(0, epoch, 8, (16, 16)))
         red = sample.image[0] > 0.5
         assert (red == (sample.masks[0] > 0.5)).float().mean() > 0.95 and 0 < red.float().mean() < 0.9
+
+
+def test_references_of_a_subject_differ_and_everybody_on_a_photo_has_as_many(built):
+    """At most three of each; the first epochs show others of those that there are. One of each is what it was."""
+    stream = loader(built, batch=1, references_per_subject=3, reference_shapes=((32, 32), (32, 16)), drop_last=False)
+    by_key, shapes = {r["key"]: r for r in stream.store.records}, []
+    for batch in islice(stream, stream.batches_per_epoch):
+        record = by_key[batch.keys[0]]
+        own = {s["identity"]: s["references"] for s in record["subjects"]}
+        each = min(3, *map(len, own.values()))
+        assert batch.references.shape[:2] == (1, 2 * each) and batch.masks.shape[1] == 2
+        shapes.append(tuple(batch.references.shape[-2:]))
+        for i, identity in enumerate(batch.identities[0]):
+            crops = [
+                np.asarray(stream.store.open(r["image"]).resize((32, 32), 3), np.float32) / 255 for r in own[identity]
+            ]
+            crops = [c.transpose(2, 0, 1)[..., 16 - shapes[-1][1] // 2 : 16 + shapes[-1][1] // 2] for c in crops]
+            given_ = batch.references[0, i * each : (i + 1) * each].numpy()
+            which = [int(np.argmin([np.abs(g - c).mean() for c in crops])) for g in given_]
+            assert len(set(which)) == each and all(
+                np.abs(g - crops[w]).mean() < 0.06 for g, w in zip(given_, which, strict=True)
+            )
+    assert abs(shapes.count((32, 32)) - shapes.count((32, 16))) <= len(stream._groups)
+    same_as_ever = loader(built, references_per_subject=1, reference_shapes=((32, 32),))
+    assert all(same(a, b) for a, b in zip(islice(loader(built), 4), islice(same_as_ever, 4), strict=True))
+    with pytest.raises(ValueError, match="records, seed, batch"):
+        stream.load_state_dict(loader(built).state_dict())
+
+
+def test_references_are_cut_in_the_middle_and_not_stretched(tmp_path):
+    wide = np.zeros((60, 120, 3), np.uint8)
+    wide[:, :40, 0] = wide[:, 40:80, 1] = wide[:, 80:, 2] = 255
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    Image.fromarray(wide[:, :61]).save(tmp_path / "nearly.png")
+    store = Store(tmp_path, {}, [], {})
+    square, high, whole, nearly = (
+        reference_at(store, {"image": f"{name}.png"}, size)
+        for name, size in (("wide", (60, 60)), ("wide", (60, 20)), ("wide", (30, 60)), ("nearly", (60, 60)))
+    )
+    assert np.array_equal(square, wide[:, 30:90]) and np.array_equal(high, wide[:, 50:70])
+    assert np.array_equal(whole, np.asarray(Image.fromarray(wide).resize((60, 30), 3)))
+    assert np.array_equal(nearly, np.asarray(Image.fromarray(wide[:, :61]).resize((60, 60), 3, reducing_gap=2.0)))
 
 
 def test_max_references_draws_anew_every_epoch(built):

@@ -260,9 +260,34 @@ def test_photos_of_any_shape_are_trained_on_in_buckets(shaped, pipe):
     assert all(m["skipped"] == 0 for m in history)
 
 
+def test_photos_lend_several_references_of_any_shape(folders, pipe):
+    """As many of each person of a photo, encoded as the loader has them; a bucket for every number and shape."""
+    small, folder = ((32, 32), (32, 16)), folders / "set"
+    options = {"size": 64, "reference_size": 32, "reference_shapes": small, "references_per_subject": 2}
+    found = encode_by_number(LoadedModel.of(pipe), folder, len(open_split(folder).records), **options)
+    each = Counter()
+    for record in open_split(folder).records:
+        each[len(record["subjects"]), min(2, *(len(s["references"]) for s in record["subjects"]), 2)] += 1
+    kinds = Counter()
+    for scenes in found:
+        kinds[scenes.num_subjects, scenes.references_per_subject] += len(scenes)
+        assert (scenes.reference_images.shape[-2:] in small) and scenes.reference_grid == (
+            4,
+            scenes.reference_images.shape[-1] // 8,
+        )
+        shown = len(scenes.reference_images)
+        encoded = LoadedModel.of(pipe).encode_pictures(scenes.reference_images.flatten(0, 1)).unflatten(0, (shown, -1))
+        torch.testing.assert_close(scenes.references[:shown], encoded, atol=1e-5, rtol=1e-5)
+    assert kinds == each and {s.reference_grid for s in found} == {(4, 4), (4, 2)}
+    assert all(m["skipped"] == 0 for m in train(pipe, found, steps=4))
+    more = ["--set", "pretrain.reference_shapes=[[32,32],[32,16]]", "--set", "pretrain.world.references_per_subject=2"]
+    assert pretrain(folders, *more) == 0
+    assert json.loads((folders / "run" / "adapter" / "adapter.json").read_text())["num_references"] == 2
+
+
 def test_the_subject_stays_in_the_picture_and_its_mask_with_it(shaped, pipe):
     """Where a face was in the photo, the mask of its person covers the cut picture; nobody is cut away."""
-    for scenes in encode_by_number(pipe, shaped / "set", 1000, size=64, reference_size=32, shapes=SHAPES):
+    for scenes in encode_by_number(pipe, shaped / "set", 150, size=64, reference_size=32, shapes=SHAPES):
         assert (scenes.masks.amax(-1) > 0.3).all()
 
 

@@ -47,7 +47,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         num_cases=arguments.cases, num_references=arguments.references or loaded.max_references, seed=arguments.seed,
         num_sampling_steps=arguments.steps or loaded.num_steps, guidance=loaded.guidance if arguments.guidance is None else arguments.guidance,
         separation=binding(arguments, loaded.notes), size=loaded.size if shape is not None else size, shape=shape,
-        reference_size=loaded.reference_size,
+        reference_size=loaded.reference_size, references_per_subject=arguments.references_per_subject,
     )  # fmt: skip
     metrics, _ = run(loaded.model, cases(loaded.model, config), WorldJudges.load(), config)
     summary = summarise(metrics)
@@ -148,7 +148,12 @@ def add_parser(commands: Any) -> None:
     sub.set_defaults(seed=1000)
     sub.add_argument("--adapter", type=Path)
     sub.add_argument("--cases", type=positive, default=128)
-    sub.add_argument("--references", type=int, choices=(1, 2, 3, 4))
+    sub.add_argument(
+        "--references", type=int, choices=(1, 2, 3, 4), help="people of a case; default: as the adapter was trained for"
+    )
+    sub.add_argument(
+        "--references-per-subject", type=positive, default=1, metavar="N", help="references of each person; default: 1"
+    )
     sub.add_argument(
         "--size", type=picture_size, metavar="SIDE|HEIGHTxWIDTH",
         help="of the pictures in pixels; default: the square that the adapter was trained at",

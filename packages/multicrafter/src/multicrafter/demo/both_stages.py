@@ -139,7 +139,7 @@ def run(
     def score(base: LoadedModel, evaluation: EvaluateConfig) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
         metrics, pictures = evaluate(base, unseen, everyone, evaluation)
         metrics["swaps_above_chance"] = metrics["swaps"] - metrics["swaps_by_chance"]
-        metrics["reward"] = reward(list(pictures), unseen.captions, [list(x) for x in unseen.reference_images]).totals
+        metrics["reward"] = reward(list(pictures), unseen.captions, unseen.subject_pictures()).totals
         return metrics, pictures, figures.subject_maps(base, unseen, shown, blocks=lambda _: True)
 
     with clock.measure("draw scenes"):

@@ -49,7 +49,10 @@ class LoaderConfig:
     Attributes:
         batch: Records a batch, on this rank.
         buckets: Sizes (height, width) of pictures; a record goes to the one nearest in aspect. See `aspect_buckets`.
-        reference_size: Side of a reference in pixels; references are squares.
+        reference_size: Side of a reference in pixels.
+        reference_shapes: Sizes (height, width) of references that are no squares of ``reference_size``; a batch holds one of them, and there
+            are as many records of each.
+        references_per_subject: References of each subject, different ones; where somebody on a photo has fewer, everybody on it has so few.
         max_references: Subjects of a record used at most; which ones is drawn anew every epoch.
         num_subjects: Take only records with exactly so many subjects; None takes all.
         mix_counts: Let a batch hold records of different numbers of subjects, padded; False keeps numbers apart.
@@ -62,6 +65,8 @@ class LoaderConfig:
     batch: int = 8
     buckets: tuple[Size, ...] = ((512, 512),)
     reference_size: int = 320
+    reference_shapes: tuple[Size, ...] | None = None
+    references_per_subject: int = 1
     max_references: int = 8
     num_subjects: int | None = None
     mix_counts: bool = False
@@ -72,21 +77,38 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         check_finite(self)
-        for name in ("batch", "reference_size", "max_references"):
+        for name in ("batch", "reference_size", "references_per_subject", "max_references"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_workers < 0:
             raise UserError(f"num_workers must not be negative, got {self.num_workers}")
-        if not self.buckets or any(h < 1 or w < 1 for h, w in self.buckets):
-            raise UserError(f"buckets must hold sizes (height, width), got {self.buckets}")
+        for name, shapes in (("buckets", self.buckets), ("reference_shapes", self.references)):
+            if not shapes or any(h < 1 or w < 1 for h, w in shapes):
+                raise UserError(f"{name} must hold sizes (height, width), got {shapes}")
+
+    @property
+    def references(self) -> tuple[Size, ...]:
+        """Sizes (height, width) of references."""
+        square = (self.reference_size, self.reference_size)
+        return (square,) if self.reference_shapes is None else self.reference_shapes
+
+
+class Bucket(NamedTuple):
+    """What the records of a batch have in common."""
+
+    size: Size
+    subjects: int
+    """Zero where batches mix numbers."""
+    references_per_subject: int
+    reference: Size
 
 
 class Batch(NamedTuple):
-    """Padded to the largest number of subjects m: absent ones have zero masks and references, and ``present`` False."""
+    """Padded to the largest number of subjects m: absent ones have zero masks and references, and ``present`` False. r / m show each."""
 
     images: Float[Tensor, "b 3 h w"]
     masks: Float[Tensor, "b m h w"]
-    references: Float[Tensor, "b m 3 r r"]
+    references: Float[Tensor, "b r 3 rh rw"]
     present: Bool[Tensor, "b m"]
     captions: list[str]
     identities: list[list[str]]
@@ -126,46 +148,53 @@ class PhotoLoader:
             )
         self.epoch = self.position = 0
 
-    def _by_bucket(self) -> dict[tuple[Size, int], list[int]]:
-        groups: dict[tuple[Size, int], list[int]] = {}
+    def _by_bucket(self) -> dict[Bucket, list[int]]:
+        alike: dict[tuple[Size, int, int], list[int]] = {}
         for row, (index, subjects) in enumerate(self.rows):
             record = self.store.records[index]
             count = 0 if self.config.mix_counts else min(len(subjects), self.config.max_references)
-            groups.setdefault(
-                (nearest_bucket(record["width"], record["height"], self.config.buckets), count), []
-            ).append(row)
-        return dict(sorted(groups.items()))
+            size = nearest_bucket(record["width"], record["height"], self.config.buckets)
+            each = min(self.config.references_per_subject, *(len(s["references"]) for s in subjects))
+            alike.setdefault((size, count, each), []).append(row)
+        shapes = self.config.references
+        groups = {
+            Bucket(*key, shape): rows[i :: len(shapes)]
+            for key, rows in sorted(alike.items())
+            for i, shape in enumerate(shapes)
+        }
+        return {bucket: rows for bucket, rows in groups.items() if rows}
 
     def _number(self, records: int) -> int:
         return records // self.config.batch if self.config.drop_last else -(-records // self.config.batch)
 
-    def plan(self, epoch: int) -> list[tuple[Size, list[int]]]:
+    def plan(self, epoch: int) -> list[tuple[Bucket, list[int]]]:
         """This rank's batches of an epoch, as bucket and rows."""
         random = np.random.default_rng([self.config.seed, epoch])
         batches = []
-        for (bucket, _), rows in self._groups.items():
+        for bucket, rows in self._groups.items():
             shuffled = [rows[i] for i in random.permutation(len(rows))]
             size = self.config.batch
             batches += [(bucket, shuffled[i * size : (i + 1) * size]) for i in range(self._number(len(rows)))]
         order = random.permutation(len(batches))[: self.batches_per_epoch * self.world_size]
         return [batches[i] for i in order[self.rank :: self.world_size]]
 
-    def read(self, epoch: int, bucket: Size, rows: Sequence[int]) -> Batch:
+    def read(self, epoch: int, bucket: Bucket, rows: Sequence[int]) -> Batch:
         """One batch."""
-        draw = Draw(self.config.seed, epoch, self.config.max_references, self.config.reference_size)
+        config, each = self.config, bucket.references_per_subject
+        draw = Draw(config.seed, epoch, config.max_references, bucket.reference, each)
         samples = [
-            read_sample(self.store, self.store.records[index], subjects, bucket, draw)
+            read_sample(self.store, self.store.records[index], subjects, bucket.size, draw)
             for index, subjects in (self.rows[row] for row in rows)
         ]
         most = max(len(s.identities) for s in samples)
 
-        def padded(tensor: Tensor) -> Tensor:
-            return torch.nn.functional.pad(tensor, [0, 0] * (tensor.dim() - 1) + [0, most - len(tensor)])
+        def padded(tensor: Tensor, length: int) -> Tensor:
+            return torch.nn.functional.pad(tensor, [0, 0] * (tensor.dim() - 1) + [0, length - len(tensor)])
 
         return Batch(
             torch.stack([s.image for s in samples]),
-            torch.stack([padded(s.masks) for s in samples]),
-            torch.stack([padded(s.references) for s in samples]),
+            torch.stack([padded(s.masks, most) for s in samples]),
+            torch.stack([padded(s.references, most * each) for s in samples]),
             torch.stack([torch.arange(most) < len(s.identities) for s in samples]),
             [s.caption for s in samples],
             [s.identities for s in samples],
@@ -180,7 +209,7 @@ class PhotoLoader:
                 self.epoch, self.position = self.epoch + 1, 0
             yield batch
 
-    def _ahead(self) -> Iterator[tuple[int, Size, list[int]]]:
+    def _ahead(self) -> Iterator[tuple[int, Bucket, list[int]]]:
         """What to read from the current position on, for ever: epoch, bucket and rows."""
         start = self.position
         for epoch in itertools.count(self.epoch):
@@ -232,6 +261,9 @@ class PhotoLoader:
             config.augmented,
             config.drop_last,
             self.world_size,
+            # states of earlier versions, which knew squares and one reference only, stay what they were
+            *([] if config.reference_shapes is None else [config.reference_shapes]),
+            *([] if config.references_per_subject == 1 else [config.references_per_subject]),
         )
         keys = "".join(r["key"] for r in self.store.records)
         return hashlib.sha256(f"{what}{keys}".encode()).hexdigest()[:16]
@@ -243,7 +275,7 @@ class _Reading(torch.utils.data.Dataset[Batch]):
     def __init__(self, loader: PhotoLoader) -> None:
         self.loader = loader
 
-    def __getitem__(self, job: tuple[int, Size, list[int]]) -> Batch:
+    def __getitem__(self, job: tuple[int, Bucket, list[int]]) -> Batch:
         return self.loader.read(*job)
 
 

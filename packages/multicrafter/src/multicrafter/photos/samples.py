@@ -25,22 +25,23 @@ class Draw(NamedTuple):
     seed: int
     epoch: int
     max_references: int
-    reference_size: int
+    reference: Size
+    references_per_subject: int = 1
 
 
 class Sample(NamedTuple):
-    """One record: image (3, h, w), masks (m, h, w), references (m, 3, r, r) in [0, 1]."""
+    """One record: image (3, h, w), masks (m, h, w), references (r, 3, rh, rw) in [0, 1], those of the first subject before the second's."""
 
     image: Float[Tensor, "3 h w"]
     masks: Float[Tensor, "m h w"]
-    references: Float[Tensor, "m 3 r r"]
+    references: Float[Tensor, "r 3 rh rw"]
     caption: str
     identities: list[str]
     key: str
 
 
 def read_sample(store: Store, record: Record, subjects: Sequence[dict[str, Any]], bucket: Size, draw: Draw) -> Sample:
-    """Reads one record at a bucket's size: covered, cut so that the subjects stay inside where they can; one reference a subject, drawn."""
+    """Reads one record at a bucket's size: covered, cut so that the subjects stay inside where they can; references of each, drawn."""
     digest = hashlib.sha256(f"{draw.seed}/{draw.epoch}/{record['key']}".encode()).digest()
     random = np.random.default_rng(int.from_bytes(digest[:8], "big"))
     chosen = [subjects[i] for i in random.permutation(len(subjects))[: draw.max_references]]
@@ -52,13 +53,11 @@ def read_sample(store: Store, record: Record, subjects: Sequence[dict[str, Any]]
     image = picture.resize((width, height), Image.Resampling.BICUBIC, box=part, reducing_gap=2.0)
     planes = np.asarray(store.planes(record["masks"]).resize((width, height), Image.Resampling.NEAREST, box=box))
     masks = unpack_masks(planes, 8)[[s["mask_bit"] for s in chosen]]
-    references = []
-    for subject in chosen:
-        reference = subject["references"][int(random.integers(len(subject["references"])))]
-        crop = store.open(reference["image"], box=reference.get("strip_box"), side=draw.reference_size)
-        references.append(
-            np.asarray(crop.resize((draw.reference_size,) * 2, Image.Resampling.BICUBIC, reducing_gap=2.0))
-        )
+    references = [
+        reference_at(store, subject["references"][index], draw.reference)
+        for subject in chosen
+        for index in _drawn(len(subject["references"]), draw.references_per_subject, random)
+    ]
     return Sample(
         _tensor(np.asarray(image)[None])[0],
         torch.from_numpy(masks.astype(np.float32)),
@@ -67,6 +66,22 @@ def read_sample(store: Store, record: Record, subjects: Sequence[dict[str, Any]]
         [s["identity"] for s in chosen],
         record["key"],
     )
+
+
+def _drawn(available: int, count: int, random: np.random.Generator) -> list[int]:
+    """``count`` different ones."""
+    return [int(random.integers(available))] if count == 1 else random.permutation(available)[:count].tolist()
+
+
+def reference_at(store: Store, reference: dict[str, Any], size: Size) -> np.ndarray:
+    """A reference at a size: the middle of it, whose proportions these are; what is off by a pixel only is taken whole."""
+    crop = store.open(reference["image"], box=reference.get("strip_box"), side=max(size))
+    width, height = min(crop.width, crop.height * size[1] / size[0]), min(crop.height, crop.width * size[0] / size[1])
+    box = None
+    if max(crop.width - width, crop.height - height) > 1:
+        left, top = (crop.width - width) / 2, (crop.height - height) / 2
+        box = (left, top, left + width, top + height)
+    return np.asarray(crop.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0))
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:

@@ -23,6 +23,7 @@ from multicrafter.plan.steps import PlannedPolicy, PlannedPretrain, Shape, align
 from multicrafter.plan.tracker import Answers, MemoryTracker, bytes_of
 from multicrafter.training.align import online_config
 from multicrafter.training.distributed import transformer_blocks
+from multicrafter.training.photo_scenes import training_records
 
 NF4_BYTES = 0.5 + 4 / 64  # half a byte a weight and an fp32 scale per 64
 INT8_BYTES = 1.0  # also of fp8; and a scale per row, which is nothing
@@ -129,16 +130,18 @@ def token_side(path: str | None, backbone: Backbone | None = None) -> int:
 
 
 def shape_of(run: Run) -> Shape:
-    """Tokens of one sample: the largest number of references that the run has."""
+    """Tokens of one sample: the largest pictures and references, and the largest number of people, that the run has."""
     side, world = token_side(run.model.path, get_backbone(run.model.backbone)), run.world
-    shapes = run.pretrain.shapes if isinstance(run, Stage1) else run.align.shapes
-    picture = world.height_width if shapes is None else max(shapes, key=math.prod)
-    return Shape(
-        run.model.text_tokens,
-        (picture[0] // side, picture[1] // side),
-        (world.reference_size // side,) * 2,
-        max(world.numbers),
+    stage = run.pretrain if isinstance(run, Stage1) else run.align
+    picture, reference = (
+        tuple(extent // side for extent in max(shapes or (own,), key=math.prod))
+        for shapes, own in ((stage.shapes, world.height_width), (stage.reference_shapes, world.reference_height_width))
     )
+    people = max(world.numbers)
+    if stage.data is not None and Path(stage.data).exists():  # a run may be planned where its photos are not
+        people = max(len(record["subjects"]) for record in training_records(stage.data))
+    each = world.references_per_subject
+    return Shape(run.model.text_tokens, picture, reference, people * each, each)  # type: ignore[arg-type]
 
 
 def measure(

@@ -35,7 +35,7 @@ def is_small(run: Run) -> bool:
     rows, _ = rows_of(run, 1)
     scenes = run.pretrain.num_scenes if isinstance(run, Stage1) else run.num_scenes
     shapes = run.pretrain.shapes if isinstance(run, Stage1) else run.align.shapes
-    pixels = max(world.reference_size**2, *map(math.prod, shapes or (world.height_width,)))
+    pixels = max(math.prod(world.reference_height_width), *map(math.prod, shapes or (world.height_width,)))
     return (
         adapters.rank * max(1, adapters.num_experts) <= 1024 and pixels * rows <= 1 << 22 and pixels * scenes <= 1 << 30
     )

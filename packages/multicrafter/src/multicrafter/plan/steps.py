@@ -23,12 +23,13 @@ from multicrafter.training.trainee import Trainee
 
 
 class Shape(NamedTuple):
-    """Tokens of one sample: text, picture (rows, columns), reference (rows, columns), number of references."""
+    """Tokens of one sample: text, picture (rows, columns), reference (rows, columns), number of references, and of those of each subject."""
 
     text: int
     image: tuple[int, int]
     reference: tuple[int, int]
     references: int
+    references_per_subject: int = 1
 
     @property
     def total(self) -> int:
@@ -85,8 +86,9 @@ def scenes_of(backbone: Backbone, transformer: Any, shape: Shape, count: int) ->
     d, n, m = transformer.config.in_channels, shape.image[0] * shape.image[1], shape.reference[0] * shape.reference[1]
     return EncodedScenes(
         tokens=torch.zeros(count, n, d), references=torch.zeros(count, shape.references, m, d),
-        masks=torch.ones(count, shape.references, n), captions=[""] * count, images=torch.zeros(0, 3, 1, 1),
+        masks=torch.ones(count, shape.references // shape.references_per_subject, n), captions=[""] * count, images=torch.zeros(0, 3, 1, 1),
         reference_images=torch.zeros(0, shape.references, 3, 1, 1), grid=shape.image, reference_grid=shape.reference,
+        references_per_subject=shape.references_per_subject,
     )  # fmt: skip
 
 

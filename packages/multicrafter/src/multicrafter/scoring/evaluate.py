@@ -56,6 +56,7 @@ class EvaluateConfig:
         family: "people" or "objects".
         split: Identities; "validation" is for choosing settings, "test" for what is published.
         size, reference_size: Sides of pictures and references in pixels.
+        references_per_subject: References of each subject; identity is compared with the first.
         shape: Height and width of pictures in pixels, where they are no squares of ``size``.
         shared_attributes: See `WorldConfig`: how similar the subjects of a case may be.
         num_sampling_steps: Euler steps of a picture.
@@ -72,6 +73,7 @@ class EvaluateConfig:
     size: int = 64
     shape: tuple[int, int] | None = None
     reference_size: int = 32
+    references_per_subject: int = 1
     shared_attributes: int = 4
     num_sampling_steps: int = 16
     guidance: float = 2.5
@@ -93,6 +95,7 @@ class EvaluateConfig:
             size=self.size,
             shape=self.shape,
             reference_size=self.reference_size,
+            references_per_subject=self.references_per_subject,
             shared_attributes=self.shared_attributes,
         )
 
@@ -185,7 +188,6 @@ def draw_cases(
     model, binding_config = LoadedModel.of(model), config.separation or BindingConfig()
     noise = case_noise(scenes, config.seed + 1)
     count = scenes.tokens.shape[1]
-    grids = [scenes.reference_grid] * scenes.references.shape[1]
     pictures, complete, calls, device = [], [], 0, model.transformer.device
     for start in range(0, len(scenes), batch):
         part = slice(start, min(start + batch, len(scenes)))
@@ -195,13 +197,15 @@ def draw_cases(
             guidance=config.guidance,
             **scenes.context(part, device),
         )
-        with separable(model.transformer, model.backbone, scenes.grid, grids, binding_config) as separation:
+        with separable(
+            model.transformer, model.backbone, scenes.grid, scenes.reference_grids, binding_config, counts=scenes.counts
+        ) as separation:
             tokens, binding = sample_bound(
                 velocity, noise[part].to(device), lambda steps: model.sigmas(steps, count), config.num_sampling_steps,
                 config=binding_config, separation=separation, finder=finder, grid=scenes.grid,
                 decode=lambda x: model.decode_pictures(x, scenes.grid),
-                references=[list(row) for row in scenes.reference_images[part]], masks=owner_masks(scenes.masks[part]).to(device),
-                watch=(model.transformer, model.backbone, grids),
+                references=scenes.subject_pictures(part), masks=owner_masks(scenes.masks[part]).to(device),
+                watch=(model.transformer, model.backbone, scenes.reference_grids), counts=scenes.counts,
             )  # fmt: skip
         pictures.append(model.decode_pictures(tokens, scenes.grid).cpu())
         complete.append(binding.complete.cpu())
@@ -232,9 +236,8 @@ def score_pictures(
         score_attributes(truth.identities[i], r.identities, FAMILIES[family], strangers[i])
         for i, r in enumerate(readings)
     ]
-    references = [list(x) for x in scenes.reference_images]
     return {
-        "identity": IdentityScorer(judges.people)(list(pictures), scenes.captions, references),
+        "identity": IdentityScorer(judges.people)(list(pictures), scenes.captions, scenes.subject_pictures()),
         "attributes": np.array([r.attributes for r in rows]),
         "swaps": np.array([r.swaps for r in rows]),
         "swaps_by_chance": np.array([r.swaps_by_chance for r in rows]),
@@ -261,7 +264,7 @@ def evaluate(
     metrics = score_pictures(pictures, scenes, judges, family=config.family)
     if config.separation is not None and config.separation.mode in ("draft", "in-flight"):
         metrics["found"] = complete.double().numpy()
-    if scenes.references.shape[1] > 1:
+    if scenes.num_subjects > 1:
         metrics["leakage"] = (
             measure_leakage(model, scenes, direction="image_to_reference", seed=config.seed + 2).double().numpy()
         )

@@ -161,9 +161,7 @@ class Align:
         self.optimizer, self.generator = self.trainee.optimizer, self.trainee.generator
         self.trainer = self._make_trainer()
         self.signal = SignalLog(momentum=config.adamw.betas[0])
-        self.reference_pictures = {
-            id(bucket): [list(pictures) for pictures in bucket.reference_images] for bucket in self.buckets.buckets
-        }
+        self.reference_pictures = {id(bucket): bucket.subject_pictures() for bucket in self.buckets.buckets}
         by_name = config.reward_normalization == "each"
         self.reward = RobustReward(_single(reward, by_name), retries=config.reward_retries, wait_s=config.reward_wait_s)
         self.finder, self.watcher, self.watch = finder or MapFinder(), watcher, Watch(config.watch)
@@ -192,7 +190,7 @@ class Align:
         return self.model.sigmas(self.online.window.num_steps, self.scenes.tokens.shape[1])
 
     def references_of(self, rows: Sequence[int]) -> list[list[Tensor]]:
-        """Reference pictures of some of the bucket's scenes."""
+        """One reference picture of every subject of some of the bucket's scenes."""
         known = self.reference_pictures[id(self.scenes)]
         return [known[r] for r in rows]
 
@@ -228,10 +226,14 @@ class Align:
     @contextmanager
     def separated(self) -> Iterator[None]:
         """Inside, attention is separated as the configuration says; places are those of the last `bind`."""
-        grids = [self.scenes.reference_grid] * self.scenes.references.shape[1]
-        config = self.config.separation or BindingConfig()
+        scenes, config = self.scenes, self.config.separation or BindingConfig()
         with separable(
-            self.adapters.transformer, self.model.backbone, self.scenes.grid, grids, config
+            self.adapters.transformer,
+            self.model.backbone,
+            scenes.grid,
+            scenes.reference_grids,
+            config,
+            counts=scenes.counts,
         ) as self.separation:
             try:
                 yield
@@ -249,7 +251,6 @@ class Align:
             self.masks = owner_masks(self.scenes.masks[scene]).to(noise.device)
             return 0
         self.masks, found = None, []
-        grids = [self.scenes.reference_grid] * self.scenes.references.shape[1]
         for part in self.parts(torch.arange(len(self.starts))):
             start = self.starts[part].to(noise.device)
             bind_by_draft(
@@ -257,7 +258,7 @@ class Align:
                 lambda steps: self.model.sigmas(steps, noise.shape[1]), config=config, separation=self.separation,
                 decode=lambda x: self.model.decode_pictures(x, self.scenes.grid), finder=self.finder,
                 references=self.references_of(scene[part].tolist()), grid=self.scenes.grid,
-                watch=(self.adapters.transformer, self.model.backbone, grids),
+                watch=(self.adapters.transformer, self.model.backbone, self.scenes.reference_grids), counts=self.scenes.counts,
             )  # fmt: skip
             found.append(self.separation.masks)
         self.masks = torch.cat(found)

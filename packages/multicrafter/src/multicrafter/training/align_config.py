@@ -131,6 +131,7 @@ class AlignConfig:
         data: Folder of `multicrafter data build`: prompts and references of its photos instead of drawn scenes'. None draws.
         shapes: Sizes (height, width) of pictures; an iteration draws pictures of one of them. A photo's prompt goes to the one nearest to the
             photo's own aspect; of drawn scenes there are as many of each. None takes squares of the size that the adapter was trained at.
+        reference_shapes: As in stage 1.
         prompts: Prompts (with their references) an iteration, on all ranks together.
         online: How groups are drawn, rewarded and learned from. One batch is always split over the ranks, and a velocity that is not finite
             always skips the step. ``micro_batch_size`` None takes ``execution.micro_batch``. The seed is also that of the prompts' order.
@@ -164,6 +165,7 @@ class AlignConfig:
     num_steps: int = 40
     data: str | None = None
     shapes: tuple[tuple[int, int], ...] | None = None
+    reference_shapes: tuple[tuple[int, int], ...] | None = None
     prompts: int = 8
     online: OnlineConfig = field(default_factory=online_defaults)
     objective: Literal["ratio", "nft", "awm"] = "ratio"
@@ -194,6 +196,7 @@ class AlignConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         check_shapes(self.shapes)
+        check_shapes(self.reference_shapes, name="reference_shapes")
         if self.lr <= 0:
             raise UserError(f"lr must be positive, got {self.lr}")
         if self.guidance < 1:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from multicrafter.models.backbones import Backbone
+from multicrafter.models.binding import by_subject
 from multicrafter.models.flux.model import Text, add_noise
 from multicrafter.models.loaded import LoadedModel
 from multicrafter.training.scenes import EncodedScenes
@@ -25,8 +26,8 @@ Predict = Callable[..., Tensor]
 
 
 def layout_of(backbone: Backbone, scenes: EncodedScenes, text: Text) -> SubjectLayout:
-    """Where everything is in the joint sequence."""
-    return backbone.layout_of(text, scenes.grid, [scenes.reference_grid] * scenes.references.shape[1])
+    """Where everything is in the joint sequence; the references of one subject are one span."""
+    return by_subject(backbone.layout_of(text, scenes.grid, scenes.reference_grids), scenes.counts)
 
 
 def noised_velocity(

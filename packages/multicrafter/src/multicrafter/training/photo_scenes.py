@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from multicrafter import UserError
-from multicrafter.models.flux.packing import Grid
 from multicrafter.models.loaded import LoadedModel
 from multicrafter.photos.loader import LoaderConfig, PhotoLoader
 from multicrafter.photos.samples import Size
@@ -84,13 +83,14 @@ class _Gathered:
         self.people: list[list[str]] = []
         self.text = text
 
-    def scenes(self, grid: Grid, reference_grid: Grid) -> EncodedScenes:
-        """All of them."""
+    def scenes(self, factor: int) -> EncodedScenes:
+        """All of them; a token has ``factor`` pixels a side."""
         from multicrafter.training.scenes import EncodedScenes
 
         names = {name: i for i, name in enumerate(sorted({n for row in self.people for n in row}))}
         tokens, references, masks = (torch.cat(p) for p in zip(*self.parts, strict=True))
         images, reference_images = (torch.cat(p) for p in zip(*self.pictures, strict=True))
+        grid, reference_grid = ((p.shape[-2] // factor, p.shape[-1] // factor) for p in (images, reference_images))
         return EncodedScenes(
             tokens=tokens,
             references=references,
@@ -101,6 +101,7 @@ class _Gathered:
             reference_images=reference_images,
             grid=grid,
             reference_grid=reference_grid,
+            references_per_subject=references.shape[1] // masks.shape[1],
             text=self.text,
         )
 
@@ -113,6 +114,8 @@ def encode_shapes(
     *,
     num_subjects: int,
     reference_size: int,
+    reference_shapes: Sequence[Size] | None = None,
+    references_per_subject: int = 1,
     count: int | None = None,
     split: str = "train",
     seed: int = 0,
@@ -127,20 +130,26 @@ def encode_shapes(
     A crop keeps the faces inside where it can (`photos.samples.cover`); masks are cut alike. Arguments are those of `encode_photos`;
     ``count`` samples are of all shapes together, and with ``keep_references`` the references' pixels are kept of all of them (for stage 2).
 
+    ``reference_shapes`` (height, width) stand in for squares of ``reference_size``; for them and ``references_per_subject`` see `LoaderConfig`.
+
     Returns:
-        One `EncodedScenes` for each shape that some record has, in the order of ``shapes``.
+        One `EncodedScenes` for each shape, number of references of each subject and shape of references that some record has.
 
     Raises:
         ValueError: The dataset has no such record, or the sizes do not fit the VAE.
     """
     factor, step = model.token_side, model.size_step
-    for name, value in (*(("size", side) for shape in shapes for side in shape), ("reference_size", reference_size)):
+    small = reference_shapes or ((reference_size, reference_size),)
+    asked = (("size", shapes), ("reference_size" if reference_shapes is None else "reference_shapes", small))
+    for name, value in ((name, side) for name, given in asked for shape in given for side in shape):
         if value < step or value % step:
             raise UserError(f"{name} must be a positive multiple of {step} pixels, got {value}")
     config = LoaderConfig(
         batch=CHUNK,
         buckets=tuple(shapes),
         reference_size=reference_size,
+        reference_shapes=None if reference_shapes is None else tuple(reference_shapes),
+        references_per_subject=references_per_subject,
         num_subjects=num_subjects,
         drop_last=False,
         seed=seed,
@@ -148,9 +157,8 @@ def encode_shapes(
     )
     loader = PhotoLoader(folder, config, split=split)
     count = count or len(loader.rows)
-    reference_grid = (reference_size // factor,) * 2
     encode = CachedPictures(model, cache)
-    gathered: dict[Size, _Gathered] = {}
+    gathered: dict[tuple[int, ...], _Gathered] = {}
     done = 0
     with tqdm(
         total=count, desc=f"encode, {num_subjects} subjects", unit="photo", disable=not progress, file=sys.stderr
@@ -159,8 +167,13 @@ def encode_shapes(
             kept = slice(0, count - done)
             images, references = batch.images[kept], batch.references[kept]
             height, width = images.shape[-2:]
+            key = (
+                shapes.index((height, width)),
+                references.shape[1],
+                small.index((references.shape[-2], references.shape[-1])),
+            )
             own = gathered.setdefault(
-                (height, width), _Gathered(ScenesText(model, cache) if model.backbone.text_sees_references else None)
+                key, _Gathered(ScenesText(model, cache) if model.backbone.text_sees_references else None)
             )
             encoded = encode(references.flatten(0, 1)).unflatten(0, references.shape[:2])
             grid = (height // factor, width // factor)
@@ -175,11 +188,7 @@ def encode_shapes(
             bar.update(len(images))
             if done == count:
                 break
-    return [
-        gathered[shape].scenes((shape[0] // factor, shape[1] // factor), reference_grid)
-        for shape in shapes
-        if shape in gathered
-    ]
+    return [found.scenes(factor) for _, found in sorted(gathered.items())]
 
 
 def encode_by_number(
@@ -190,12 +199,14 @@ def encode_by_number(
     size: int,
     reference_size: int,
     shapes: Sequence[Size] | None = None,
+    reference_shapes: Sequence[Size] | None = None,
+    references_per_subject: int = 1,
     seed: int = 0,
     cache: str | Path | None = None,
     keep_references: bool = False,
     progress: bool = False,
 ) -> list[EncodedScenes]:
-    """About ``count`` samples of the train split, one `EncodedScenes` per number of subjects and shape, in proportion to the records.
+    """About ``count`` samples of the train split: what `encode_shapes` gives for every number of subjects, in proportion to the records.
 
     ``shapes`` (height, width) stand in for squares of ``size``; ``keep_references`` as in `encode_shapes`.
 
@@ -208,6 +219,7 @@ def encode_by_number(
         for number, samples in shares.items()
         for scenes in encode_shapes(
             LoadedModel.of(model), folder, shapes or ((size, size),), num_subjects=number, reference_size=reference_size,
+            reference_shapes=reference_shapes, references_per_subject=references_per_subject,
             count=samples, seed=seed, cache=cache, keep_pictures=CHUNK, keep_references=keep_references, progress=progress,
         )
     ]  # fmt: skip

@@ -133,6 +133,9 @@ class PretrainConfig:
         data: Folder of `multicrafter data build`: photos instead of drawn scenes, at the sizes of ``world``. None draws.
         shapes: Sizes (height, width) of pictures; a batch holds one of them only. A photo goes to the one nearest to its own aspect, cut so
             that faces stay inside; of drawn scenes there are as many of each. None takes ``world.shape``, or squares of ``world.size``.
+        reference_shapes: Sizes (height, width) of references, of which a batch holds one only; there are as many of each, cut from the middle
+            of photos' references. None takes ``world.reference_shape``, or squares of ``world.reference_size``. How many references a
+            subject has says ``world.references_per_subject``; of photos those of a batch have as many as all its people have, at most so many.
         data_seed: Of the drawn scenes.
         seed: Of data order, noise and adapters.
         start: Folder of a stage-1 adapter whose weights training goes on from, as in a run of its own (a new schedule, new moving averages);
@@ -154,6 +157,7 @@ class PretrainConfig:
     num_scenes: int = 4000
     data: str | None = None
     shapes: tuple[tuple[int, int], ...] | None = None
+    reference_shapes: tuple[tuple[int, int], ...] | None = None
     data_seed: int = 1
     seed: int = 0
     start: str | None = None
@@ -174,6 +178,7 @@ class PretrainConfig:
         if self.lr <= 0:
             raise UserError(f"lr must be positive, got {self.lr}")
         check_shapes(self.shapes)
+        check_shapes(self.reference_shapes, name="reference_shapes")
         if not self.max_grad_norm > 0:
             raise UserError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
         if self.distillation is not None:

@@ -78,14 +78,27 @@ def training_scenes(
     model: LoadedModel | DiffusionPipeline, config: PretrainConfig
 ) -> EncodedScenes | Sequence[EncodedScenes]:
     """What stage 1 trains on: drawn scenes, or the photos of ``config.data``."""
-    world, cache = config.world, config.execution.cache
+    return _scenes(model, config, config.world, config.num_scenes, seed=config.data_seed, keep_references=False)
+
+
+def _scenes(
+    model: LoadedModel | DiffusionPipeline,
+    config: PretrainConfig | AlignConfig,
+    world: WorldConfig,
+    count: int,
+    *,
+    seed: int,
+    keep_references: bool,
+) -> Sequence[EncodedScenes]:
+    """Drawn scenes, or photos, in the shapes of a stage or else those of the world."""
+    shapes, small, cache = config.shapes, config.reference_shapes, config.execution.cache
     if config.data is None:
-        return encode_shaped_scenes(model, world, config.num_scenes, config.shapes, seed=config.data_seed, cache=cache)
-    shapes = config.shapes or (None if world.shape is None else (world.shape,))
+        return encode_shaped_scenes(model, world, count, shapes, reference_shapes=small, seed=seed, cache=cache)
     return encode_by_number(
-        model, config.data, config.num_scenes, size=world.size, reference_size=world.reference_size, shapes=shapes,
-        seed=config.data_seed,
-        cache=cache, progress=is_main() and sys.stderr.isatty(),
+        model, config.data, count, size=world.size, reference_size=world.reference_size, shapes=shapes or (world.height_width,),
+        reference_shapes=small or (None if world.reference_shape is None else (world.reference_shape,)),
+        references_per_subject=world.references_per_subject, seed=seed,
+        cache=cache, keep_references=keep_references, progress=is_main() and sys.stderr.isatty(),
     )  # fmt: skip
 
 
@@ -93,13 +106,7 @@ def prompt_scenes(
     model: LoadedModel | DiffusionPipeline, config: AlignConfig, world: WorldConfig, count: int
 ) -> Sequence[EncodedScenes]:
     """Whose prompts and references stage 2 takes: drawn scenes, or samples of the photos of ``config.data``, in the sizes of ``world``."""
-    seed, cache = config.online.seed + 10_000, config.execution.cache
-    if config.data is None:
-        return encode_shaped_scenes(model, world, count, config.shapes, seed=seed, cache=cache)
-    return encode_by_number(
-        model, config.data, count, size=world.size, reference_size=world.reference_size, shapes=config.shapes, seed=seed,
-        cache=cache, keep_references=True, progress=is_main() and sys.stderr.isatty(),
-    )  # fmt: skip
+    return _scenes(model, config, world, count, seed=config.online.seed + 10_000, keep_references=True)
 
 
 def run_pretrain(
@@ -130,10 +137,10 @@ def run_pretrain(
         loop=settings or config.loop,
         tracker=tracker,
     )
-    references = max(b.references.shape[1] for b in stage.buckets.buckets)
+    subjects = max(b.num_subjects for b in stage.buckets.buckets)
     before = int(stage.adapters.notes.get("steps", 0))
     stage.trainee.save(
-        out, stage=1, num_references=references, steps=before + config.num_steps, sampling=sampling_notes(config),
+        out, stage=1, num_references=subjects, steps=before + config.num_steps, sampling=sampling_notes(config),
         **sides_of(stage.buckets.buckets[0], stage.model.token_side),
     )  # fmt: skip
     return stage.adapters
@@ -186,7 +193,7 @@ def run_align(
         tracker=tracker,
     )
     stage.finish()
-    subjects = max(bucket.masks.shape[1] for bucket in stage.buckets.buckets)
+    subjects = max(b.num_subjects for b in stage.buckets.buckets)
     stage.trainee.save(
         out, stage=2, num_references=subjects, steps=config.num_steps, sampling=dict(sampling or {}),
         **sides_of(stage.buckets.buckets[0], stage.model.token_side),

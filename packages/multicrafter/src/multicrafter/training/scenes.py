@@ -33,7 +33,7 @@ class Truth(NamedTuple):
 
 @dataclass(kw_only=True)
 class EncodedScenes:
-    """n scenes with m subjects each, drawn or of photos, as a model takes them.
+    """n scenes with m subjects and r references each, drawn or of photos, as a model takes them.
 
     Attributes:
         tokens: Encoded pictures, one row per patch of ``grid``.
@@ -44,6 +44,7 @@ class EncodedScenes:
         reference_images: References in [0, 1], as many, or all.
         grid: Rows and columns of patches.
         reference_grid: Of a reference.
+        references_per_subject: r / m: neighbouring references that show one subject.
         identities: Who is shown; of drawn subjects their attributes, of photos a number per person.
         setting: Index of the place, if the scenes were drawn.
         time: Index of the time of day, if the scenes were drawn.
@@ -55,26 +56,32 @@ class EncodedScenes:
     """
 
     tokens: Float[Tensor, "n tokens d"]
-    references: Float[Tensor, "n m reference_tokens d"]
+    references: Float[Tensor, "n r reference_tokens d"]
     masks: Float[Tensor, "n m tokens"]
     captions: list[str]
     images: Float[Tensor, "k 3 h w"]
-    reference_images: Float[Tensor, "j m 3 rh rw"]
+    reference_images: Float[Tensor, "j r 3 rh rw"]
     grid: tuple[int, int]
     reference_grid: tuple[int, int]
+    references_per_subject: int = 1
     identities: Int[Tensor, "n m a"] | None = None
     setting: Int[Tensor, " n"] | None = None
     time: Int[Tensor, " n"] | None = None
-    reference_poses: Float[Tensor, "n m p"] | None = None
-    reference_heights: Float[Tensor, "n m"] | None = None
-    reference_light: Float[Tensor, "n m 3"] | None = None
+    reference_poses: Float[Tensor, "n r p"] | None = None
+    reference_heights: Float[Tensor, "n r"] | None = None
+    reference_light: Float[Tensor, "n r 3"] | None = None
     strangers: Int[Tensor, "n a"] | None = None
     text: ScenesText | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.grid
         tokens, masks = tuple(self.tokens.shape), tuple(self.masks.shape)
-        fits = tokens[1] == rows * columns and masks == (tokens[0], self.references.shape[1], tokens[1])
+        fits = tokens[1] == rows * columns and masks == (tokens[0], self.num_subjects, tokens[1])
+        if self.references.shape[1] != self.num_subjects * self.references_per_subject:
+            raise ValueError(
+                f"references must be {self.references_per_subject} of each of the {self.num_subjects} subjects that have masks, got "
+                f"{self.references.shape[1]}"
+            )
         if not fits or len(self.captions) != tokens[0]:
             raise ValueError(
                 f"tokens, masks and captions must be of the same scenes on the grid {self.grid}, got {tokens}, {masks} "
@@ -95,6 +102,25 @@ class EncodedScenes:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def num_subjects(self) -> int:
+        """In each scene: m."""
+        return self.masks.shape[1]
+
+    @property
+    def reference_grids(self) -> list[Grid]:
+        """Of every reference."""
+        return [self.reference_grid] * self.references.shape[1]
+
+    @property
+    def counts(self) -> list[int] | None:
+        """How many references show each subject (`models.binding.by_subject`); None where it is one each."""
+        return None if self.references_per_subject == 1 else [self.references_per_subject] * self.num_subjects
+
+    def subject_pictures(self, rows: slice = slice(None)) -> list[list[Tensor]]:
+        """One reference of every subject, for who compares subjects: of several the first."""
+        return [list(pictures) for pictures in self.reference_images[rows, :: self.references_per_subject]]
+
     def encode_text(self, model: LoadedModel, rows: Tensor | slice) -> Text:
         """Encoded prompts of some rows: those that are kept, else encoded now."""
         if self.text is not None:
@@ -112,7 +138,7 @@ class EncodedScenes:
         return {
             "image_grid": self.grid,
             "references": references,
-            "reference_grids": [self.reference_grid] * len(references),
+            "reference_grids": self.reference_grids,
         }
 
 
@@ -164,7 +190,11 @@ def encode_scenes(
     encode = CachedPictures(model, cache)
     text = ScenesText(model, cache) if model.backbone.text_sees_references else None
     grid = token_grid(model, world.height_width, name="size" if world.shape is None else "shape")
-    reference_grid = token_grid(model, (world.reference_size,) * 2, name="reference_size")
+    reference_grid = token_grid(
+        model,
+        world.reference_height_width,
+        name="reference_size" if world.reference_shape is None else "reference_shape",
+    )
     parts: list[tuple[Tensor, ...]] = []
     captions: list[str] = []
     strangers: list[Tensor] = []
@@ -195,6 +225,7 @@ def encode_scenes(
     drawn = [torch.cat(part) for part in zip(*parts, strict=True)]
     return EncodedScenes(
         **dict(zip(ENCODED, drawn, strict=True)), captions=captions, grid=grid, reference_grid=reference_grid,
+        references_per_subject=world.references_per_subject,
         strangers=torch.cat(strangers) if strangers else None, text=text,
     )  # fmt: skip
 
@@ -218,25 +249,32 @@ def encode_shaped_scenes(
     count: int,
     shapes: Sequence[tuple[int, int]] | None,
     *,
+    reference_shapes: Sequence[tuple[int, int]] | None = None,
     seed: int,
     cache: str | Path | None = None,
 ) -> list[EncodedScenes]:
-    """``count`` scenes drawn in several shapes (height, width), as many of each: one `EncodedScenes` a shape. None is the world's own.
+    """``count`` scenes drawn in several shapes (height, width) of pictures and references, as many of each: one `EncodedScenes` a pair.
+
+    None is the world's own.
 
     Raises:
-        ValueError: See `encode_scenes`; or there are more shapes than scenes.
+        ValueError: See `encode_scenes`; or there are more pairs of shapes than scenes.
     """
     model = LoadedModel.of(model)
-    if shapes is None:
-        return [encode_scenes(model, world, count, seed=seed, cache=cache)]
-    if len(shapes) > count:
-        raise UserError(f"shapes must be at most the number of scenes ({count}), got {len(shapes)}")
-    for shape in shapes:
-        token_grid(model, shape, name="shapes")  # before the first is drawn
-    parts = [count * (i + 1) // len(shapes) - count * i // len(shapes) for i in range(len(shapes))]
+    for name, given in (("shapes", shapes), ("reference_shapes", reference_shapes)):
+        for shape in given or ():
+            token_grid(model, shape, name=name)  # before the first is drawn
+    worlds = [
+        replace(world, shape=shape, reference_shape=reference)
+        for shape in shapes or (world.shape,)
+        for reference in reference_shapes or (world.reference_shape,)
+    ]
+    if len(worlds) > max(count, 1):
+        raise UserError(f"shapes must be at most the number of scenes ({count}), got {len(worlds)}")
+    parts = [count * (i + 1) // len(worlds) - count * i // len(worlds) for i in range(len(worlds))]
     return [
-        encode_scenes(model, replace(world, shape=shape), part, seed=seed + i, cache=cache)
-        for i, (shape, part) in enumerate(zip(shapes, parts, strict=True))
+        encode_scenes(model, one, part, seed=seed + i, cache=cache)
+        for i, (one, part) in enumerate(zip(worlds, parts, strict=True))
     ]
 
 

@@ -51,6 +51,8 @@ class WorldConfig:
         size: Side of a scene in pixels.
         shape: Height and width of a scene in pixels, where it is no square of ``size``.
         reference_size: Side of a reference in pixels.
+        reference_shape: Height and width of a reference in pixels, where it is no square of ``reference_size``.
+        references_per_subject: References of each subject, which stand side by side.
         numbers: Numbers of subjects a scene may have.
         shared_attributes: How many attributes every further subject of a scene shares with the first one, at most
             (drawn uniformly from 0 to this): look-alikes.
@@ -62,6 +64,8 @@ class WorldConfig:
     size: int = 64
     shape: tuple[int, int] | None = None
     reference_size: int = 32
+    reference_shape: tuple[int, int] | None = None
+    references_per_subject: int = 1
     numbers: tuple[int, ...] = (1, 2)
     shared_attributes: int = 0
     weights: tuple[float, ...] = field(default=())
@@ -78,8 +82,11 @@ class WorldConfig:
             raise UserError(f"weights must have one entry per number {self.numbers}, got {self.weights}")
         if self.size < 16 or self.reference_size < 16:
             raise UserError(f"size and reference_size must be at least 16, got {self.size} and {self.reference_size}")
-        if self.shape is not None and min(self.shape) < 16:
-            raise UserError(f"shape must be a height and a width of at least 16 pixels, got {self.shape}")
+        for name in ("shape", "reference_shape"):
+            if (shape := getattr(self, name)) is not None and min(shape) < 16:
+                raise UserError(f"{name} must be a height and a width of at least 16 pixels, got {shape}")
+        if self.references_per_subject < 1:
+            raise UserError(f"references_per_subject must be at least 1, got {self.references_per_subject}")
         if not 0 <= self.shared_attributes < len(FAMILIES[self.family].attributes):
             raise UserError(
                 f"shared_attributes must be in [0, {len(FAMILIES[self.family].attributes) - 1}], got {self.shared_attributes}"
@@ -90,27 +97,32 @@ class WorldConfig:
         """Of a scene, in pixels."""
         return self.shape or (self.size, self.size)
 
+    @property
+    def reference_height_width(self) -> tuple[int, int]:
+        """Of a reference, in pixels."""
+        return self.reference_shape or (self.reference_size, self.reference_size)
 
-def check_shapes(shapes: Sequence[tuple[int, int]] | None) -> None:
+
+def check_shapes(shapes: Sequence[tuple[int, int]] | None, *, name: str = "shapes") -> None:
     """Raises ValueError unless these are sizes (height, width) in pixels, each once, or None."""
     if shapes is None:
         return
     if not shapes or any(len(shape) != 2 or min(shape) < 1 for shape in shapes) or len(set(shapes)) != len(shapes):
-        raise UserError(f"shapes must hold sizes (height, width) in pixels, each once, got {shapes}")
+        raise UserError(f"{name} must hold sizes (height, width) in pixels, each once, got {shapes}")
 
 
 class Scenes(NamedTuple):
     """A batch of scenes; subjects are padded to the largest number m, absent ones have zero masks and identity -1.
 
-    Shapes: images (b, 3, H, W) in [0, 1]; masks (b, m, H, W), the visible coverage of each subject; references
-    (b, m, 3, h, w) in [0, 1]; identities (b, m, a); boxes (b, m, 4) as left, top, right, bottom in pixels of the
+    Shapes: images (b, 3, H, W) in [0, 1]; masks (b, m, H, W), the visible coverage of each subject; references (b, r, 3, h, w) in [0, 1],
+    those of the first subject before those of the second; identities (b, m, a); boxes (b, m, 4) as left, top, right, bottom in pixels of the
     whole subject (occluded or not); number (b,); setting, time, arrangement (b,) as indices; poses as `draw` takes them, heights in
     pixels, light as a factor on colours, of the scene and of each reference.
     """
 
     images: Float[Tensor, "b 3 H W"]
     masks: Float[Tensor, "b m H W"]
-    references: Float[Tensor, "b m 3 h w"]
+    references: Float[Tensor, "b r 3 h w"]
     identities: Int[Tensor, "b m a"]
     boxes: Float[Tensor, "b m 4"]
     number: Int[Tensor, " b"]
@@ -120,9 +132,9 @@ class Scenes(NamedTuple):
     poses: Float[Tensor, "b m p"]
     heights: Float[Tensor, "b m"]
     light: Float[Tensor, "b 3"]
-    reference_poses: Float[Tensor, "b m p"]
-    reference_heights: Float[Tensor, "b m"]
-    reference_light: Float[Tensor, "b m 3"]
+    reference_poses: Float[Tensor, "b r p"]
+    reference_heights: Float[Tensor, "b r"]
+    reference_light: Float[Tensor, "b r 3"]
 
     def captions(self, family: Family = PEOPLE) -> list[str]:
         """One caption per scene from the grammar."""
@@ -318,17 +330,18 @@ def make_scenes(
             )
             _paste(images, masks, subject, sprite.rgb * light[here][:, :, None, None], sprite.alpha, left, top, here)
             boxes[here, subject] = torch.stack([fx - 0.31 * ht, fy - 1.02 * ht, fx + 0.31 * ht, fy], 1)
+    shown = identities.repeat_interleave(config.references_per_subject, 1)
     portraits = DrawnReferences(
         *(
-            part.unflatten(0, (count, most))
-            for part in draw_references(family, identities.flatten(0, 1), config.reference_size, generator)
+            part.unflatten(0, shown.shape[:2])
+            for part in draw_references(family, shown.flatten(0, 1), config.reference_height_width, generator)
         )
     )
-    absent = ~present
+    absent, given = ~present, present.repeat_interleave(config.references_per_subject, 1)
     return Scenes(
         images=images.clamp_(0, 1),
         masks=masks,
-        references=portraits.images * present[:, :, None, None, None],
+        references=portraits.images * given[:, :, None, None, None],
         identities=identities.masked_fill(absent[:, :, None], -1),
         boxes=boxes,
         number=number,
@@ -339,7 +352,7 @@ def make_scenes(
         heights=height * present,
         light=light,
         reference_poses=portraits.poses,
-        reference_heights=portraits.heights * present,
+        reference_heights=portraits.heights * given,
         reference_light=portraits.light,
     )
 
@@ -357,19 +370,19 @@ def make_references(
     family: Family, identities: Int[Tensor, "n a"], size: int, generator: torch.Generator
 ) -> Float[Tensor, "n 3 h w"]:
     """The pictures of `draw_references`."""
-    return draw_references(family, identities, size, generator).images
+    return draw_references(family, identities, (size, size), generator).images
 
 
 def draw_references(
-    family: Family, identities: Int[Tensor, "n a"], size: int, generator: torch.Generator
+    family: Family, identities: Int[Tensor, "n a"], size: tuple[int, int], generator: torch.Generator
 ) -> DrawnReferences:
-    """Portraits (n, 3, size, size) on plain grounds, each with a pose, a scale and a light of its own."""
-    n = len(identities)
+    """Portraits (n, 3, h, w) of a size (h, w) on plain grounds, each with a pose, a scale and a light of its own."""
+    n, (rows, columns) = len(identities), size
     pose = _uniform(generator, n, POSE_SIZE, low=-1.0)
-    height = size * _uniform(generator, n, low=0.74, high=0.86)
-    foot_x = size * _uniform(generator, n, low=0.46, high=0.54)
-    foot_y = size * _uniform(generator, n, low=0.96, high=1.0)
-    sprite = draw(family, identities, pose, foot_x, foot_y, height, (size, size))
+    height = min(rows, columns / 0.68) * _uniform(generator, n, low=0.74, high=0.86)  # a person is not cut at the sides
+    foot_x = columns * _uniform(generator, n, low=0.46, high=0.54)
+    foot_y = rows * _uniform(generator, n, low=0.96, high=1.0)
+    sprite = draw(family, identities, pose, foot_x, foot_y, height, size)
     ground = _uniform(generator, n, 1, low=0.45, high=0.8) * (1 + _uniform(generator, n, 3, low=-0.06, high=0.06))
     light = _uniform(generator, n, 1, low=0.85, high=1.05) * (1 + _uniform(generator, n, 3, low=-0.04, high=0.04))
     picture = ground[:, :, None, None].lerp(sprite.rgb * light[:, :, None, None], sprite.alpha[:, None])
