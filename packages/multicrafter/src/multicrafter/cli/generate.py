@@ -144,9 +144,10 @@ def _sheet(
             arguments.prompt, references, num_images=1, num_steps=steps, seed=arguments.seed, guidance=arguments.guidance,
             negative_prompt=arguments.negative_prompt, true_guidance=arguments.true_guidance, separation="none", **sizes,
         )  # fmt: skip
-    labelled = {"attention as it is": free[0]}
+    as_it_is = "attention as it is"
+    labelled = {as_it_is: free[0]}
     if kept_apart.mode != "none":
-        labelled["attention separated"] = pictures[0]
+        labelled = {f"without the method\n{as_it_is}": free[0], "with the method\nattention separated": pictures[0]}
     arguments.sheet.parent.mkdir(parents=True, exist_ok=True)
     print(sheet(arguments.sheet, references, labelled, title=arguments.prompt))
 

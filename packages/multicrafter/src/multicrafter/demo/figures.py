@@ -67,7 +67,7 @@ def sheet(path: Path, references: Sequence[Any], pictures: Mapping[str, Any], *,
     from matplotlib.figure import Figure
 
     widths = [*[1.0] * len(references), *[2.0] * len(pictures)]
-    figure = Figure(figsize=(1.6 * sum(widths), 3.7), layout="constrained")
+    figure = Figure(figsize=(1.6 * sum(widths), 4.0), layout="constrained")
     axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     labels = [*(f"reference {chr(65 + i)}" for i in range(len(references))), *pictures]
     for axis, label, picture in zip(axes, labels, [*references, *pictures.values()], strict=True):
