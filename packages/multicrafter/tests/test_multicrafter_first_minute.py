@@ -85,9 +85,11 @@ def test_masks_say_who_goes_where(people: Path, tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "no.png").exists()
 
 
-def test_the_shipped_adapter_says_how_it_is_drawn() -> None:
-    folder = shipped_adapter()
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_shipped_adapters_say_how_they_are_drawn(stage: int) -> None:
+    folder = shipped_adapter(stage)
     notes = json.loads((folder / "adapter.json").read_text())
+    assert notes["stage"] == stage
     assert notes["sampling"]["separation"] == "draft" and notes["num_references"] == 2
     pipeline = MultiCrafterPipeline.from_pretrained(None, adapter=folder)
     assert pipeline.separation.mode == "draft"

@@ -192,7 +192,7 @@ def loaded_pipeline(arguments: argparse.Namespace) -> Any:
 
     adapter = arguments.adapter
     if adapter is None and arguments.model is None:
-        adapter = shipped_adapter()
+        adapter = shipped_adapter(2)
     elif str(adapter) == "none":
         adapter = None
     return MultiCrafterPipeline.from_pretrained(
