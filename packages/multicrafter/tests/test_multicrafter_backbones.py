@@ -493,7 +493,6 @@ FLUX1 = (  # summed by hand from the released shapes
 )  # fmt: skip
 FULL = {
     "flux1_dev": FLUX1,
-    "flux1_kontext": FLUX1,
     "flux2_klein": (128 + 7680 + 256 + W) * W  # picture, text, time
     + (2 * 6 + 3) * W * W  # modulations, shared by all blocks
     + 5 * (8 * W * W + 2 * (W * 2 * M + M * W) + 4 * 128)
@@ -520,10 +519,14 @@ FULL = {
     [pytest.param(n, marks=pytest.mark.slow) if n in ("flux1_kontext", "flux2_klein_kv") else n for n in NAMES],
 )  # these two have the network of FLUX.1-dev and of FLUX.2-klein
 def test_full_size_on_the_meta_device(name):
-    """The whole network without memory: parameters, the velocity's shape, where the adapters sit."""
+    """Without memory: parameters of the whole network; of two blocks of each kind the velocity's shape and where the adapters sit."""
     backbone = get_backbone(name)
+    if name in FULL:
+        with torch.device("meta"):
+            assert sum(p.numel() for p in backbone.build_transformer().parameters()) == FULL[name]
+    blocks = {key: 2 for key in ("num_layers", "num_single_layers") if key in backbone.full_config}
     with torch.device("meta"):
-        transformer = backbone.build_transformer()
+        transformer = backbone.build_transformer(**blocks)
         tokens, references = (
             torch.zeros(2, 1024, transformer.config.in_channels),
             [torch.zeros(2, 400, transformer.config.in_channels)] * 4,
@@ -532,13 +535,10 @@ def test_full_size_on_the_meta_device(name):
         velocity = backbone.velocity(
             transformer, tokens, sigma, text, image_grid=(32, 32), references=references, reference_grids=[(20, 20)] * 4
         )
+        adapters = Adapters(transformer, AdapterConfig(rank=512, alpha=512.0), backbone=backbone)
     assert velocity.shape == tokens.shape
     assert velocity.is_meta
-    if name in FULL:
-        assert sum(p.numel() for p in transformer.parameters()) == FULL[name]
-    double, single = transformer.config.num_layers, getattr(transformer.config, "num_single_layers", 0)
-    with torch.device("meta"):
-        adapters = Adapters(transformer, AdapterConfig(rank=512, alpha=512.0), backbone=backbone)
+    double, single = 2, 2 if "num_single_layers" in blocks else 0
     lora = {n.rsplit(".lora_A", 1)[0] for n, _ in adapters.named_parameters() if "lora_A" in n}
     idle = name == "qwen_image_edit"  # nothing reads the text of its last block: two projections and a FFN
     per_block = 4 if name == "qwen_image_21" else 8  # one stream
@@ -546,6 +546,11 @@ def test_full_size_on_the_meta_device(name):
     assert len(adapters.experts.layers) == double * per_block // 4 + single - idle
     touched = {n for n, _ in adapters.named_parameters()}
     assert all("blocks." in n for n in touched)
+
+
+def test_kontext_is_the_network_of_flux1_dev():
+    one, other = get_backbone("flux1_dev"), get_backbone("flux1_kontext")
+    assert one.full_config == other.full_config and one.transformer_class == other.transformer_class
 
 
 def test_unknown_pipelines_and_names_are_named(tmp_path):

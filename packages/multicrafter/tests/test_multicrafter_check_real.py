@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from multicrafter.cli import check_real, main
+from multicrafter.config.recipes import Stage1, Stage2
 from multicrafter.world.tiny_backbones import tiny_klein
 
 SMALL = ["--set", "pretrain.adapters.rank=2", "--set", "pretrain.adapters.num_experts=2", "--set", "pretrain.batch=2"]
@@ -17,15 +19,35 @@ QUICK = [
 NAMES = ["load", "draw with two references", "capture attention", "stage 1, 10 steps", "stage 2, one iteration"]
 
 
-@pytest.fixture(scope="module")
-def checked(tmp_path_factory):
-    """Exit code, report and page of FLUX.2-klein's recipes on a tiny pipeline of its class."""
+@pytest.fixture(
+    scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["plan known", "planned"]
+)
+def checked(request, tmp_path_factory):
+    """Exit code, report and page of FLUX.2-klein's recipes on a tiny pipeline of its class; plans take most of the time."""
     home = tmp_path_factory.mktemp("somebodys_home")
     tiny_klein().save_pretrained(home / "secret_weights")
-    out = home / "out"
-    code = main(
-        ["check-real", "--backbone", "flux2_klein", "--model", str(home / "secret_weights"), "--out", str(out), *QUICK]
-    )
+    out, asked = home / "out", []
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.param:
+            known = SimpleNamespace(peak=5e6, seconds=1.0)
+            patch.setattr("multicrafter.plan.predict", lambda run, card: asked.append((run, card)) or known)
+        code = main(
+            [
+                "check-real",
+                "--backbone",
+                "flux2_klein",
+                "--model",
+                str(home / "secret_weights"),
+                "--out",
+                str(out),
+                *QUICK,
+            ]
+        )
+    if not request.param:
+        assert [type(run) for run, _ in asked] == [Stage1, Stage2]
+        assert all(
+            run.model.path == str(home / "secret_weights") and run.execution.cache is not None for run, _ in asked
+        )
     return code, json.loads((out / "report.json").read_text()), (out / "report.html").read_text(), home
 
 
