@@ -120,6 +120,7 @@ def test_a_base_whose_training_was_cut_short_is_trained_again(laboratory, monkey
     assert laboratory.base(base) and calls == [0.03, 0.03]
 
 
+@pytest.mark.slow
 def test_stage_2_of_several_experiments_starts_from_one_first_stage(laboratory, monkeypatch):
     from studies.lab import laboratory as science
 
@@ -224,7 +225,7 @@ def test_the_wide_lora_has_as_many_parameters_as_the_experts():
     assert plain[0] < experts <= plain[1]
 
 
-QUICK = ("ablation", "bleeding", "copy_paste")
+QUICK = ("ablation", "copy_paste")
 """The studies of which each `make test` runs a miniature; `make test-all` runs one of all."""
 
 

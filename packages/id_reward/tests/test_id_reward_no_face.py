@@ -130,6 +130,7 @@ def test_insightface_too(tmp_path) -> None:
         InsightFaceBackend(model=pack, reference_threshold=2)
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_both_thresholds(photos, tmp_path, capsys) -> None:
     pytest.importorskip("dlib", reason="needs id-reward[dlib]")
     from id_reward.cli import main

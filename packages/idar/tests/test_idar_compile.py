@@ -79,6 +79,7 @@ def compare(backend: str, checkpointing: bool, direction: str) -> None:
         pytest.param("image_to_reference", False, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_compiled_blocks(direction: str, checkpointing: bool) -> None:
     compare("aot_eager", checkpointing, direction)
 

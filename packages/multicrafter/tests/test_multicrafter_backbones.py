@@ -516,8 +516,11 @@ FULL = {
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in ("flux1_kontext", "flux2_klein_kv") else n for n in NAMES],
-)  # these two have the network of FLUX.1-dev and of FLUX.2-klein
+    [
+        pytest.param(n, marks=pytest.mark.slow) if n in ("flux1_kontext", "flux2_klein_kv", "qwen_image_edit") else n
+        for n in NAMES
+    ],
+)  # two have the network of FLUX.1-dev and of FLUX.2-klein, one takes nine seconds
 def test_full_size_on_the_meta_device(name):
     """Without memory: parameters of the whole network; of two blocks of each kind the velocity's shape and where the adapters sit."""
     backbone = get_backbone(name)

@@ -285,6 +285,7 @@ def test_photos_lend_several_references_of_any_shape(folders, pipe):
     assert json.loads((folders / "run" / "adapter" / "adapter.json").read_text())["num_references"] == 2
 
 
+@pytest.mark.slow
 def test_the_subject_stays_in_the_picture_and_its_mask_with_it(shaped, pipe):
     """Where a face was in the photo, the mask of its person covers the cut picture; nobody is cut away."""
     for scenes in encode_by_number(pipe, shaped / "set", 150, size=64, reference_size=32, shapes=SHAPES):
