@@ -14,7 +14,8 @@ from multicrafter.world.tiny_backbones import tiny_klein
 SMALL = ["--set", "pretrain.adapters.rank=2", "--set", "pretrain.adapters.num_experts=2", "--set", "pretrain.batch=2"]
 QUICK = [
     *SMALL, "--set", "align.online.window.num_steps=6", "--set", "pretrain.execution.dtype=float32",
-    "--set", "align.execution.dtype=float32",
+    "--set", "align.execution.dtype=float32", "--set", "align.online.policy.num_inner_epochs=1",
+    "--set", "pretrain.execution.gradient_checkpointing=false", "--set", "align.execution.gradient_checkpointing=false",
 ]  # fmt: skip
 NAMES = ["load", "draw with two references", "capture attention", "stage 1, 10 steps", "stage 2, one iteration"]
 

@@ -205,7 +205,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command_says_the_loss_before_it_writes(saved, tmp_path, capsys):
     out = tmp_path / "lora.safetensors"
-    words = ["export", str(saved), "--format", "comfyui", "--out", str(out), "--fit-cases", "2", "--test-cases", "2"]
+    words = ["export", str(saved), "--format", "comfyui", "--out", str(out), "--fit-cases", "1", "--test-cases", "1"]
     assert main(words) == 2
     said = capsys.readouterr()
     assert "--lossy must say which loss to take" in said.err and not out.exists()
