@@ -15,6 +15,7 @@ from multicrafter.config.settings import leaves, to_dict
 from multicrafter.scoring.evaluate import EvaluateConfig
 from multicrafter.training.align_config import MOVED, AlignConfig, online_defaults
 from multicrafter.training.pretrain import PretrainConfig
+from multicrafter.training.rewarding import ScorersConfig
 from multicrafter.training.runs import with_execution
 from multicrafter.training.watching import WatchConfig
 
@@ -133,6 +134,7 @@ ONCE_CONSTANT: dict[str, dict[str, Any]] = {
         "max_grad_norm": 1.0,
         "sigma_sampling": {"mean": 0.0, "std": 1.0, "shift": 1.0},
     },
+    "reference_size": {"references_per_subject": 1},
     "routing_replay": {
         "schedule": {"warmup_steps": 5, "decay": "constant"},
         "adamw": {"betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.0},
@@ -141,6 +143,7 @@ ONCE_CONSTANT: dict[str, dict[str, Any]] = {
         "awm": to_dict(AdvantageWeightedMatching()),
         "reward_normalization": "sum",
         "keep": "last",
+        "scorers": to_dict(ScorersConfig()),
         "watch": to_dict(WatchConfig()),
     },
     "num_inner_epochs": {"off_policy": "warn", "on_nonfinite": "raise"},

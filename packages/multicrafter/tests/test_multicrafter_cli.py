@@ -276,7 +276,7 @@ def test_demo_writes_everything(model, tmp_path, capsys):
     results = json.loads((out / "results.json").read_text())
     assert results["summary"].keys() == {"baseline", "stage 1", "stage 2"}
     page = (out / "report.html").read_text()
-    assert f"{results['summary']['stage 1']['text']['mean']:.3f}" in page
+    assert f"{results['summary']['stage 1']['text']['mean']:.2f}" in page
     assert main(["report", str(out)]) == 0
     fails(capsys_reset(capsys), "results.json", argv=["report", str(tmp_path)])
 
