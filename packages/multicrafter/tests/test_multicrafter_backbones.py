@@ -278,7 +278,8 @@ def test_cached_references_change_nothing(pipes, pictures):
     assert not torch.allclose(plain, draw(pipe, ["one person"], noise, references[::-1], 4), atol=1e-3)
 
 
-CALLS = {  # the one pass that diffusers' own pipeline makes, with references that are taken as they are
+CALLS = {  # the one pass that diffusers' own pipeline makes, with references that are taken as they are; FLUX.1-dev's takes none
+    "flux1_dev": {"height": 48, "width": 64, "guidance_scale": 2.0, "max_sequence_length": 16},
     "flux1_kontext": {"height": 64, "width": 64, "max_area": 64 * 64, "_auto_resize": False, "guidance_scale": 2.0, "max_sequence_length": 16},
     "flux2_klein": {"height": 48, "width": 64, "guidance_scale": 1.0, "max_sequence_length": 32, "text_encoder_out_layers": (1, 2, 3)},
     "flux2_klein_kv": {"height": 48, "width": 64, "max_sequence_length": 32, "text_encoder_out_layers": (1, 2, 3)},
@@ -301,13 +302,14 @@ def test_velocity_is_the_call_of_diffusers_own_pipeline_bit_for_bit(name, pictur
         pictures[0],
         torch.cat([pictures[1], pictures[2, :, :, :16]], dim=2),
     ]  # FLUX.2 takes nothing below 64 pixels
-    references = [to_image(p) for p in (large if "flux2" in name else small)][: 1 if name == "flux1_kontext" else 2]
+    most = {"flux1_dev": 0, "flux1_kontext": 1}.get(name, 2)
+    references = [to_image(p) for p in (large if "flux2" in name else small)][:most]
+    image = {} if not references else {"image": references[0] if most == 1 else references}
     hook = pipe.transformer.register_forward_hook(
         lambda _m, _a, kwargs, out: calls.append((kwargs, out)), with_kwargs=True
     )
     pipe(
-        image=references if len(references) > 1 else references[0], prompt="one person", num_inference_steps=1, output_type="latent",
-        generator=torch.Generator().manual_seed(0), **CALLS[name],
+        **image, prompt="one person", num_inference_steps=1, output_type="latent", generator=torch.Generator().manual_seed(0), **CALLS[name]
     )  # fmt: skip
     hook.remove()
     (kwargs, out), grids = calls[0], [(r.height // 8, r.width // 8) for r in references]

@@ -186,7 +186,7 @@ def aligned(buckets, *, micro_batch=None, num_steps=4):
 def test_an_iteration_of_stage_2_draws_one_shape_from_ratio_one(buckets):
     """Pictures of the bucket's shape reach the reward; the ratio is 1; in parts it is the same iteration, up to rounding."""
     (whole, seen), (parts, _) = aligned(buckets), aligned(buckets, micro_batch=2)
-    for index in range(4):
+    for index in range(3):
         metrics, split = whole.step(index), parts.step(index)
         assert metrics["initial_log_ratio"] == 0 and metrics["skipped"] == 0 and metrics["reward_spread"] > 0
         assert split["reward"] == pytest.approx(metrics["reward"], abs=1e-4)

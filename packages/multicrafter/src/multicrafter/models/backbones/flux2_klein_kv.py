@@ -24,6 +24,7 @@ class Flux2KleinKV(Flux2Klein):
     hub_id = "black-forest-labs/FLUX.2-klein-9b-kv"
     licence = "FLUX Non-Commercial License"
     caches_references = True
+    default_num_steps = 4
     full_config: ClassVar[dict[str, Any]] = {
         **Flux2Klein.full_config,
         "num_layers": 8,
