@@ -60,6 +60,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow  # two minutes beside other tests; multicrafter's runs in two processes hold the same
 def test_gradients_are_the_mean_over_processes(tmp_path: Path) -> None:
     script = tmp_path / "ddp.py"
     script.write_text(SCRIPT)
