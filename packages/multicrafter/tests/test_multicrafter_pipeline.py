@@ -158,13 +158,17 @@ def test_one_person_may_have_several_references(kind, request):
     pipeline = with_adapter(request.getfixturevalue(kind))
     references, options = [WIDE, TALL, SQUARE], {"reference_shape": "own", "true_guidance": 1.0}
     plain = latents(pipeline, "one", references, **options)
-    grouped = latents(pipeline, "one", references, references_per_subject=[2, 1], **options)
+    with pytest.warns(UserWarning, match="2 references of one subject, but the adapter was trained with 1 of each"):
+        grouped = latents(pipeline, "one", references, references_per_subject=[2, 1], **options)
+    pipeline.notes["references_per_subject"] = 2
     assert torch.equal(plain, grouped), "without separation only the number of subjects differs"
     masks = [torch.zeros(64, 64), torch.zeros(64, 64)]
     masks[0][:, :32], masks[1][:, 32:] = 1, 1
-    bound = latents(
-        pipeline, "one", references, references_per_subject=[2, 1], separation="masks", masks=masks, **options
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bound = latents(
+            pipeline, "one", references, references_per_subject=[2, 1], separation="masks", masks=masks, **options
+        )
     assert pipeline.bindings[0].masks.shape[1] == 2
     assert not torch.allclose(bound, plain, atol=1e-4)
     three = latents(

@@ -454,6 +454,10 @@ def test_more_references_than_trained_for_are_said(drawing: Drawing) -> None:
     assert (
         "You gave 2 pictures, but the adapter was trained for 1: expect blending." in few[0] and "expect" not in few[1]
     )
+    both = dataclasses.replace(drawing, request=dataclasses.replace(drawing.request, references_per_subject=(2,)))
+    each = [views.result(both, finder=MapFinder(), adapter=True, trained_for=2, of_each=n) for n in (1, 2)]
+    assert "You gave 2 pictures of one person, but the adapter was trained with 1 of each" in each[0]
+    assert "of each" not in each[1] and "of each" not in few[0]
 
 
 def test_who_is_missing_in_the_draft_is_named(drawing: Drawing) -> None:

@@ -202,8 +202,13 @@ class MultiCrafterPipeline:
 
     @property
     def max_references(self) -> int:
-        """References the adapter was trained for; 1 for a base."""
+        """Subjects the adapter was trained for; 1 for a base."""
         return int(self.notes.get("num_references", 1))
+
+    @property
+    def max_references_per_subject(self) -> int:
+        """References of each subject the adapter was trained for."""
+        return int(self.notes.get("references_per_subject", 1))
 
     @property
     def device(self) -> torch.device:
@@ -328,7 +333,7 @@ class MultiCrafterPipeline:
             reference_shape: "square" pads references to squares; "own" gives each the shape of its picture, with about as many tokens.
                 Prompts whose references have the same shapes run together.
             references_per_subject: How many neighbouring references show each subject, such as ``[2, 1]`` for two pictures of the first
-                person and one of the second; of every prompt. None is one each.
+                person and one of the second; of every prompt. None is one each. A warning says where the adapter was trained with fewer.
             cache_references: Keep keys and values of the references between steps. Default: where that is exact.
             separation: How subjects are kept apart, in place of the pipeline's own. What was bound is in ``pipeline.bindings``,
                 one a prompt, afterwards. Where a draft does not show every subject, a warning says so, and the missing ones
@@ -381,6 +386,8 @@ class MultiCrafterPipeline:
         places = _mask_lists(masks, subjects, grid) if binding.mode == "masks" else None
         if masks is not None and places is None:
             raise UserError(f"masks are for separation 'masks', got separation {binding.mode!r}")
+        if self.adapters is not None and references_per_subject is not None:
+            _say_untrained(max(map(int, references_per_subject)), self.max_references_per_subject)
         self.interrupt = False
         self.bindings = []
         results: dict[int, list[Any]] = {}
@@ -586,6 +593,15 @@ def _per_prompt(binding: Binding, count: int) -> list[Binding]:
         Binding(m, p, c, binding.num_function_evaluations)
         for m, p, c in zip(rows(binding.masks), places, rows(binding.complete), strict=True)
     ]
+
+
+def _say_untrained(given: int, trained: int) -> None:
+    if given > trained:
+        warnings.warn(
+            f"{given} references of one subject, but the adapter was trained with {trained} of each; it may draw each of them as a subject "
+            "of its own",
+            stacklevel=3,
+        )
 
 
 def _say_missing(bindings: list[Binding]) -> None:

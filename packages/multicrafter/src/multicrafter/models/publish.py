@@ -194,6 +194,7 @@ def adapter_card(pipeline: Publishable, title: str) -> str:
         "stage": notes.get("stage"), "steps": notes.get("steps"), "backbone": backbone.name,
         "rank, alpha": f"{config.rank}, {config.alpha:g}", "FFNs": experts, "trained parameters": f"{parameters:,}",
         "picture, reference": f"{pipeline.size} and {pipeline.reference_size} pixels", "subjects": notes.get("num_references"),
+        "references of each": notes.get("references_per_subject"),
     }  # fmt: skip
     facts = "\n".join(f"| {k} | {v} |" for k, v in rows.items() if v is not None)
     return f"---\n{header.to_yaml()}\n---\n" + CARD.format(

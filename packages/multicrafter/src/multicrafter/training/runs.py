@@ -137,11 +137,9 @@ def run_pretrain(
         loop=settings or config.loop,
         tracker=tracker,
     )
-    subjects = max(b.num_subjects for b in stage.buckets.buckets)
     before = int(stage.adapters.notes.get("steps", 0))
     stage.trainee.save(
-        out, stage=1, num_references=subjects, steps=before + config.num_steps, sampling=sampling_notes(config),
-        **sides_of(stage.buckets.buckets[0], stage.model.token_side),
+        out, stage=1, steps=before + config.num_steps, sampling=sampling_notes(config), **shown(stage.buckets.buckets, stage.model.token_side),
     )  # fmt: skip
     return stage.adapters
 
@@ -193,18 +191,23 @@ def run_align(
         tracker=tracker,
     )
     stage.finish()
-    subjects = max(b.num_subjects for b in stage.buckets.buckets)
     stage.trainee.save(
-        out, stage=2, num_references=subjects, steps=config.num_steps, sampling=dict(sampling or {}),
-        **sides_of(stage.buckets.buckets[0], stage.model.token_side),
+        out, stage=2, steps=config.num_steps, sampling=dict(sampling or {}), **shown(stage.buckets.buckets, stage.model.token_side),
     )  # fmt: skip
     return history
 
 
-def sides_of(scenes: EncodedScenes, token_side: int) -> dict[str, int]:
-    """Sides of pictures and references in pixels, from what was trained on; of pictures that are no squares the side of a square as large."""
-    sides = {"size": scenes.grid, "reference_size": scenes.reference_grid}
-    return {name: round(math.sqrt(rows * columns)) * token_side for name, (rows, columns) in sides.items()}
+def shown(buckets: Sequence[EncodedScenes], token_side: int) -> dict[str, int]:
+    """What was trained on, for the adapter's notes: people, references of each, and sides of pictures and references in pixels.
+
+    Sides are those of the first bucket; of what is no square, those of a square as large.
+    """
+    sides = {"size": buckets[0].grid, "reference_size": buckets[0].reference_grid}
+    most = {
+        "num_references": max(b.num_subjects for b in buckets),
+        "references_per_subject": max(b.references_per_subject for b in buckets),
+    }
+    return most | {name: round(math.sqrt(rows * columns)) * token_side for name, (rows, columns) in sides.items()}
 
 
 def trained_sizes(notes: Mapping[str, Any]) -> dict[str, Any]:

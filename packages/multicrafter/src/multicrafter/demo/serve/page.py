@@ -127,7 +127,13 @@ def build(desk: Desk) -> Any:
         yield [
             views.sentence(f"Done in {drawing.seconds:.1f} s.", down=True),
             shown(
-                views.result(drawing, finder=pipeline.finder, adapter=has_adapter, trained_for=pipeline.max_references)
+                views.result(
+                    drawing,
+                    finder=pipeline.finder,
+                    adapter=has_adapter,
+                    trained_for=pipeline.max_references,
+                    of_each=pipeline.max_references_per_subject,
+                )
             ),
             shown(views.maps(drawing, middle, 0)),
             gr.Slider(maximum=max(drawing.request.num_steps, 2), value=middle),

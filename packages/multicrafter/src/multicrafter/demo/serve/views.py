@@ -114,14 +114,15 @@ def _picture(drawn: Drawn, title: str, text: str, drawing: Drawing, name: str) -
     }  # fmt: skip
 
 
-def result(drawing: Drawing, *, finder: Any, adapter: bool, trained_for: int) -> str:
+def result(drawing: Drawing, *, finder: Any, adapter: bool, trained_for: int, of_each: int = 1) -> str:
     """The picture with the method and the one without, side by side, and who was found where.
 
     Args:
         drawing: What came of the request.
         finder: Of the pipeline; says what a similarity is.
         adapter: Whether the model has one.
-        trained_for: References that it was trained for.
+        trained_for: People that it was trained for.
+        of_each: Pictures of each that it was trained for.
     """
     base = "the adapter" if adapter else "the model"
     if drawing.plain is None:
@@ -151,7 +152,8 @@ def result(drawing: Drawing, *, finder: Any, adapter: bool, trained_for: int) ->
     ]  # fmt: skip
     return render(
         HERE, "result.jinja", pictures=pictures, prompt=drawing.request.prompt, columns=[name for name, _ in columns], rows=rows,
-        identity=identity, missing=missing, base=base, trained_for=trained_for, seed=drawing.request.seed, steps=drawing.request.num_steps,
+        identity=identity, missing=missing, base=base, trained_for=trained_for, of_each=of_each,
+        several=max(drawing.request.references_per_subject or (1,)), seed=drawing.request.seed, steps=drawing.request.num_steps,
         guidance=f"{drawing.request.guidance:g}", size=size, shows=_shows(drawing), passes=drawing.passes, seconds=f"{drawing.seconds:.1f}",
     )  # fmt: skip
 
