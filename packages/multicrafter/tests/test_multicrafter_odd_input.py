@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from argparse import ArgumentTypeError, Namespace
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from multicrafter import UserError, load_into
-from multicrafter.cli import evaluate as evaluate_command
 from multicrafter.cli import main
 from multicrafter.cli.options import apart, ours, positive, seed
 from multicrafter.config import settings
@@ -265,16 +264,11 @@ def test_a_guidance_of_nought_is_nought(monkeypatch):
     monkeypatch.setattr(
         scoring,
         "EvaluateConfig",
-        lambda **given: asked.append(given["guidance"]) or (_ for _ in ()).throw(KeyboardInterrupt),
+        lambda **given: asked.append(given["guidance"]) or (_ for _ in ()).throw(LookupError),
     )
-    arguments = Namespace(
-        pictures=None, out=None, model=None, adapter=None, finder="auto", cases=1, references=None, seed=0, steps=None, guidance=0.0,
-        separation=None, draft_steps=None, bind_at=None, size=None,
-    )  # fmt: skip
-    for guidance in (0.0, None, 3.0):
-        arguments.guidance = guidance
-        with pytest.raises(KeyboardInterrupt):
-            evaluate_command.evaluate(arguments)
+    for guidance in (["--guidance", "0"], [], ["--guidance", "3"]):
+        with pytest.raises(LookupError):
+            main(["evaluate", "--cases", "1", *guidance])
     assert asked[0] == 0 and asked[1] > 0 and asked[2] == 3
 
 
