@@ -203,6 +203,28 @@ def test_the_log_forgets_and_resumes() -> None:
     assert found["gradient_cosine"] < 0.6
 
 
+@pytest.mark.parametrize("at", [1, 2, 7, 13])
+def test_a_log_that_is_resumed_goes_on_as_if_nothing_had_happened(at: int) -> None:
+    """The gradient and the copies of the weights are in its state: the iteration after a resume has its partner, the walk its start."""
+
+    def run(stop: int | None) -> list[str]:
+        stream, log = Stream(3.0, 0.6), SignalLog(walk_window=5, momentum=0.9)
+        optimizer = torch.optim.SGD(stream.parameters, lr=0.1)
+        said = []
+        for step in range(20):
+            if step == stop:
+                state = {k: v.clone() for k, v in log.state_dict().items()}
+                log.observe(stream.parameters, num_samples=8)  # what the old one does later must not reach the new one
+                log = SignalLog(walk_window=5, momentum=0.9)
+                log.load_state_dict(state)
+            stream.step()
+            said.append(str(log.observe(stream.parameters, num_samples=8, max_grad_norm=1.0)))
+            optimizer.step()
+        return said
+
+    assert run(at) == run(None)
+
+
 def test_what_is_not_finite_is_not_taken_in() -> None:
     stream, log = Stream(1.0, 0.1), SignalLog()
     for _ in range(3):

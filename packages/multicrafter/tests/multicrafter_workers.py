@@ -162,7 +162,12 @@ def _child(target, args, kwargs, rank, world, store, errors):
 def context():
     """A server that forks children which need not import anything."""
     made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(["multicrafter_workers"])
+    made.set_forkserver_preload(["multicrafter_warm_server"])
+    # before 3.12 the server does not know sys.path, and what it cannot import it leaves out without a word (CPython 117378)
+    here = str(Path(__file__).parent)
+    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if here not in path:
+        os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, path)])
     return made
 
 
@@ -193,7 +198,3 @@ def run(target, *args, world=1, tmp, expect=0, **kwargs):
         assert not raised, raised[0]
         assert [p.exitcode for p in processes] == [0] * world
     return raised
-
-
-if multiprocessing.current_process().name != "MainProcess" or "forkserver" in " ".join(sys.argv):
-    warm()

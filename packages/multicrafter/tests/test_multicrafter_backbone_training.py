@@ -153,7 +153,8 @@ def test_every_backbone_can_be_evaluated_and_looked_at(name):
     assert ((metrics["leakage"] > 0) & (metrics["leakage"] < 1)).all()
     exchanged = generate_cases(pipe, replace(scenes, references=scenes.references.flip(1)), config)
     assert not torch.equal(exchanged, pictures)
-    assert torch.equal(generate_cases(pipe, scenes, config, batch=1).gt(0.5), pictures.gt(0.5))
+    # which products a batch of another size takes differs: rounding, two steps deep
+    torch.testing.assert_close(generate_cases(pipe, scenes, config, batch=1), pictures, atol=1e-5, rtol=0)
     if not hasattr(pipe.transformer, "single_transformer_blocks"):
         maps = subject_maps(pipe, scenes, [1])
         assert torch.allclose(maps.sum(1), torch.ones(1, *scenes.grid))

@@ -69,10 +69,10 @@ CUT: dict[int, dict] = {2: {"prompts": 3}}
     [
         (1, 2, "fsdp", EVEN[1]),
         (2, 2, "ddp", EVEN[2]),
-        pytest.param(1, 2, "ddp", EVEN[1], marks=slow),
-        pytest.param(2, 2, "fsdp", EVEN[2], marks=slow),
-        pytest.param(2, 2, "ddp", CUT[2], marks=slow),
-        pytest.param(2, 2, "fsdp", CUT[2], marks=slow),
+        (1, 2, "ddp", EVEN[1]),
+        (2, 2, "fsdp", EVEN[2]),
+        (2, 2, "ddp", CUT[2]),
+        (2, 2, "fsdp", CUT[2]),
         pytest.param(1, 4, "ddp", EVEN[1], marks=slow),
         pytest.param(1, 4, "fsdp", EVEN[1], marks=slow),
         pytest.param(2, 4, "ddp", EVEN[2], marks=slow),
@@ -94,8 +94,8 @@ def test_many_processes_equal_one(stage, world, parallel, changes, alone, tmp_pa
                 assert b[name] == pytest.approx(a[name], rel=1e-4, abs=TOLERANCE), (name, a["step"])
 
 
-@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=slow)])
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=slow)])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_the_divergence_penalty_and_micro_batches_change_nothing_across_ranks(stage, parallel, alone, tmp_path):
     """Stage 1 without experts, whose losses are those of a micro-batch; in stage 2 parts of a rollout, and a pass with adapters off."""
     plain = replace(workers.SMALL, num_experts=0)
@@ -110,8 +110,8 @@ def test_the_divergence_penalty_and_micro_batches_change_nothing_across_ranks(st
     assert distance(final(folder), final(tmp_path / "two")) < TOLERANCE
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(4, 2, marks=slow), pytest.param(1, 2, marks=slow)])
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=slow)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(4, 2, marks=slow), (1, 2)])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_sharded_checkpoints_reload_into_another_number_of_ranks(stage, before, after, alone, tmp_path):
     changes = EVEN[2] if stage == 2 else {}
     want, out, sharded = (
@@ -152,7 +152,7 @@ def train_until(stage, out, stop, **options):
     raise AssertionError("a signal to one rank must stop all")
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=slow)])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_a_dead_worker_is_named_and_the_run_goes_on_from_its_checkpoint(stage, tmp_path):
     changes = EVEN[2] if stage == 2 else {}
     workers.run(workers.train, stage, tmp_path / "straight", num_steps=8, changes=changes, world=2, tmp=tmp_path)
@@ -319,7 +319,9 @@ def test_the_command_line_under_torchrun_trains_the_adapter_of_one_process(tmp_p
     start(1, "pretrain", "--out", tmp_path / "one1", *small1)
     start(2, "pretrain", "--out", tmp_path / "two1", *small1)
     assert distance(adapter(tmp_path / "one1"), adapter(tmp_path / "two1")) < TOLERANCE
-    small2 = ("--adapter", tmp_path / "one1" / "adapter", "--steps", 1, "--prompts", 2, "--group-size", 3)
+    # the average is what is saved, a twentieth of one step: at a larger rate it is seen
+    options = ["--steps", "1", "--prompts", "2", "--group-size", "3", "--set", "align.lr=5e-3"]
+    small2 = ("--adapter", tmp_path / "one1" / "adapter", *options)
     start(1, "align", "--out", tmp_path / "one2", *small2)
     start(2, "align", "--out", tmp_path / "two2", *small2, "--set", "align.execution.parallel=fsdp")
     assert distance(adapter(tmp_path / "one1"), adapter(tmp_path / "one2")) > 5 * TOLERANCE, "it trains"

@@ -66,7 +66,7 @@ def moment(generator, *, done, steps):
     return generator.choice(kinds)()
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_training_ends_where_untouched_training_ends(stage, count, tmp_path):
     steps = 3 * count + 2  # so that there is something left to kill

@@ -80,8 +80,8 @@ class SignalLog:
             return self.summary()
         norm = length if grad_norm is None else grad_norm
         direction = gradient.div_(length)
-        if self._previous is not None:
-            cosine = float(direction @ self._previous)
+        if self._previous is not None and self._previous.shape == direction.shape:
+            cosine = float(direction @ self._previous.to(direction))
             self._average("cosine", cosine)
             self._average("product", cosine * norm * self._previous_norm)
         self._average("square", norm**2)
@@ -131,18 +131,34 @@ class SignalLog:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The running means. The last gradient is not kept: after a resume the first iteration has no partner."""
-        names = sorted(self.means)
-        return {f"mean.{n}": torch.tensor(self.means[n], dtype=torch.float64) for n in names} | {
-            f"count.{n}": torch.tensor(self.counts[n], dtype=torch.float64) for n in names if n in self.counts
-        }
+        """All that it keeps, the last gradient and the copies of the weights too, so that a run resumed logs what one untouched logs."""
+        numbers = {f"mean.{n}": v for n, v in self.means.items()} | {f"count.{n}": v for n, v in self.counts.items()}
+        kept = {n: getattr(self, f"_{n}") for n in _COPIES}
+        tensors = {f"{n}.{i}": t.clone() for n, copies in kept.items() for i, t in enumerate(copies)}
+        if self._previous is not None:
+            tensors["previous"] = self._previous.clone()
+            numbers["previous_norm"] = self._previous_norm
+        if self._before:
+            numbers |= {"path": self._path, "steps": float(self._steps)}
+        return tensors | {n: torch.tensor(v, dtype=torch.float64) for n, v in sorted(numbers.items())}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restores `state_dict`."""
+        """Restores `state_dict`; of a state without the last gradient (gspo 0.2 wrote none) the next one is the first."""
         for prefix, target in (("mean.", self.means), ("count.", self.counts)):
             target.clear()
             target.update({k.removeprefix(prefix): float(v) for k, v in state.items() if k.startswith(prefix)})
-        self._previous = None
+        self._previous = state["previous"].clone() if "previous" in state else None
+        self._previous_norm = float(state.get("previous_norm", 0.0))
+        self._before, self._anchor = ([state[k].clone() for k in _numbered(state, n)] for n in _COPIES)
+        self._path, self._steps = float(state.get("path", 0.0)), int(state.get("steps", 0))
+
+
+_COPIES = ("before", "anchor")
+
+
+def _numbered(state: Mapping[str, Tensor], name: str) -> list[str]:
+    """The keys ``name.0``, ``name.1``, ..., in order."""
+    return sorted((k for k in state if k.startswith(f"{name}.")), key=lambda k: int(k.rpartition(".")[2]))
 
 
 def _squared_distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:

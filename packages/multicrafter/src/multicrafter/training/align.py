@@ -409,13 +409,20 @@ class Align:
         return Preview({**drawn.pictures, "group": row_of(shown, size=shown[0].shape[-2])}, drawn.metrics)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Adapters, optimizer, moving average, generator, clip range."""
+        """Adapters, optimizer, moving average, generator, clip range, running means of the gradient's signal."""
         trainer = {
             f"trainer.{k}": torch.as_tensor(v) if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
             for k, v in self.trainer.state_dict().items()
         }
+        signal = {f"signal.{k}": v for k, v in self.signal.state_dict().items()}
         watch = self.watch.tensors() if self.config.watch.action != "none" else {}
-        return {**self.trainee.tensors(), **trainer, **watch, "failed_rewards": torch.tensor(self.reward.num_failed)}
+        return {
+            **self.trainee.tensors(),
+            **trainer,
+            **signal,
+            **watch,
+            "failed_rewards": torch.tensor(self.reward.num_failed),
+        }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores `tensors`."""
@@ -424,6 +431,7 @@ class Align:
             self.trainer.load_state_dict(dict(Section(tensors, "trainer.").items()))
         else:
             self.trainer.load_state_dict({k: float(v) for k, v in Section(tensors, "trainer.").items()})
+        self.signal.load_state_dict(Section(tensors, "signal."))
         self.watch.restore(tensors)
         self.reward.num_failed = int(tensors["failed_rewards"])
 
