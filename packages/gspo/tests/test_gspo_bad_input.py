@@ -65,7 +65,7 @@ CASES = [
     (lambda: draw(noise=Z(0, 3)), "noise"),
     (lambda: draw(group_size=0), "group_size"),
     (lambda: draw(tail_steps=0), "tail_steps"),
-    (lambda: draw(micro_batch_size=0), "micro_batch_size must be at least 1 or None, got 0"),
+    (lambda: draw(micro_batch_size=0), "micro_batch_size must be at least 1, as a whole number, got 0"),
     (lambda: draw(kernel=FlowODE()), "kernel must draw noise"),
     (lambda: SlidingWindow(1), "num_steps"),
     (lambda: SlidingWindow(4, size=4), "size"),

@@ -13,32 +13,46 @@ import pytest
 import torch
 from gspo import (
     AdvantageWeightedMatching,
+    ClipRangeTracker,
     DanceSDE,
     DecaySchedule,
     DiffusionNFT,
     FlowDPPO,
+    FlowODE,
     FlowSDE,
+    MovingAverage,
     NoiseLevels,
     ObjectiveConfig,
     ObjectiveTrainer,
     OnlineConfig,
     OnlineTrainer,
     PolicyConfig,
+    RewardGradientConfig,
     RobustReward,
     SlidingWindow,
+    auto_clip_range,
+    clipped_surrogate_loss,
     controlled_variance,
     diagnose,
+    draw,
     finished_samples,
+    gaussian_kl,
+    gaussian_log_prob,
+    gaussian_log_ratio,
     gdpo_advantages,
     gradient_signal,
     group_advantages,
     group_has_signal,
     group_statistics,
+    importance_ratio,
     multi_reward_advantages,
     objective_batches,
     objective_step,
     optimality,
     policy_batches,
+    rollout,
+    sequence_importance_ratio,
+    surrogate_gradient,
     whiten,
 )
 from gspo.diagnostics import BatchOutcome
@@ -381,3 +395,174 @@ def test_a_robust_reward_reads_one_number_a_sample() -> None:
     for options in ({"retries": NAN}, {"wait_s": INF}, {"wait_s": "1"}, {"retries": 1.5}):
         with pytest.raises(ValueError, match="must be"):
             RobustReward(failing, **options)  # type: ignore[arg-type]
+
+
+# tensors that are none of real numbers
+
+
+X, ONES, RATIO = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), torch.ones(2), torch.tensor([1.1, 0.9])
+
+
+def steps(x: Any, v: Any = X, **options: Any) -> Any:
+    return FlowSDE().step(x, v, options.pop("sigma", 0.8), 0.6, **options)
+
+
+def rolled(noise: Any = X, velocity: Any = lambda x, s, i: x, window: Any = (1,), **options: Any) -> Any:
+    return rollout(velocity, noise, LINE, kernel=FlowSDE(), window=window, **{"group_size": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        # samples that were drawn in the dtype of whole numbers were cut to whole numbers
+        (lambda: steps((10 * X).long()), "latents must be a floating tensor, got dtype torch.int64"),
+        (lambda: steps(X > 0), "latents must be a fl"),
+        (lambda: FlowODE().step((10 * X).long(), X, 0.8, 0.6), "latents must be a floating"),
+        (lambda: rolled((10 * X).long()), "noise must be a f"),
+        (lambda: draw(policy, (10 * X).long(), LINE), "noise must be a floating"),
+        (lambda: finished_samples((10 * X).long(), [0, 0]), "latents mu"),
+        # of complex ones the imaginary part was dropped
+        (lambda: steps(X + 1j), "latents must be real"),
+        (lambda: steps(X, X * 1j), "velocity must be real"),
+        (lambda: steps(X, next_latents=X * 1j), "next_latents must be real"),
+        (lambda: steps(X, noise=X * 1j), "noise must be real"),
+        (lambda: steps(X, sigma=torch.tensor(0.8 + 1j)), "sigma must be real"),
+        (lambda: rolled(velocity=lambda x, s, i: x * 1j), "velocity must be r"),
+        (lambda: draw(lambda x, s, i: x * 1j, X, LINE), "velocity must be real"),
+        (lambda: FlowODE().step(X, X * 1j, 0.8, 0.6), "velocity must be r"),
+        (lambda: gaussian_log_prob(X, X * 1j, ONES), "mean must be real"),
+        (lambda: gaussian_log_ratio(X, X * 1j, X, ONES), "mean must be real"),
+        (lambda: gaussian_kl(X, X * 1j, ONES), "mean must be real"),
+        (lambda: sequence_importance_ratio(X, X * 1j), "old_log_prob must be real"),
+        (
+            lambda: clipped_surrogate_loss(X.exp(), [1, -1], 0.2, step_weights=torch.ones(4) * 1j),
+            "step_weights must be real",
+        ),
+        (lambda: auto_clip_range(RATIO * 1j), "ratio must be real"),
+        (lambda: group_advantages([torch.tensor(1j), 1, 2, 3], IDS), "real numbers"),
+        # and these have no values to read
+        (lambda: steps(X.to("meta")), "device meta"),
+        (lambda: steps(X.to_sparse()), "dense tensor"),
+        (lambda: steps(X, X.to("meta")), "device meta"),
+        (lambda: group_advantages(REWARDS, torch.tensor(IDS).to_sparse()), "dense"),
+        (lambda: group_advantages(REWARDS, torch.tensor(IDS, device="meta")), "device meta"),
+        (lambda: clipped_surrogate_loss(RATIO.to("meta"), [1, -1], 0.2), "device meta"),
+        # what is no tensor at all
+        (lambda: FlowODE().step(X.numpy(), X, 0.8, 0.6), "latents must be a torch tensor"),
+        (lambda: rolled(velocity=lambda x, s, i: None), "velocity must be a t"),
+        (lambda: draw(lambda x, s, i: (x,), X, LINE), "velocity must be a torch tensor, got tuple"),
+        (lambda: draw(policy, X.numpy(), LINE), "noise must be a t"),
+        (lambda: sequence_importance_ratio(X, X.numpy()), "old_log_prob must be"),
+        # shapes that torch would have broadcast
+        (lambda: gaussian_log_prob(X, X[:1], ONES), "value and mean must share a shape"),
+        (lambda: auto_clip_range(torch.ones(2, 2, 2)), r"ratio must be \(b,\)"),
+        # names that meant "step" without a word
+        (lambda: importance_ratio("sequense", X), "ratio must be 'sequence'"),
+        (lambda: surrogate_gradient(X, [1, -1], 0.1, ratio="gspo"), "ratio must be"),
+        # numbers of another kind
+        (lambda: steps(X, sigma="0.8"), "sigma must be numbers"),
+        (lambda: steps(X, sigma=None), "sigma_next must be below sigma"),
+        (lambda: steps(X, sigma_max="0.9"), "sigma_max"),
+        (lambda: rolled(group_size="2"), "group_size must be at least 1"),
+        (lambda: rolled(group_size=2.0), "group_size must be at least 1"),
+        (lambda: rolled(micro_batch_size=1.5), "micro_batch_size must be"),
+        (lambda: rolled(tail_steps=1.5), "tail_steps must be"),
+        (lambda: rolled(window=1), "window must be whole numbers"),
+        (lambda: rolled(window=(1.0,)), "window must be whole numbers"),
+        (lambda: draw(policy, X, ["1", "0"]), "sigmas must be numbers"),
+        (lambda: draw(policy, X, torch.ones(2, 2)), "sigmas must be strictly"),
+        (lambda: draw(policy, X, LINE, group_size=2.0), "group_size must be"),
+        (lambda: clipped_surrogate_loss(RATIO, [1, -1], 10**400), "clip_range must"),
+        (lambda: clipped_surrogate_loss(RATIO, [1, -1], 0.2, max_advantage="1"), "max_advantage must be"),
+        (
+            lambda: clipped_surrogate_loss(X.exp(), [1, -1], 0.2, step_weights=torch.tensor([1.0, NAN, 1, 1])),
+            "step_weights must be",
+        ),
+        (lambda: clipped_surrogate_loss(X.exp(), [1, -1], 0.2, step_weights=-torch.ones(4)), "step_weights must be"),
+        (lambda: auto_clip_range(RATIO, "0.1"), "target_clip_fraction must be"),
+        (lambda: group_advantages(REWARDS, IDS, process_group="world"), "process_group must"),
+        (lambda: group_advantages([np.int64(2**53 + 1), np.int64(2**53 + 2), 1, 2], IDS), r"at most 2\^53"),
+        (lambda: whiten([1.0, 2.0], eps=10**400), "eps must be"),
+        *[
+            (lambda w=w: multi_reward_advantages({"a": REWARDS}, {"a": w}, IDS), "weights must be finite")
+            for w in (1j, [1], 10**400)
+        ],
+        *[(lambda r=r: ClipRangeTracker(r), "rate must be") for r in (0, -1, 2, NAN, "a", None)],
+        *[(lambda m=m: ClipRangeTracker().observe(0, m), "measured must be") for m in (0, -1, NAN, INF, "a", None)],
+        *[
+            (lambda s=s: ClipRangeTracker().load_state_dict(s), "state")
+            for s in ({"clip_range.a": 1.0}, {"clip_range.0": "1"}, {"clip_range.0": 0.0})
+        ],
+    ],
+)
+def test_tensors_and_numbers_that_mean_something_else(run: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        run()
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (OnlineConfig, "share_prefix"), (OnlineConfig, "offload"), (OnlineConfig, "split_batch"), (PolicyConfig, "reduce_gradients"),
+        (PolicyConfig, "drop_zero_variance"), (ObjectiveConfig, "drop_silent_rows"), (ObjectiveConfig, "reduce_gradients"),
+        (RewardGradientConfig, "recompute"), (RewardGradientConfig, "reduce_gradients"),
+    ],
+)  # fmt: skip
+def test_the_text_false_is_not_true(make: Any, name: str) -> None:
+    """A configuration's "false" in quotes switched the setting on."""
+    needed = {"window": SlidingWindow(4)} if make is OnlineConfig else {}
+    for value in ("false", 0, None):
+        with pytest.raises(ValueError, match=f"{name} must be True or False, got"):
+            make(**needed, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (OnlineConfig, {"kernel": "flow_sde"}), (OnlineConfig, {"window": (0, 1)}), (OnlineConfig, {"policy": {"ratio": "step"}}),
+        (PolicyConfig, {"max_grad_norm": "1"}), (PolicyConfig, {"max_grad_norm": None}), (PolicyConfig, {"clip_range": np.array([0.1, 0.2])}),
+        (ObjectiveConfig, {"seed": 1.5}), (ObjectiveConfig, {"walk_window": "8"}), (ObjectiveConfig, {"max_grad_norm": "1"}),
+        (RewardGradientConfig, {"seed": NAN}), (RewardGradientConfig, {"max_grad_norm": None}), (RewardGradientConfig, {"walk_window": -1}),
+    ],
+)  # fmt: skip
+def test_parts_of_a_configuration_are_of_their_kind(make: Any, options: dict[str, Any]) -> None:
+    needed = {"window": SlidingWindow(4)} if make is OnlineConfig else {}
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        make(**{**needed, **options})
+
+
+@pytest.mark.parametrize(
+    "state", [{"0": torch.full((2,), NAN)}, {"0": torch.ones(2) * 1j}, {"0": np.ones(2)}, [torch.ones(2)]]
+)
+def test_an_average_that_is_none_is_not_taken_over(state: Any) -> None:
+    average = MovingAverage([WEIGHT])
+    with pytest.raises(ValueError, match="state"):
+        average.load_state_dict(state)
+    assert average.is_current
+
+
+def test_arrays_in_another_order_of_bytes_and_of_rows() -> None:
+    """torch takes neither, and said so in its own words."""
+    want = group_advantages(REWARDS, IDS)
+    swapped, reversed_ = np.array(REWARDS, dtype=">f8"), np.array(REWARDS[::-1])[::-1]
+    for given in (swapped, reversed_, np.array([REWARDS, REWARDS]).T[:, 0]):
+        torch.testing.assert_close(group_advantages(given, IDS), want.double(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(group_advantages(REWARDS, np.array(IDS, dtype=">i8")[::-1].copy()[::-1]), want)
+    assert steps(X, sigma=np.float32(0.8)).std.shape == (2,) and steps(X, sigma=[0.8, 0.8]).std.shape == (2,)
+    assert (
+        clipped_surrogate_loss(RATIO, [1, -1], np.float32(0.25)).loss
+        == clipped_surrogate_loss(RATIO, [1, -1], 0.25).loss
+    )
+
+
+def test_a_missing_value_of_pandas_is_missing() -> None:
+    NAType = type("NAType", (), {})  # pandas itself is no dependency
+    found, want = group_advantages([1.0, NAType(), 3.0, 5.0], IDS), group_advantages([1.0, None, 3.0, 5.0], IDS)
+    torch.testing.assert_close(found, want, equal_nan=True)
+
+
+def test_an_infinite_advantage_is_left_out_of_the_clip_range() -> None:
+    """As in the loss; it counted as one that pushes up."""
+    ratio = torch.tensor([1.5, 1.1, 1.2, 0.9])
+    assert auto_clip_range(ratio, 0.25, [INF, 1.0, 1.0, NAN]) == auto_clip_range(ratio[1:3], 0.25, [1.0, 1.0])

@@ -211,6 +211,34 @@ def test_bands_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(wanted[0], np.round(alpha * colours + (1 - alpha) * np.array([3, 130, 250])))
 
 
+def test_what_cannot_be_read_is_refused_wherever_it_comes_first() -> None:
+    """Their content is asked for before their pixels are: torch answered."""
+    torch = pytest.importorskip("torch")
+    scorer = IdentityScorer(Colours())
+    for tensor in (torch.zeros(3, 4, 4, device="meta"), torch.zeros(3, 4, 4).to_sparse()):
+        with pytest.raises(ValueError, match="without readable values"):
+            scorer([gray(51)], ["x"], [[tensor]])
+
+
+def test_a_masked_reference_is_not_the_one_without_a_mask() -> None:
+    """Equal bytes: the cache gave the picture that is refused the other's face."""
+    pixels, scorer = np.full((4, 4, 3), 51, np.uint8), IdentityScorer(Colours())
+    scorer.embed_references([pixels])
+    with pytest.raises(ValueError, match="masked array"):
+        scorer.embed_references([np.ma.array(pixels, mask=True)])
+
+
+def test_sixteen_bits_in_either_order_of_bytes() -> None:
+    levels = np.full((2, 2, 3), 51 * 257)
+    assert as_array(levels.astype(">u2")).max() == as_array(levels.astype("<u2")).max() == 51
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    for name in ("a" * 5000 + ".png", "a\0b.png", "bad\udc80.png"):
+        with pytest.raises(ValueError, match="must be a"):
+            open_image(name)
+
+
 # adapters
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gspo.distributed import ProcessGroup, gather_rows, total
-from gspo.inputs import Ids, Numbers, as_ids, as_numbers, check_real, floating_dtype
+from gspo.inputs import Ids, Numbers, as_ids, as_numbers, check_real, floating_dtype, is_real
 
 Scale = Literal["group", "global", "none"]
 
@@ -206,9 +205,9 @@ def check_weights(rewards: Mapping[str, object], weights: Mapping[str, float]) -
     if not rewards or rewards.keys() != weights.keys():
         raise ValueError(f"weights must name the rewards {sorted(rewards, key=str)}, got {sorted(weights, key=str)}")
     for name, weight in weights.items():
-        if weight is None or isinstance(weight, str | bytes):
-            raise ValueError(f"weights must be finite numbers, got {weight!r} for {name!r}")
-    if not all(math.isfinite(w) for w in weights.values()) or not any(weights.values()):
+        if not is_real(weight.item() if isinstance(weight, Tensor) and weight.numel() == 1 else weight):
+            raise ValueError(f"weights must be finite numbers, got {weight!r} for {name!r}"[:300])
+    if not any(weights.values()):
         raise ValueError(f"weights must be finite numbers, at least one of them not 0, got {dict(weights)}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gspo.distributed import ProcessGroup, gather_rows, total
-from gspo.inputs import Numbers, as_numbers, require_tensor
+from gspo.inputs import Numbers, as_numbers, check_real, require_tensor
 from gspo.objective import ClipRange
 
 
@@ -35,7 +34,7 @@ def auto_clip_range(
     Args:
         ratio: Off-policy ratios.
         target_clip_fraction: In (0, 1).
-        advantages: One per sample; NaN and 0 leave a sample out.
+        advantages: One per sample; 0 and what is not finite leave a sample out.
         process_group: Ranks whose entries count, all of which must call; None is this rank alone.
 
     Raises:
@@ -47,8 +46,11 @@ def auto_clip_range(
     0.15
     """
     require_tensor(ratio=ratio)
+    check_real("target_clip_fraction", target_clip_fraction)
     if not 0 < target_clip_fraction < 1:
         raise ValueError(f"target_clip_fraction must be in (0, 1), got {target_clip_fraction}")
+    if ratio.dim() not in (1, 2):
+        raise ValueError(f"ratio must be (b,) or (b, t), got {tuple(ratio.shape)}")
     away = ratio.detach().cpu().double() - 1
     away = away if away.dim() == 2 else away[:, None]
     sign = torch.zeros(len(ratio), 1, dtype=away.dtype, device=away.device)
@@ -56,7 +58,7 @@ def auto_clip_range(
         gains = as_numbers("advantages", advantages)
         if gains.shape != ratio.shape[:1]:
             raise ValueError(f"advantages must be (b,) for ratio {tuple(ratio.shape)}, got {tuple(gains.shape)}")
-        sign = torch.nan_to_num(gains).sign().to(away).unsqueeze(1)
+        sign = torch.nan_to_num(gains, posinf=0.0, neginf=0.0).sign().to(away).unsqueeze(1)
         away = away[sign[:, 0] != 0]
         sign = sign[sign[:, 0] != 0]
     pairs = torch.stack([away.abs().flatten(), (away * sign).flatten()], 1)
@@ -77,17 +79,30 @@ class ClipRangeTracker:
     """
 
     def __init__(self, rate: float = 0.2) -> None:
-        """``rate`` in (0, 1]."""
+        """``rate`` in (0, 1].
+
+        Raises:
+            ValueError: It is not.
+        """
+        check_real("rate", rate)
+        if rate is None or not 0 < rate <= 1:
+            raise ValueError(f"rate must be in (0, 1], got {rate}")
         self.rate = rate
         self.ranges: dict[int, float] = {}
 
     def observe(self, start: int, measured: float) -> float:
         """Takes a measurement at a window start in; returns the new range.
 
+        Raises:
+            ValueError: The measurement is no positive number.
+
         >>> tracker = ClipRangeTracker(rate=0.5)
         >>> tracker.observe(0, 4e-4), round(tracker.observe(0, 1e-4), 7)
         (0.0004, 0.0002)
         """
+        check_real("measured", measured)
+        if measured is None or not measured > 0:
+            raise ValueError(f"measured must be a positive clip range, got {measured}")
         before = self.ranges.get(start, measured)
         self.ranges[start] = before if before == measured else before ** (1 - self.rate) * measured**self.rate
         return self.ranges[start]
@@ -103,7 +118,9 @@ class ClipRangeTracker:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Restores `state_dict`; other keys are ignored."""
         found = {k.removeprefix("clip_range."): v for k, v in state.items() if k.startswith("clip_range.")}
-        if not all(math.isfinite(v) and v > 0 for v in found.values()):
+        for start, value in found.items():
+            check_real(f"state['clip_range.{start}']", value)
+        if not all(start.isdecimal() and v > 0 for start, v in found.items()):
             raise ValueError(f"state must hold positive clip ranges, got {found}")
         self.ranges = {int(start): float(value) for start, value in found.items()}
 

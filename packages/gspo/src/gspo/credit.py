@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gspo.inputs import require_tensor
 from gspo.ratio import gaussian_log_ratio
 
 Background = Literal["sum", "zero"]
@@ -48,6 +49,7 @@ def token_advantages(
     """
     if background not in ("sum", "zero"):
         raise ValueError(f"background must be 'sum' or 'zero', got {background!r}")
+    require_tensor(advantages=advantages, regions=regions)
     if advantages.dim() != 2 or regions.dim() != 3 or regions.shape[:2] != advantages.shape:
         raise ValueError(
             f"advantages must be (b, s) and regions (b, s, n), got {tuple(advantages.shape)} and {tuple(regions.shape)}"
@@ -81,6 +83,7 @@ def token_log_ratio(
     >>> token_log_ratio(x, torch.full_like(x, 0.5), torch.zeros_like(x), torch.ones(1)).tolist()
     [[0.375, 0.875]]
     """
+    require_tensor(next_latents=next_latents, mean=mean, old_mean=old_mean, std=std)
     if next_latents.dim() < 2:
         raise ValueError(f"next_latents must be (b, n, ...), got shape {tuple(next_latents.shape)}")
     rows, tokens = next_latents.shape[:2]

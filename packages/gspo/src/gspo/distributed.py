@@ -23,7 +23,13 @@ def resolve(process_group: ProcessGroup | Literal["world"] | None) -> ProcessGro
 
 
 def world_size(group: ProcessGroup | None) -> int:
-    """Number of ranks in the group; 1 for None."""
+    """Number of ranks in the group; 1 for None.
+
+    Raises:
+        ValueError: It is a name; only trainers take "world".
+    """
+    if isinstance(group, str):
+        raise ValueError(f"process_group must be a group of torch.distributed or None, got {group!r}")
     return 1 if group is None else dist.get_world_size(group)
 
 

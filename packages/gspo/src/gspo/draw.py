@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from gspo.inputs import Ids, as_ids, as_numbers, check_whole, require_floating
 from gspo.rollout import Rollout, VelocityFunction
 from gspo.sde import FlowODE
 from gspo.solver import solve_tail
@@ -15,9 +16,7 @@ from gspo.solver import solve_tail
 Solver = Literal["dpm_solver_2m", "euler"]
 
 
-def finished_samples(
-    latents: Float[Tensor, "b ..."], index: Int[Tensor, " b"], *, num_function_evaluations: int = 0
-) -> Rollout:
+def finished_samples(latents: Float[Tensor, "b ..."], index: Ids, *, num_function_evaluations: int = 0) -> Rollout:
     """A rollout of samples that anything has drawn (a pipeline, a data set, another program).
 
     Args:
@@ -31,6 +30,8 @@ def finished_samples(
     >>> finished_samples(torch.zeros(2, 3), torch.tensor([0, 0])).trajectory
     ()
     """
+    require_floating(latents=latents)
+    index = as_ids("index", index).to(latents.device)
     if latents.dim() < 2 or len(latents) == 0 or index.shape != latents.shape[:1]:
         raise ValueError(
             "latents must be (b, ...) with b at least 1 and index (b,), "
@@ -54,7 +55,8 @@ def check_levels(sigmas: Float[Tensor, " t"]) -> list[float]:
     Raises:
         ValueError: It does not fall strictly from at most 1 to at least 0.
     """
-    levels = [float(s) for s in sigmas]
+    numbers = as_numbers("sigmas", sigmas)
+    levels = numbers.tolist() if numbers.dim() == 1 else []
     if len(levels) < 2 or not all(b < a for a, b in zip(levels[:-1], levels[1:], strict=True)):
         raise ValueError(f"sigmas must be strictly decreasing with at least 2 entries, got {levels}")
     if levels[0] > 1 or levels[-1] < 0:
@@ -87,14 +89,14 @@ def draw(
         ValueError: Sizes do not fit, sigmas do not decrease, or a velocity is not finite or has another shape than the latents.
     """
     levels = check_levels(sigmas)
+    require_floating(noise=noise)
+    check_whole(1, group_size=group_size, micro_batch_size=micro_batch_size)
     if noise.dim() < 2 or len(noise) == 0:
         raise ValueError(f"noise must be (b, ...) with b at least 1, got shape {tuple(noise.shape)}")
-    if group_size < 1 or len(noise) % group_size:
+    if len(noise) % group_size:
         raise ValueError(f"group_size must divide the {len(noise)} rows of noise, got {group_size}")
     if solver not in ("dpm_solver_2m", "euler"):
         raise ValueError(f"solver must be 'dpm_solver_2m' or 'euler', got {solver!r}")
-    if micro_batch_size is not None and micro_batch_size < 1:
-        raise ValueError(f"micro_batch_size must be at least 1 or None, got {micro_batch_size}")
     size, steps = micro_batch_size or len(noise), len(levels) - 1
     index = torch.arange(len(noise) // group_size, device=noise.device).repeat_interleave(group_size)
     parts = []

@@ -33,14 +33,59 @@ Ids = Shaped[Tensor, " b"] | Sequence[Any] | SupportsArray
 
 
 def require_tensor(**values: object) -> None:
-    """Refuses what is no tensor, where lists cannot be meant (gradients flow through it).
+    """Refuses what is no tensor of real numbers, where lists cannot be meant (gradients flow through it).
 
     Raises:
         ValueError: Naming the argument.
     """
     for name, value in values.items():
-        if value is not None and not isinstance(value, Tensor):
+        if not isinstance(value, Tensor):
             raise ValueError(f"{name} must be a torch tensor, got {type(value).__name__}")
+        _require_real_values(name, value)
+
+
+def require_floating(**values: object) -> None:
+    """`require_tensor`, and refuses whole numbers: what is drawn in their dtype would be cut to whole numbers.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    require_tensor(**values)
+    for name, value in values.items():
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            raise ValueError(f"{name} must be a floating tensor, got dtype {value.dtype}")
+
+
+def _require_real_values(name: str, value: Tensor) -> None:
+    """Refuses tensors whose values are complex, or cannot be read one by one."""
+    if value.is_complex():
+        raise ValueError(f"{name} must be real numbers, got dtype {value.dtype}")
+    if value.layout != torch.strided or value.is_meta or value.is_nested or value.is_quantized:
+        kind = "the device meta" if value.is_meta else str(value.dtype if value.is_quantized else value.layout)
+        raise ValueError(f"{name} must be a dense tensor with values, got one of {kind}")
+
+
+def require_bool(owner: object, *names: str) -> None:
+    """Refuses settings of a dataclass that are not True or False: the text "false" would count as True.
+
+    Raises:
+        ValueError: Naming the setting.
+    """
+    for name in names:
+        if not isinstance(getattr(owner, name), bool):
+            raise ValueError(f"{name} must be True or False, got {getattr(owner, name)!r}")
+
+
+def check_whole(low: int, **values: Any) -> None:
+    """Refuses what is no whole number of at least ``low``; None is left to the caller.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    for name, value in values.items():
+        good = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= low  # type: ignore[operator]
+        if value is not None and not good:
+            raise ValueError(f"{name} must be at least {low}, as a whole number, got {value!r}")
 
 
 def _optional(owner: object, name: str) -> bool:
@@ -82,10 +127,19 @@ def check_real(name: str, value: Any, *, least: float = -math.inf) -> None:
     Raises:
         ValueError: Naming it.
     """
-    good = value is None or (isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value))
-    if not good or (value is not None and value < least):
+    if value is not None and (not is_real(value) or value < least):
         limit = "" if least == -math.inf else f" of at least {least:g}"
-        raise ValueError(f"{name} must be a finite number{limit}, got {value!r}")
+        raise ValueError(f"{name} must be a finite number{limit}, got {value!r}"[:300])
+
+
+def is_real(value: Any) -> bool:
+    """Whether it is a finite real number, NumPy's too, that a float can hold."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_seed(seed: Any) -> None:
@@ -121,15 +175,11 @@ def as_numbers(name: str, values: Numbers) -> Tensor:
     tensor([1., 1., nan], dtype=torch.float64)
     """
     if isinstance(values, Tensor):
-        if values.is_complex():
-            raise ValueError(f"{name} must be real numbers, got dtype {values.dtype}")
-        if values.layout != torch.strided or values.is_meta:
-            kind = "the device meta" if values.is_meta else str(values.layout)
-            raise ValueError(f"{name} must be a dense tensor with values, got one of {kind}")
+        _require_real_values(name, values)
         if values.is_floating_point():
             return values.detach()
         if values.numel() and values.dtype != torch.bool:
-            low, high = int(values.min()) if values.dtype != torch.uint64 else 0, max(values.tolist())
+            low, high = int(values.min()) if values.dtype != torch.uint64 else 0, max(values.flatten().tolist())
             if low < -EXACT or high > EXACT:
                 raise ValueError(f"{name} must be at most 2^53 as whole numbers, got {high if high > EXACT else low}")
         return values.cpu().double()  # not every device has it
@@ -138,7 +188,9 @@ def as_numbers(name: str, values: Numbers) -> Tensor:
     if isinstance(values, SupportsArray):
         array = _unmasked(values)
         if array.dtype.kind == "f":
-            return torch.tensor(array if array.dtype.itemsize <= 8 else array.astype("float64"))
+            # torch takes no other byte order and no negative stride
+            kind = array.dtype.newbyteorder("=") if array.dtype.itemsize <= 8 else "float64"
+            return torch.tensor(array.astype(kind, order="C"))
         values = array.tolist()
     try:
         rows = list(values)  # type: ignore[arg-type]
@@ -161,15 +213,18 @@ def _unmasked(values: Any) -> Any:
 
 
 def _number(name: str, value: Any) -> float:
-    if value is None:
+    if value is None or type(value).__name__ == "NAType":  # pandas
         return float("nan")
+    if isinstance(value, Tensor):
+        _require_real_values(name, value)
+        value = value.item() if value.numel() == 1 else value
     try:
         if isinstance(value, str | bytes) or getattr(getattr(value, "dtype", None), "kind", "") == "c":
             raise TypeError
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name} must be numbers (or None), one per sample, got {value!r} among them") from None
-    if isinstance(value, int) and abs(value) > EXACT:
+        raise ValueError(f"{name} must be numbers (or None), one per sample, got {value!r} among them"[:300]) from None
+    if isinstance(value, numbers.Integral) and abs(int(value)) > EXACT:
         raise ValueError(f"{name} must be at most 2^53 as whole numbers, got {value}")
     return number
 
@@ -187,6 +242,7 @@ def as_ids(name: str, values: Ids) -> Int[Tensor, " b"]:
     if isinstance(values, Tensor):
         if values.is_floating_point() or values.is_complex():
             raise ValueError(f"{what}, got dtype {values.dtype}")
+        _require_real_values(name, values)
         if values.dtype != torch.uint64:
             return values.long()
         values = values.tolist()

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from gspo.inputs import check_real, require_tensor
+
 
 class MovingAverage:
     """``average <- decay * average + (1 - decay) * parameters``, kept in fp32 beside the parameters.
@@ -31,6 +33,7 @@ class MovingAverage:
         Raises:
             ValueError: decay is outside.
         """
+        check_real("decay", decay)
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must be in [0, 1], got {decay}")
         for value, parameter in zip(self.values, self.parameters, strict=True):
@@ -72,8 +75,14 @@ class MovingAverage:
         """Restores `state_dict`.
 
         Raises:
-            ValueError: Another number of tensors, or another shape.
+            ValueError: Another number of tensors, another shape, or NaN; nothing has changed then.
         """
+        if not isinstance(state, dict):
+            raise ValueError(f"state must be a dictionary as state_dict() gives it, got {type(state).__name__}")
+        for name, tensor in state.items():
+            require_tensor(**{f"state['{name}']": tensor})
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"state['{name}'] must be finite, got NaN or infinity")
         shapes = {str(i): tuple(value.shape) for i, value in enumerate(self.values)}
         found = {name: tuple(value.shape) for name, value in state.items()}
         if shapes != found:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.inputs import Numbers, as_numbers, require_tensor
+from gspo.inputs import Numbers, as_numbers, is_real, require_tensor
 
 ClipRange = float | tuple[float, float]
 """How far a ratio may go from 1: the same both ways, or (below, above)."""
@@ -45,10 +44,10 @@ def clip_bounds(clip_range: ClipRange) -> tuple[float, float]:
     ((0.75, 1.25), (0.75, 1.5))
     """
     pair = tuple(clip_range) if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
-    numbers = [x for x in pair if isinstance(x, int | float) and not isinstance(x, bool)]
-    if len(pair) != 2 or len(numbers) != 2 or not all(x > 0 and math.isfinite(x) for x in numbers):
-        raise ValueError(f"clip_range must be a positive number or two (below, above), got {clip_range!r}")
-    return 1 - numbers[0], 1 + numbers[1]
+    found = [float(x) for x in pair if is_real(x) and x > 0]
+    if len(pair) != 2 or len(found) != 2:
+        raise ValueError(f"clip_range must be a positive number or two (below, above), got {clip_range!r}"[:300])
+    return 1 - found[0], 1 + found[1]
 
 
 def clipped_surrogate_loss(
@@ -115,28 +114,32 @@ def _check(
     reduction: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Advantages and sample weights as tensors like the ratio, or one sentence."""
-    require_tensor(ratio=ratio, step_weights=step_weights)
+    require_tensor(ratio=ratio)
     if ratio.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"ratio must be float32 or float64 (half precision rounds it to 1), got {ratio.dtype}")
     gains = as_numbers("advantages", advantages).to(ratio)
     if ratio.dim() not in (1, 2) or gains.shape != ratio.shape[:1]:
         raise ValueError(f"advantages must be (b,) for ratio {tuple(ratio.shape)}, got {tuple(gains.shape)}")
-    if step_weights is not None and (ratio.dim() != 2 or step_weights.shape != ratio.shape[1:]):
-        raise ValueError(
-            f"step_weights must be (t,) for step ratios (b, t), got {tuple(step_weights.shape)} for {tuple(ratio.shape)}"
-        )
+    if step_weights is not None:
+        require_tensor(step_weights=step_weights)
+        if ratio.dim() != 2 or step_weights.shape != ratio.shape[1:] or not _are_weights(step_weights):
+            raise ValueError(
+                f"step_weights must be (t,) for step ratios (b, t), finite and not negative, got {step_weights} for {tuple(ratio.shape)}"
+            )
     weights = None if sample_weights is None else as_numbers("sample_weights", sample_weights).to(ratio)
-    if weights is not None and (
-        weights.shape != gains.shape or not bool((torch.isfinite(weights) & (weights >= 0)).all())
-    ):
+    if weights is not None and (weights.shape != gains.shape or not _are_weights(weights)):
         raise ValueError(f"sample_weights must be (b,) = {tuple(gains.shape)}, finite and not negative, got {weights}")
     if max_advantage is not None:
-        if not max_advantage > 0:
+        if isinstance(max_advantage, str) or not max_advantage > 0:
             raise ValueError(f"max_advantage must be positive or None, got {max_advantage}")
         gains = torch.where(torch.isfinite(gains), gains.clamp(-max_advantage, max_advantage), gains)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     return gains, weights
+
+
+def _are_weights(values: Tensor) -> bool:
+    return bool((torch.isfinite(values) & (values >= 0)).all())
 
 
 def guard_step_weights(sigma: Float[Tensor, " t"], sigma_next: Float[Tensor, " t"]) -> Float[Tensor, " t"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gspo.distributed import ProcessGroup, resolve, sum_gradients, total, world_size
-from gspo.inputs import Numbers, as_numbers, require_real, require_whole
+from gspo.inputs import Numbers, as_numbers, check_seed, require_bool, require_real, require_whole
 from gspo.moving_average import MovingAverage
 from gspo.points import Objective
 from gspo.rollout import Hook, Rollout, VelocityFunction
@@ -53,8 +54,11 @@ class ObjectiveConfig:
         require_real(self, "kl_coef")
         if not self.kl_coef >= 0:
             raise ValueError(f"kl_coef must not be negative, got {self.kl_coef}")
-        if not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
+        require_bool(self, "drop_silent_rows", "reduce_gradients")
+        check_seed(self.seed)
+        require_whole(self, 0, "walk_window")
+        if not isinstance(self.max_grad_norm, numbers.Real) or not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive, got {self.max_grad_norm!r}")
 
 
 class ObjectiveStatistics(NamedTuple):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gspo.advantage import Scale
-from gspo.inputs import check_real, check_seed, require_whole
+from gspo.inputs import check_real, check_seed, require_bool, require_whole
 from gspo.policy_config import PolicyConfig
 from gspo.sde import FlowSDE, Kernel
 from gspo.window import SlidingWindow
@@ -61,8 +61,10 @@ class OnlineConfig:
             raise ValueError(f"reward_weights must be a dictionary by name, got {self.reward_weights!r}")
         for name, weight in self.reward_weights.items():
             check_real(f"reward_weights[{name!r}]", weight)
-        if not isinstance(self.own_noise, bool):
-            raise ValueError(f"own_noise must be True or False, got {self.own_noise!r}")
+        require_bool(self, "share_prefix", "own_noise", "offload", "split_batch")
+        for name, kind in (("window", SlidingWindow), ("kernel", Kernel), ("policy", PolicyConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2 (a group of one has no advantage), got {self.group_size}")
         for name, choices in (

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gspo.inputs import require_tensor
 from gspo.rollout import Rollout
 
 
@@ -117,6 +118,7 @@ def check_velocities(weights: Tensor, weights_name: str, velocity: Tensor, **oth
     Raises:
         ValueError: Velocities differ in shape, or weights are neither one per row nor one per row and token.
     """
+    require_tensor(**{weights_name: weights}, velocity=velocity, **others)
     if velocity.dim() < 2 or len(velocity) == 0:
         raise ValueError(f"velocity must be (b, ...) with b at least 1, got shape {tuple(velocity.shape)}")
     for name, tensor in others.items():

@@ -6,7 +6,7 @@ import numbers
 from dataclasses import dataclass
 from typing import Literal
 
-from gspo.inputs import require_real, require_whole
+from gspo.inputs import require_bool, require_real, require_whole
 from gspo.objective import clip_bounds
 from gspo.ratio import RatioKind
 
@@ -50,7 +50,7 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         if self.ratio not in ("sequence", "step", "guarded"):
             raise ValueError(f"ratio must be 'sequence', 'step' or 'guarded', got {self.ratio!r}")
-        if self.clip_range != "auto":
+        if not isinstance(self.clip_range, str) or self.clip_range != "auto":
             try:
                 clip_bounds(self.clip_range)
             except ValueError:
@@ -58,6 +58,7 @@ class PolicyConfig:
                     f"clip_range must be a positive number, two of them (below, above) or 'auto', got {self.clip_range!r}"
                 ) from None
         require_real(self, "target_clip_fraction", "clip_range_rate", "max_advantage")
+        require_bool(self, "drop_zero_variance", "reduce_gradients")
         if not 0 < self.target_clip_fraction < 1:
             raise ValueError(f"target_clip_fraction must be in (0, 1), got {self.target_clip_fraction}")
         if not 0 < self.clip_range_rate <= 1:
@@ -66,8 +67,9 @@ class PolicyConfig:
             raise ValueError(f"kl_coef must be a number that is not negative, got {self.kl_coef}")
         for name in ("max_grad_norm", "max_advantage"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+            limit = isinstance(value, numbers.Real) and value > 0  # infinity is no limit
+            if not limit and not (value is None and name == "max_advantage"):
+                raise ValueError(f"{name} must be positive, got {value!r}")
         for name in ("num_inner_epochs", "micro_batch_size"):
             require_whole(self, 1, name)
         if self.off_policy not in ("warn", "raise", "allow"):

@@ -21,8 +21,10 @@ RatioKind = Literal["sequence", "step", "guarded"]
 def _difference(log_prob: Tensor, old_log_prob: Tensor | float) -> Tensor:
     """The log-ratio (b, t), in fp32 at least: half precision rounds what a ratio lives on."""
     require_tensor(log_prob=log_prob)
+    if isinstance(old_log_prob, Tensor):
+        require_tensor(old_log_prob=old_log_prob)
     if not isinstance(old_log_prob, Tensor):
-        if old_log_prob != 0:
+        if not isinstance(old_log_prob, int | float) or old_log_prob != 0:
             raise ValueError(f"old_log_prob must be (b, t), or 0.0 if log_prob is the log-ratio, got {old_log_prob!r}")
     elif log_prob.shape != old_log_prob.shape:
         raise ValueError(
@@ -108,6 +110,8 @@ def guarded_step_importance_ratio(
 
 def importance_ratio(kind: RatioKind, log_ratio: Float[Tensor, "b t"]) -> Float[Tensor, " b"] | Float[Tensor, "b t"]:
     """The ratio of that kind: (b,) for "sequence", (b, t) for "step" and "guarded" (then of a `guarded_log_ratio`)."""
+    if kind not in ("sequence", "step", "guarded"):
+        raise ValueError(f"ratio must be 'sequence', 'step' or 'guarded', got {kind!r}")
     if kind == "sequence":
         return sequence_importance_ratio(log_ratio, 0.0)
     return step_importance_ratio(log_ratio, 0.0)

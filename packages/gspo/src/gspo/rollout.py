@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gspo.inputs import Ids, SupportsArray, as_ids, as_numbers, require_tensor
+from gspo.inputs import Ids, SupportsArray, as_ids, as_numbers, check_whole, require_floating
 from gspo.sde import FlowODE, Kernel
 from gspo.solver import solve_tail
 
@@ -97,7 +97,7 @@ def check_sigmas(sigmas: Sigmas, window: Sequence[int]) -> list[float]:
         )
     if levels[-1] > 0.01:
         warnings.warn(f"sigmas end at {levels[-1]:.4g}, not at 0: the final latents still hold noise", stacklevel=3)
-    steps = list(window)
+    steps = as_ids("window", window).tolist()
     if not steps or steps != list(range(steps[0], steps[0] + len(steps))):
         raise ValueError(f"window must hold consecutive steps, got {steps}")
     if steps[0] < 0 or steps[-1] > len(levels) - 2 or levels[steps[-1] + 1] <= 0:
@@ -203,13 +203,9 @@ class _InParts:
 
 
 def _check(noise: Tensor, kernel: Kernel, *, group_size: int, **at_least_one: int | None) -> None:
-    require_tensor(noise=noise)
+    require_floating(noise=noise)
     if noise.dim() < 2 or len(noise) == 0:
         raise ValueError(f"noise must be (p, ...) with p at least 1, got shape {tuple(noise.shape)}")
-    if group_size < 1:
-        raise ValueError(f"group_size must be at least 1, got {group_size}")
-    for name, value in at_least_one.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1 or None, got {value}")
+    check_whole(1, group_size=group_size, **at_least_one)
     if isinstance(kernel, FlowODE) or not isinstance(kernel, Kernel):
         raise ValueError(f"kernel must draw noise (FlowSDE, FlowCPS, DanceSDE), got {kernel!r}")

@@ -19,13 +19,13 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.inputs import require_real, require_tensor
+from gspo.inputs import as_numbers, check_real, require_floating, require_real, require_tensor
 
 LOG_TWO_PI = math.log(2 * math.pi)
 
@@ -101,6 +101,11 @@ def gaussian_log_prob(
     >>> round(mean.item(), 4), round(total.item(), 4)
     (-0.9189, -2.7568)
     """
+    require_tensor(value=value, mean=mean, std=std)
+    if value.shape != mean.shape or std.shape != mean.shape[:1]:
+        raise ValueError(
+            f"value and mean must share a shape (b, ...) and std be (b,), got {tuple(value.shape)}, {tuple(mean.shape)} and {tuple(std.shape)}"
+        )
     squares = torch.nn.functional.mse_loss(value.float(), mean.float(), reduction="none").flatten(1)
     log_prob_mean = -squares.mean(1) / (2 * std.square()) - std.log() - 0.5 * LOG_TWO_PI
     return log_prob_mean, log_prob_mean * squares.shape[1]
@@ -108,9 +113,8 @@ def gaussian_log_prob(
 
 def _levels(name: str, value: float | Tensor, latents: Tensor) -> Tensor:
     """``value`` as one fp64 number a row, on the CPU: checking a number there never waits for a device, and not every device has fp64."""
-    row = (
-        torch.as_tensor(value).cpu().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-    )
+    given: Any = value if hasattr(value, "__len__") or hasattr(value, "dtype") else [value]
+    row = as_numbers(name, given).cpu().double()
     if row.dim() > 1 or (row.dim() == 1 and row.shape[0] not in (1, latents.shape[0])):
         raise ValueError(
             f"{name} must be a number or have one entry per row ({latents.shape[0]}), got shape {tuple(row.shape)}"
@@ -119,6 +123,8 @@ def _levels(name: str, value: float | Tensor, latents: Tensor) -> Tensor:
 
 
 def _check(latents: Tensor, velocity: Tensor, next_latents: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> None:
+    require_floating(latents=latents)
+    require_tensor(velocity=velocity, **({} if next_latents is None else {"next_latents": next_latents}))
     if latents.dim() < 2:
         raise ValueError(f"latents must have a batch axis and at least one more, got shape {tuple(latents.shape)}")
     for name, tensor in (("velocity", velocity), ("next_latents", next_latents)):
@@ -174,7 +180,7 @@ class _Stochastic(ABC):
         Raises:
             ValueError: Shapes differ, sigmas do not decrease or leave (0, 1], or an input is not finite.
         """
-        require_tensor(latents=latents, velocity=velocity, next_latents=next_latents, noise=noise)
+        require_tensor(latents=latents, **({} if noise is None else {"noise": noise}))
         levels, levels_next = _levels("sigma", sigma, latents), _levels("sigma_next", sigma_next, latents)
         _check(latents, velocity, next_latents, levels, levels_next)
         if not bool((levels_next > 0).all()):
@@ -226,6 +232,7 @@ class FlowSDE(_Stochastic):
 
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None = None) -> Coefficients:
         """``(a, b, std)`` of the class's equation."""
+        check_real("sigma_max", sigma_max.item() if isinstance(sigma_max, Tensor) else sigma_max)
         if sigma_max is not None and not 0 < sigma_max < 1:
             raise ValueError(f"sigma_max must be in (0, 1), got {sigma_max}")
         dt = sigma_next - sigma
@@ -337,6 +344,7 @@ class FlowODE:
         sigma_max: float | None = None,
     ) -> ODEStep:
         """One Euler step; a given ``next_latents`` is returned as it is."""
+        require_tensor(latents=latents)
         levels, levels_next = _levels("sigma", sigma, latents), _levels("sigma_next", sigma_next, latents)
         _check(latents, velocity, next_latents, levels, levels_next)
         dt = (levels_next - levels).to(device=latents.device, dtype=torch.float32)

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gspo.inputs import require_tensor
+
 
 def _lambda(sigma: float) -> float:
     """Half log signal-to-noise ratio of the flow, ``log((1 - sigma) / sigma)``."""
@@ -81,7 +83,9 @@ def solve_tail(
     previous: Tensor | None = None
     before: float | None = None
     for sigma, sigma_next in zip(grid[:-1], grid[1:], strict=True):
-        velocity = velocity_fn(x, torch.full((len(x),), sigma, device=x.device), index).float()
+        velocity = velocity_fn(x, torch.full((len(x),), sigma, device=x.device), index)
+        require_tensor(velocity=velocity)
+        velocity = velocity.float()
         if velocity.shape != x.shape or not bool(torch.isfinite(velocity).all()):
             raise ValueError(
                 f"velocity must be finite, of the shape of latents {tuple(x.shape)}, got shape {tuple(velocity.shape)}"

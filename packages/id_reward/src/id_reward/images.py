@@ -12,6 +12,7 @@ So every scorer, backend and drawing of this package looks through `as_array` or
 | 32-bit integers, which state no range | up to 255: 8-bit levels, with a warning; up to 65535: 16 bits; else refused |
 | floats | in [0, 1], or levels from 0 to 255; anything else is refused, and so is NaN |
 | animation, several pages | the first frame of a file |
+| colour profile | not applied: every file is read as sRGB, as pipelines of diffusers do |
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -267,7 +267,7 @@ def open_image(
     except Exception as error:
         if isinstance(error, ValueError) and str(name) in str(error):
             raise
-        folder = isinstance(source, (str, os.PathLike)) and Path(source).is_dir()
+        folder = isinstance(source, (str, os.PathLike)) and os.path.isdir(source)
         said = _line(error) if isinstance(error, InputError) else f"{type(error).__name__}: {_line(error)}"
         reason = "it is a folder" if folder else said
         raise InputError(f"{name} must be a readable picture, got: {reason}") from error
@@ -296,7 +296,7 @@ def _array_levels(values: np.ndarray) -> UInt8[np.ndarray, "h w c"]:
         return values
     if values.dtype == np.bool_:
         return values.astype(np.uint8) * np.uint8(255)
-    if values.dtype == np.uint16:
+    if values.dtype.kind == "u" and values.dtype.itemsize == 2:  # in any byte order
         return _from_sixteen(values)
     if np.issubdtype(values.dtype, np.floating):
         return float_levels(values.astype(np.float32) if values.dtype == np.float16 else values)

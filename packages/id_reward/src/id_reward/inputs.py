@@ -149,10 +149,14 @@ def content_key(picture: Any) -> Hashable | None:
         raw = b"" if picture.mode == "RGB" else _digest(picture.tobytes())
         return "pil", picture.mode, picture.size, raw, seen
     if hasattr(picture, "detach"):
-        tensor = picture.detach().cpu()
-        values = (tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor).contiguous().numpy()
+        try:
+            tensor = picture.detach().cpu()
+            half = tensor.is_floating_point() and tensor.itemsize < 4
+            values = (tensor.float() if half else tensor).contiguous().numpy()
+        except (RuntimeError, TypeError):
+            return None  # of the device "meta", sparse: whoever looks at it says what is wrong
         return "tensor", str(tensor.dtype), values.shape, _digest(values.tobytes())
-    if hasattr(picture, "__array__"):
+    if hasattr(picture, "__array__") and not np.ma.is_masked(picture):
         array = np.asarray(picture)
         return None if array.dtype.hasobject else ("array", array.dtype.str, array.shape, _digest(array.tobytes()))
     return None
