@@ -11,12 +11,19 @@ import pytest
 import torch
 from idar import (
     SubjectLayout,
+    attention_owners,
     box_masks,
     idar_loss,
     leakage,
+    map_boxes,
+    map_iou,
+    map_overlap,
+    normalize_maps,
     owner_masks,
     separate_attention,
     sigma_weight,
+    stratified_subset,
+    subject_attention,
     token_masks,
 )
 from torch import nn
@@ -153,3 +160,70 @@ def test_masks_that_are_hidden_or_huge() -> None:
         patch.setattr(pictures, "MAX_PIXELS", 100)
         with pytest.raises(ValueError, match="at most 100 pixels, got 11 x 10"):
             pictures.read_mask(Image.new("L", (11, 10), 255))
+
+
+SPANS, IMAGE = LAYOUT.subject_spans, LAYOUT.image_span
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: leakage(MAPS, MASKS + 0j), "masks must be a dense tensor of real"),
+        (lambda: leakage(MAPS.to_sparse(), MASKS), "maps must be a dense"),
+        (lambda: leakage(MAPS.to("meta"), MASKS), "maps must be a dense"),
+        (lambda: token_masks(torch.ones(1, 1, 4, 4).to_sparse(), (2, 2)), "dense"),
+        (lambda: owner_masks(MAPS + 0j), "coverage must be a dense"),
+        (lambda: box_masks(torch.zeros(1, 1, 4) + 0j, (2, 2), (4, 4)), "boxes must be a"),
+        (lambda: box_masks(torch.zeros(1, 1, 4), (2, 2), "44"), "size must be positive"),
+        (lambda: box_masks(torch.zeros(1, 1, 4), (2, 2), 4), "size must"),
+        (lambda: box_masks(torch.zeros(1, 1, 4), (2, 2), (4,)), "size must be"),
+        (lambda: map_boxes(MAPS, (2, 2), (NAN, 4)), "size must be positive"),
+        (lambda: map_boxes(MAPS, (2, 2), (-4, 4)), "size must be positive"),
+        (lambda: map_boxes(MAPS, (2, 2), (4, 4), tail="0"), "tail must be"),
+        (lambda: box_masks(torch.zeros(1, 1, 4), (2, 2), (4, 4), margin="1"), "margin must be"),
+        (lambda: normalize_maps(MAPS.numpy()), "maps must be a torch"),
+        (lambda: normalize_maps(MAPS - 1, "share"), "maps must be at least 0"),
+        (lambda: normalize_maps(MAPS, eps=NAN), "eps must be"),
+        (lambda: map_iou(MAPS, MASKS, threshold=NAN), "threshold must be"),
+        (lambda: map_iou(MAPS, MASKS, threshold=-1), "threshold must be"),
+        (lambda: map_iou(MAPS, MASKS, threshold="a"), "threshold must be"),
+        (lambda: map_overlap(MAPS - 1), "at least 0"),
+        (lambda: map_overlap(MAPS[0]), r"maps must be \(b, s, n\)"),
+        (lambda: map_overlap(MAPS.numpy()), "maps must be a torch tensor"),
+        (lambda: sigma_weight(torch.tensor([0.5 + 1j])), "sigma must be a dense"),
+        (lambda: subject_attention(X + 0j, X + 0j, SPANS, IMAGE), "query must be a d"),
+        (lambda: subject_attention(X.long(), X.long(), SPANS, IMAGE), "must be floating"),
+        (lambda: attention_owners(X.numpy(), X, LAYOUT), "query must be a t"),
+        (lambda: subject_attention(X, X, SPANS, IMAGE, chunk_size=1.5), "chunk_size must be"),
+        (lambda: subject_attention(X, X, ((6, 7, 8),), IMAGE), "two whole"),
+        (lambda: subject_attention(X, X, ((6.0, 8.0),), IMAGE), "two whole numbers"),
+        (lambda: stratified_subset(10, 2.5), "num_samples must be"),
+        (lambda: token_masks(torch.ones(1, 1, 4, 4), (True, 2)), "grid must be"),
+        (lambda: token_masks(torch.ones(1, 1, 4, 4), (10**9, 10**9)), "16,777,216 tokens"),
+        (lambda: token_masks(torch.ones(1, 1, 4, 4), (2, 2), padding="0000"), "padding must be four numbers"),
+    ],
+)
+def test_tensors_and_numbers_of_another_kind(call: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_maps_in_half_precision_say_what_they_hold(dtype: torch.dtype) -> None:
+    """fp16 has no number as small as the eps of a division: a map of zeros became NaN; and it rounded the loss."""
+    zeros = torch.zeros(1, 2, 4, dtype=dtype)
+    for mode in ("max", "minmax", "share", "sum"):
+        assert normalize_maps(zeros, mode).tolist() == zeros.tolist()
+    maps = (torch.rand(1, 2, 4096, generator=torch.Generator().manual_seed(0)) / 4096).to(dtype)
+    halves = (torch.arange(4096) < 2048).float()
+    masks = torch.stack([halves, 1 - halves])[None]
+    for measure in (leakage, lambda m, t: idar_loss(m, t, kind="dice").loss, lambda m, t: map_overlap(m)):
+        torch.testing.assert_close(measure(maps, masks), measure(maps.float(), masks), rtol=0, atol=0)
+    assert torch.equal(leakage(MAPS, MASKS.bool()), leakage(MAPS, MASKS))
+
+
+def test_a_map_of_nothing_says_nothing() -> None:
+    """It leaked 0, and lay apart from the others."""
+    maps = MAPS.clone()
+    maps[:, 0] = 0
+    assert leakage(maps, MASKS).isnan().tolist() == map_overlap(maps).isnan().tolist() == [[True, False]]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from moe_lora import MoELoRAConfig, inject, inject_saved, save_peft_lora
+from moe_lora import MoELoRAConfig, collect, inject, inject_saved, save_peft_lora
 from safetensors.torch import save_file
 from torch import nn
 
@@ -104,3 +105,81 @@ def test_targets_that_are_none(targets: Any) -> None:
 def test_token_masks_are_tensors(mask: Any) -> None:
     with pytest.raises(ValueError, match="token_mask must be a boolean tensor"), handle().token_mask(mask):
         pass
+
+
+def test_a_module_that_stands_in_two_places_is_not_adapted_in_one() -> None:
+    """Only the first place got the mixture, and the model used both."""
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    with pytest.raises(ValueError, match="must stand in one place of the model, got '0'"):
+        inject(model, MoELoRAConfig(rank=2, alpha=2.0), ["0"])
+    assert model[0] is model[2] is shared
+    block = nn.Sequential(nn.Linear(4, 4))  # a shared block holds its linear once, and both uses see the mixture
+    assert list(inject(nn.Sequential(block, block), MoELoRAConfig(rank=2, alpha=2.0), ["0.0"]).layers) == ["0.0"]
+
+
+def test_a_handle_whose_mixtures_were_removed_writes_nothing(tmp_path: Path) -> None:
+    mixture = handle()
+    mixture.remove()
+    with pytest.raises(ValueError, match="must hold mixtures to be written"):
+        mixture.save(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_numbers_of_numpy_are_plain_ones_in_the_file(tmp_path: Path) -> None:
+    mixture = handle(rank=np.int64(2), alpha=np.float32(2), num_experts=np.int8(3))
+    mixture.save(tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "moe_lora.json").read_text())["config"]["rank"] == 2
+    assert inject_saved(net(), tmp_path / "a").config == MoELoRAConfig(rank=2, alpha=2.0, num_experts=3)
+    with pytest.raises(ValueError, match="alpha must be a finite number"):
+        MoELoRAConfig(rank=2, alpha=10**400)
+
+
+def test_a_name_that_is_there_twice_and_a_pipe_are_refused(tmp_path: Path) -> None:
+    """The last of two alphas won; a pipe was waited for."""
+    folder, model = saved(tmp_path), net()
+    text = (folder / "moe_lora.json").read_text()
+    (folder / "moe_lora.json").write_text(text.replace('"alpha": 2.0', '"alpha": 2.0, "alpha": 4.0'))
+    with pytest.raises(ValueError, match="got 'alpha' twice"):
+        inject_saved(model, folder)
+    for name in ("moe_lora.safetensors", "moe_lora.json"):
+        (folder / "moe_lora.json").write_text(text)
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(ValueError, match="got a pipe or a device"):
+            inject_saved(model, folder)
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [torch.tensor([0.0, 0.5, 1.0]), [0, 0.5, 1], torch.tensor([0, -1, 1]), torch.tensor([]), "001", {"0": [-1, 0, 0]}],
+)
+def test_kinds_of_tokens_that_are_none(kinds: Any) -> None:
+    """Half a kind was counted as kind 0."""
+    with pytest.raises(ValueError, match="kinds must be whole numbers of at least 0"), collect(handle(), kinds):
+        pass
+
+
+def test_kinds_and_masks_in_lists_arrays_and_under_names() -> None:
+    mixture, x, results = handle(), torch.randn(3, 4), []
+    for kinds in ([0, 0, 1], np.array([0, 0, 1]), torch.tensor([0, 0, 1]), {"0": [0, 0, 1]}):
+        with collect(mixture, kinds) as log:
+            mixture.model(x)
+        results.append(log.load("block")["0"])
+    assert all(torch.equal(r, results[0]) for r in results)
+    with (
+        pytest.raises(ValueError, match="names must be regular expressions, got '\\('"),
+        collect(mixture, {"(": [0, 0, 1]}),
+    ):
+        mixture.model(x)
+    with pytest.raises(ValueError, match="token_mask must be boolean"), mixture.token_mask(torch.ones(3)):
+        mixture.model(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "config"), [(None, MoELoRAConfig(rank=2, alpha=2.0)), (net(), {"rank": 2}), ("net", None)]
+)
+def test_what_is_no_model_and_no_config(model: Any, config: Any) -> None:
+    with pytest.raises(ValueError, match="model must be a torch module and config a MoELoRAConfig"):
+        inject(model, config, ["0"])

@@ -8,6 +8,7 @@ memory depends neither on the number of heads nor of blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from idar import streaming
+from idar.masks import require_tensor
 
 Span = tuple[int, int]
 Direction = Literal["reference_to_image", "image_to_reference"]
@@ -25,10 +27,13 @@ def check_spans(length: int, subject_spans: Sequence[Span], image_span: Span) ->
     """Raises ValueError unless all spans are non-empty, inside the sequence and apart from each other."""
     if not subject_spans:
         raise ValueError("subject_spans must hold at least one (start, stop), got none")
-    for name, (start, stop) in [
+    for name, span in [
         ("image_span", image_span),
         *[(f"subject_spans[{i}]", s) for i, s in enumerate(subject_spans)],
     ]:
+        if len(span) != 2 or not all(isinstance(end, Integral) for end in span):
+            raise ValueError(f"{name} must be two whole numbers (start, stop), got {span!r}")
+        start, stop = span
         if not 0 <= start < stop <= length:
             raise ValueError(f"{name} must satisfy 0 <= start < stop <= {length}, got ({start}, {stop})")
     ordered = sorted([image_span, *subject_spans])
@@ -97,11 +102,14 @@ def subject_attention(
     >>> subject_attention(q, q, [(4, 6)], (0, 4)).tolist()
     [[[0.25, 0.25, 0.25, 0.25]]]
     """
+    require_tensor(query=query, key=key)
     if query.dim() != 4 or query.shape != key.shape:
         raise ValueError(f"query and key must both be (b, h, n, d), got {tuple(query.shape)} and {tuple(key.shape)}")
+    if not (query.is_floating_point() and key.is_floating_point()):
+        raise ValueError(f"query and key must be floating, got {query.dtype} and {key.dtype}")
     check_spans(query.shape[2], subject_spans, image_span)
     check_direction(direction)
-    if chunk_size is not None and chunk_size < 1:
+    if chunk_size is not None and (not isinstance(chunk_size, Integral) or chunk_size < 1):
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive, got {scale}")
@@ -177,7 +185,7 @@ def stratified_subset(
     >>> stratified_subset(4, 4).tolist()
     [0, 1, 2, 3]
     """
-    if not 1 <= num_samples <= length:
+    if not isinstance(num_samples, Integral) or not 1 <= num_samples <= length:
         raise ValueError(f"num_samples must be in [1, {length}], got {num_samples}")
     step = length / num_samples
     where = (torch.arange(num_samples) + torch.rand(num_samples, generator=generator, dtype=torch.float64)) * step

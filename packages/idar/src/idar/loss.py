@@ -132,6 +132,7 @@ def idar_loss(
     0.5754
     """
     check_masks(maps, masks)
+    maps = maps.float() if maps.itemsize < 4 else maps  # half precision rounds a token's share of a map away
     if not isinstance(eps, numbers.Real) or isinstance(eps, bool) or not 0 <= eps <= 1:
         raise ValueError(f"eps must be a number in [0, 1], got {eps!r}")
     if weight is not None:
@@ -178,7 +179,8 @@ def sigma_weight(sigma: Float[Tensor, " b"], *, sigma_max: float = 1.0, power: f
     [1.0, 0.5, 0.0]
     """
     require_tensor(sigma=sigma)
-    if not 0 < sigma_max <= 1 or not 0 <= power < math.inf:
+    numeric = all(isinstance(n, numbers.Real) for n in (sigma_max, power))
+    if not numeric or not 0 < sigma_max <= 1 or not 0 <= power < math.inf:
         raise ValueError(f"sigma_max must be in (0, 1] and power at least 0, got {sigma_max} and {power}")
     if not bool(((sigma >= 0) & (sigma <= 1)).all()):
         raise ValueError("sigma must lie in [0, 1], got values outside or NaN")

@@ -13,10 +13,11 @@ from torch import Tensor
 
 Normalization = Literal["max", "minmax", "share", "sum", "none"]
 Fit = Literal["stretch", "pad", "crop"]
+MAX_TOKENS = 2**24
 
 
 def require_tensor(**values: object) -> None:
-    """Refuses what is no tensor.
+    """Refuses what is no dense tensor of real numbers.
 
     Raises:
         ValueError: Naming the argument.
@@ -24,6 +25,30 @@ def require_tensor(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} must be a torch tensor, got {type(value).__name__} (torch.as_tensor makes one)")
+        if value.is_complex() or value.layout != torch.strided or value.is_meta:
+            kind = f"{value.dtype}, {value.layout}, on {value.device}"
+            raise ValueError(f"{name} must be a dense tensor of real numbers with values, got {kind}")
+
+
+def check_number(name: str, value: object, low: float, high: float) -> None:
+    """Refuses what is no number, NaN, or outside [low, high].
+
+    Raises:
+        ValueError: Naming it.
+    """
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not low <= float(value) <= high:
+        raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}"[:300])
+
+
+def check_size(size: tuple[int, int]) -> None:
+    """Refuses a picture's height and width that are no two finite numbers of at least 1.
+
+    Raises:
+        ValueError: They are none.
+    """
+    pair = isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 2
+    if not pair or not all(isinstance(n, numbers.Real) and 1 <= n < math.inf for n in size):
+        raise ValueError(f"size must be positive, two finite numbers (height, width), got {size!r}"[:300])
 
 
 def check_grid(grid: tuple[int, int]) -> tuple[int, int]:
@@ -36,8 +61,10 @@ def check_grid(grid: tuple[int, int]) -> tuple[int, int]:
     (2, 3)
     """
     good = isinstance(grid, Sequence) and not isinstance(grid, str) and len(grid) == 2
-    if not good or not all(isinstance(n, numbers.Integral) and n >= 1 for n in grid):
+    if not good or not all(isinstance(n, numbers.Integral) and not isinstance(n, bool) and n >= 1 for n in grid):
         raise ValueError(f"grid must be positive, two whole numbers (rows, columns), got {grid!r}")
+    if grid[0] * grid[1] > MAX_TOKENS:
+        raise ValueError(f"grid must be positive and of at most {MAX_TOKENS:,} tokens, got {grid!r}"[:300])
     return int(grid[0]), int(grid[1])
 
 
@@ -74,12 +101,13 @@ def token_masks(
     """
     require_tensor(masks=masks)
     grid = check_grid(grid)
-    if masks.dim() != 4 or min(masks.shape[2:]) < 1 or masks.is_complex():
+    if masks.dim() != 4 or min(masks.shape[2:]) < 1:
         raise ValueError(f"masks must be (b, s, H, W), real, and grid positive, got {tuple(masks.shape)} and {grid}")
     masks = masks.float()
     if not bool(((masks >= 0) & (masks <= 1)).all()):
         raise ValueError("masks must lie in [0, 1], got values outside or NaN")
-    if not isinstance(padding, Sequence) or len(padding) != 4 or not all(0 <= p < math.inf for p in padding):
+    four = isinstance(padding, Sequence) and len(padding) == 4 and all(isinstance(p, numbers.Real) for p in padding)
+    if not four or not all(0 <= p < math.inf for p in padding):
         raise ValueError(f"padding must be four numbers (left, top, right, bottom) of at least 0, got {padding}")
     left, top, right, bottom = padding
     height, width = masks.shape[2] + top + bottom, masks.shape[3] + left + right
@@ -152,8 +180,8 @@ def box_masks(
         raise ValueError(f"boxes must be (b, s, 4), got {tuple(boxes.shape)}")
     if bool(torch.isinf(boxes).any()):
         raise ValueError("boxes must be finite, or NaN for a subject that was not found, got infinity")
-    if not all(1 <= side < math.inf for side in size) or not 0 <= margin < math.inf:
-        raise ValueError(f"grid and size must be positive and margin at least 0, got {grid}, {size} and {margin}")
+    check_size(size)
+    check_number("margin", margin, 0, 1e9)
     left, top, right, bottom = boxes.float().unbind(2)
     if bool((right < left).any() or (bottom < top).any()):
         raise ValueError("boxes must be (left, top, right, bottom), got one that ends before it begins")
@@ -201,8 +229,10 @@ def map_boxes(
         raise ValueError(f"maps must be (b, s, {grid[0] * grid[1]}) for this grid, got {tuple(maps.shape)}")
     if not bool((torch.isfinite(maps) & (maps >= 0)).all()):
         raise ValueError("maps must be finite and at least 0, got values outside or NaN")
-    if not 0 <= tail < 0.5:
-        raise ValueError(f"tail must be in [0, 0.5), got {tail}")
+    check_size(size)
+    if not isinstance(tail, numbers.Real) or not 0 <= tail < 0.5:
+        raise ValueError(f"tail must be in [0, 0.5), got {tail!r}")
+    maps = maps if maps.dtype == torch.float64 else maps.float()
     relative = maps / maps.mean(-1, keepdim=True).clamp_min(1e-12)
     total = maps.sum(1, keepdim=True)
     owner = torch.zeros_like(relative).scatter_(1, relative.argmax(1, keepdim=True), 1.0)
@@ -237,12 +267,20 @@ def normalize_maps(
     "max": ``m / max_j m``; "minmax": ``(m - min) / (max - min)``; "share": ``m_i / sum over subjects of m``, so that the subjects
     compete for every token; "sum": ``m / sum_j m``; "none": unchanged. A map that is zero (constant, for "minmax") becomes zero.
 
+    Half precision is divided in fp32: it has no number as small as eps.
+
     Raises:
-        ValueError: The mode is unknown.
+        ValueError: The mode is unknown, maps are below 0, or eps is not in [0, 1].
 
     >>> normalize_maps(torch.tensor([[[1.0, 4.0]], ]), "max").tolist()
     [[[0.25, 1.0]]]
     """
+    require_tensor(maps=maps)
+    check_number("eps", eps, 0, 1)
+    if bool((maps.detach() < 0).any()):
+        raise ValueError(f"maps must be at least 0, as attention is, got {float(maps.min()):g}")
+    if maps.dtype in (torch.float16, torch.bfloat16):
+        return normalize_maps(maps.float(), mode, eps=eps).to(maps.dtype)
     if mode == "max":
         return maps / maps.amax(-1, keepdim=True).clamp_min(eps)
     if mode == "minmax":

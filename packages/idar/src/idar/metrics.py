@@ -11,6 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from idar.loss import check_masks
+from idar.masks import check_number, require_tensor
+
+
+def _checked(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps and masks in fp32 at least: half precision rounds sums over tokens."""
+    check_masks(maps, masks)
+    maps = maps if maps.dtype == torch.float64 else maps.float()
+    return maps, masks.to(maps.dtype)
 
 
 def leakage(maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s n"]) -> Float[Tensor, "b s"]:
@@ -19,9 +27,10 @@ def leakage(maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s n"]) -> Floa
         other_i = max(0, max over k != i of M_k - M_i)
         leakage_i = sum_j m_ij other_ij / sum_j m_ij (M_ij + other_ij)
 
-    0: none; 0.5 for two equally large subjects: the map does not tell them apart. NaN where a subject is absent or alone.
+    0: none; 0.5 for two equally large subjects: the map does not tell them apart. NaN where a subject is absent or alone, or its map is 0
+    on all of them.
     """
-    check_masks(maps, masks)
+    maps, masks = _checked(maps, masks)
     count = masks.shape[1]
     results = []
     for i in range(count):
@@ -29,7 +38,7 @@ def leakage(maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s n"]) -> Floa
         other = torch.stack(rest).amax(0) if rest else torch.zeros_like(masks[:, 0])
         other = (other - masks[:, i]).clamp_min(0)
         away, home = (maps[:, i] * other).sum(-1), (maps[:, i] * masks[:, i]).sum(-1)
-        known = (masks[:, i].sum(-1) > 0) & (other.sum(-1) > 0)
+        known = (masks[:, i].sum(-1) > 0) & (other.sum(-1) > 0) & (away + home > 0)
         results.append(torch.where(known, away / (away + home).clamp_min(1e-12), torch.full_like(away, torch.nan)))
     return torch.stack(results, 1)
 
@@ -37,8 +46,13 @@ def leakage(maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s n"]) -> Floa
 def map_iou(
     maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s n"], *, threshold: float = 0.5
 ) -> Float[Tensor, "b s"]:
-    """Intersection over union of ``map >= threshold * its maximum`` and ``mask >= 0.5``; NaN where the mask is empty."""
-    check_masks(maps, masks)
+    """Intersection over union of ``map >= threshold * its maximum`` and ``mask >= 0.5``; NaN where the mask is empty.
+
+    Raises:
+        ValueError: threshold is not in [0, 1].
+    """
+    maps, masks = _checked(maps, masks)
+    check_number("threshold", threshold, 0, 1)
     hot, true = maps >= threshold * maps.amax(-1, keepdim=True), masks >= 0.5
     union = (hot | true).sum(-1)
     iou = (hot & true).sum(-1) / union.clamp_min(1)
@@ -47,13 +61,13 @@ def map_iou(
 
 def peak_in_mask(maps: Float[Tensor, "b s n"], masks: Float[Tensor, "b s n"]) -> Float[Tensor, "b s"]:
     """1 where the map's maximum lies in the mask (coverage >= 0.5), else 0; NaN where the mask is empty."""
-    check_masks(maps, masks)
+    maps, masks = _checked(maps, masks)
     hit = (masks >= 0.5).gather(-1, maps.argmax(-1, keepdim=True))[..., 0].float()
     return torch.where((masks >= 0.5).any(-1), hit, torch.full_like(hit, torch.nan))
 
 
 def map_overlap(maps: Float[Tensor, "b s n"]) -> Float[Tensor, "b s"]:
-    """How much of a map lies where other subjects' maps lie; needs no masks. NaN for a single subject.
+    """How much of a map lies where other subjects' maps lie; needs no masks. NaN for a single subject, and where a map is 0.
 
         overlap_i = mean over k != i of sum_j min(p_ij, p_kj),   p_i = m_i / sum_j m_ij
 
@@ -62,12 +76,16 @@ def map_overlap(maps: Float[Tensor, "b s n"]) -> Float[Tensor, "b s"]:
     >>> map_overlap(torch.tensor([[[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]])).tolist()
     [[0.5, 0.5]]
     """
-    if not bool(torch.isfinite(maps).all()):
-        raise ValueError("maps must be finite, got NaN or infinity")
+    require_tensor(maps=maps)
+    if maps.dim() != 3 or not bool((torch.isfinite(maps) & (maps >= 0)).all()):
+        raise ValueError(f"maps must be (b, s, n), finite and at least 0, got {tuple(maps.shape)} or values outside")
+    maps = maps if maps.dtype == torch.float64 else maps.float()
+    nothing = maps.sum(-1) == 0
     p = maps / maps.sum(-1, keepdim=True).clamp_min(1e-12)
     shared = torch.minimum(p[:, :, None], p[:, None]).sum(-1)  # (b, s, s)
     own = torch.diagonal(shared, dim1=1, dim2=2)
-    return (shared.sum(-1) - own) / (maps.shape[1] - 1) if maps.shape[1] > 1 else torch.full_like(own, torch.nan)
+    found = (shared.sum(-1) - own) / (maps.shape[1] - 1) if maps.shape[1] > 1 else torch.full_like(own, torch.nan)
+    return found.masked_fill(nothing, torch.nan)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +138,7 @@ def attention_profile(
     >>> attention_profile(maps, blocks=("a", "b", "c"), sigmas=(1.0, 0.7, 0.4, 0.1)).values["overlap"].shape
     torch.Size([3, 4, 2])
     """
+    require_tensor(maps=maps)
     if maps.dim() != 5 or maps.shape[:2] != (len(blocks), len(sigmas)):
         raise ValueError(
             f"maps must be (k, t, b, s, n) with k = {len(blocks)} blocks and t = {len(sigmas)} sigmas, got {tuple(maps.shape)}"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from idar.attention import streaming_maps
 from idar.layout import SubjectLayout
-from idar.masks import owner_masks
+from idar.masks import owner_masks, require_tensor
 
 Arrow = Literal[
     "image_to_reference",
@@ -101,8 +101,9 @@ def check_separation(
 ) -> list[SubjectLayout]:
     """The layouts, one for all rows or one per row; raises ValueError where something does not fit."""
     layouts = [layout] if isinstance(layout, SubjectLayout) else list(layout)
-    if masks.dim() != 3 or not len(masks) or masks.is_complex():
-        raise ValueError(f"masks must be (b, s, m), real and of at least one row, got {tuple(masks.shape)}")
+    require_tensor(masks=masks)
+    if masks.dim() != 3 or not len(masks):
+        raise ValueError(f"masks must be (b, s, m) and of at least one row, got {tuple(masks.shape)}")
     if len(layouts) not in (1, len(masks)):
         raise ValueError(f"layout must be one, or one per row of masks ({len(masks)}), got {len(layouts)}")
     for one in layouts:
@@ -240,6 +241,7 @@ def attention_owners(
     Routing by the model's own attention (after MUSAR, arXiv 2505.02823, section 3.3); a `Router` for `separate_subjects`. Every image
     token gets an owner, whether it shows somebody or not.
     """
+    require_tensor(query=query, key=key)
     image = layout.image_queries(query.shape[2], key.shape[2]) if layout.causal else layout.image_span
     maps = streaming_maps(query, key, [], layout.subject_spans, image, layout.image_span, "image_to_reference")
     return owner_masks(maps, threshold=1e-12)

@@ -74,6 +74,21 @@ def write_adapter(
     os.replace(new_meta, meta)
 
 
+def _require_no_pipe(file: Path) -> None:
+    """Refuses a pipe or a device, which would be read for ever."""
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise ValueError(f"{file} must be a file, got a pipe or a device")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose last of two equal names would win without a word."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"every name must be there once, got {max(names, key=names.count)!r} twice")
+    return found
+
+
 def read_config(folder: Path) -> tuple[MoELoRAConfig, list[str]]:
     """Config and targets of a saved adapter.
 
@@ -81,8 +96,9 @@ def read_config(folder: Path) -> tuple[MoELoRAConfig, list[str]]:
         ValueError: The file is missing or not ours.
     """
     meta = folder / META
+    _require_no_pipe(meta)
     try:
-        data = json.loads(meta.read_text())
+        data = json.loads(meta.read_text("utf-8"), object_pairs_hook=_once)
         if data["format"] != FORMAT:
             raise ValueError(f"format must be {FORMAT}, got {data['format']!r}")
         if not isinstance(data["targets"], list):
@@ -117,6 +133,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: It cannot be read, or a tensor is no floating-point tensor of finite numbers.
     """
+    _require_no_pipe(file)
     try:
         tensors: dict[str, Tensor] = load_file(file)
     except (SafetensorError, OSError) as error:

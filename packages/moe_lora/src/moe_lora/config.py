@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 Gating = Literal["softmax_then_topk", "topk_then_softmax"]
 Dispatch = Literal["grouped", "loop", "dense"]
+
+
+def _is_finite(value: numbers.Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +50,16 @@ class MoELoRAConfig:
     def __post_init__(self) -> None:
         for name in ("rank", "num_experts", "top_k"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            object.__setattr__(self, name, int(value))  # NumPy's too: files hold plain numbers
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k must be at most num_experts = {self.num_experts}, got {self.top_k}")
         for name in ("alpha", "jitter", "balance_coef", "z_coef"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value!r}")
+            if not isinstance(value, numbers.Real) or isinstance(value, bool) or not _is_finite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}"[:300])
+            object.__setattr__(self, name, value if isinstance(value, (int, float)) else float(value))
         if self.alpha <= 0:
             raise ValueError(f"alpha must be positive, got {self.alpha}")
         if not 0 <= self.jitter < 1:

@@ -39,7 +39,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"targets must be regular expressions, got {pattern!r}: {error}") from None
+        raise ValueError(f"names must be regular expressions, got {pattern!r}: {error}") from None
 
 
 def find_targets(model: nn.Module, targets: Targets) -> list[str]:
@@ -53,6 +53,10 @@ def find_targets(model: nn.Module, targets: Targets) -> list[str]:
     ['0', '2']
     """
     modules = {name: module for name, module in model.named_modules() if name}
+    places: dict[int, set[tuple[int, str]]] = {}
+    for outer in model.modules():
+        for leaf, child in outer._modules.items():
+            places.setdefault(id(child), set()).add((id(outer), leaf))
     names = list(modules)
     several = isinstance(targets, Iterable) and not isinstance(targets, (str, bytes))
     if several:
@@ -75,11 +79,15 @@ def find_targets(model: nn.Module, targets: Targets) -> list[str]:
     for name in found:
         if any(name.startswith(other + ".") for other in found):
             raise ValueError(f"targets must not lie inside each other, got {name!r} inside another target")
-        outer = [n for n, m in modules.items() if isinstance(m, MoELoRALayer) and f"{name}.".startswith(f"{n}.")]
+        around = [n for n, m in modules.items() if isinstance(m, MoELoRALayer) and f"{name}.".startswith(f"{n}.")]
         inner = [m for m in modules[name].modules() if isinstance(m, MoELoRALayer)]
-        if outer or inner:
+        if around or inner:
             raise ValueError(
                 f"targets must be modules without a mixture, got {name!r}: remove() the first handle or name others"
+            )
+        if len(places[id(modules[name])]) > 1:
+            raise ValueError(
+                f"targets must stand in one place of the model, got {name!r}, which is used under another name too and would stay as it is there"
             )
         check_target(modules[name], name)
     return found
@@ -89,7 +97,7 @@ def for_layer(labels: Tensor | Mapping[str, Tensor], name: str) -> Tensor | None
     """What belongs to a layer: the tensor itself, or that of the first regex which matches the layer's whole name; None if none does."""
     if isinstance(labels, Tensor):
         return labels
-    return next((t for pattern, t in labels.items() if re.fullmatch(pattern, name)), None)
+    return next((t for pattern, t in labels.items() if _compiled(pattern).fullmatch(name)), None)
 
 
 class MoELoRA:
@@ -234,7 +242,12 @@ class MoELoRA:
         """Writes ``moe_lora.safetensors`` and ``moe_lora.json`` into the folder ``path``, atomically.
 
         Of several ranks the first writes. With sharded parameters every rank has to call it, and returns when the files are there.
+
+        Raises:
+            ValueError: The mixtures were removed, or hold NaN; or the folder cannot be made.
         """
+        if not self.layers:
+            raise ValueError("handle must hold mixtures to be written, got none (removed?)")
         folder = save_tensors(Path(path), self.state_dict(), self.config, list(self.layers))
         if any(hasattr(p, "full_tensor") for p in self.parameters()):
             torch.distributed.barrier()
@@ -268,6 +281,10 @@ def inject(
     >>> sorted(handle.state_dict())
     ['0.lora_a', '0.lora_b', '0.router.weight']
     """
+    if not isinstance(model, nn.Module) or not isinstance(config, MoELoRAConfig):
+        raise ValueError(
+            f"model must be a torch module and config a MoELoRAConfig, got {type(model).__name__} and {type(config).__name__}"
+        )
     layers = {
         name: MoELoRALayer(model.get_submodule(name), config, generator=generator, name=name)
         for name in find_targets(model, targets)

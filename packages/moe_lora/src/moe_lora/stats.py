@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -188,6 +188,24 @@ class RoutingLog:
         }
 
 
+def _as_kinds(kinds: Any) -> Tensor:
+    """Kinds of tokens as whole numbers from 0 on.
+
+    Raises:
+        ValueError: They are none.
+    """
+    try:
+        found = torch.as_tensor(kinds)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"kinds must be whole numbers of at least 0, got {type(kinds).__name__}") from None
+    if found.is_floating_point() or found.is_complex() or not found.numel() or int(found.min()) < 0:
+        got = f"{found.dtype} {tuple(found.shape)}" + (
+            f" down to {int(found.min())}" if found.numel() and not found.is_complex() else ""
+        )
+        raise ValueError(f"kinds must be whole numbers of at least 0, one per token, got {got}")
+    return found.long()
+
+
 def _per_row(
     value: Tensor | Sequence[float] | Sequence[int] | float | None,
     rows: int,
@@ -218,7 +236,8 @@ def collect(
     Raises:
         ValueError: A layer has no kinds, or they do not fit its tokens.
     """
-    given: Mapping[str, Tensor] = {} if kinds is None else {".*": kinds} if isinstance(kinds, Tensor) else kinds
+    by_name: Mapping[str, Any] = {} if kinds is None else kinds if isinstance(kinds, Mapping) else {".*": kinds}
+    given = {pattern: _as_kinds(some) for pattern, some in by_name.items()}
     count = max((int(t.max()) + 1 for t in given.values()), default=1)
     names = (
         tuple(kind_names)
