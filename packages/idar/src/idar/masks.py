@@ -277,8 +277,8 @@ def normalize_maps(
     """
     require_tensor(maps=maps)
     check_number("eps", eps, 0, 1)
-    if bool((maps.detach() < 0).any()):
-        raise ValueError(f"maps must be at least 0, as attention is, got {float(maps.min()):g}")
+    if not bool((maps.detach() >= 0).all()):
+        raise ValueError(f"maps must be at least 0, as attention is, got {float(maps.detach().min()):g}")
     if maps.dtype in (torch.float16, torch.bfloat16):
         return normalize_maps(maps.float(), mode, eps=eps).to(maps.dtype)
     if mode == "max":
