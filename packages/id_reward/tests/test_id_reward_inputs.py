@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("PIL", reason="needs id-reward[image]")
 from id_reward import CompositeReward, Faces, IdentityScorer
 from id_reward.identity import largest, reference_key
-from id_reward.images import as_array, open_image
+from id_reward.images import as_array, is_animation, open_image
 from PIL import Image
 
 
@@ -85,7 +85,16 @@ def test_alpha_is_laid_over_gray_and_animations_show_their_first_frame(tmp_path)
             append_images=[blue],
             **({"lossless": True} if name.endswith("webp") else {}),
         )
-        assert tuple(as_array(tmp_path / name)[0, 0]) == (255, 0, 0)
+        with pytest.warns(UserWarning, match=f"{name} holds several pictures: the first is taken"):
+            assert tuple(as_array(tmp_path / name)[0, 0]) == (255, 0, 0)
+        assert is_animation((tmp_path / name).read_bytes())
+    for form in ("PNG", "GIF"):
+        red.save(buffer := io.BytesIO(), form)
+        assert not is_animation(buffer.getvalue())
+    red.save(
+        buffer := io.BytesIO(), "MPO", save_all=True, append_images=[blue]
+    )  # a phone's photo, with a smaller view beside it
+    assert not is_animation(buffer.getvalue()) and not is_animation(b"nothing")
 
 
 def test_sixteen_bit_is_scaled(tmp_path) -> None:

@@ -85,6 +85,14 @@ def test_masks_say_who_goes_where(people: Path, tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "no.png").exists()
 
 
+def test_one_picture_for_two_people_is_told(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "b.png").write_bytes((people / "a.png").read_bytes())
+    given = asked(people, tmp_path / "out.png", *QUICK)
+    given[given.index(str(people / "b.png"))] = str(tmp_path / "b.png")
+    assert main(given) == 0
+    assert "warning: subjects 1 and 2 have the same picture" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_shipped_adapters_say_how_they_are_drawn(stage: int) -> None:
     folder = shipped_adapter(stage)

@@ -253,7 +253,7 @@ def test_leakage_is_the_share_from_the_others_place() -> None:
         ({"references": ()}, "at least one picture"),
         ({"prompt": "  "}, "what the picture should show"),
         ({"seed": -1}, "seed"),
-        ({"seed": 2**63}, "seed"),
+        ({"seed": 2**53}, "seed must be a whole number from 0 to 9007199254740991"),  # as a float it would be another
         ({"num_steps": 0}, "num_steps"),
         ({"guidance": float("nan")}, "guidance"),
         ({"guidance": -1.0}, "guidance"),
@@ -460,6 +460,23 @@ def test_more_references_than_trained_for_are_said(drawing: Drawing) -> None:
     assert "of each" not in each[1] and "of each" not in few[0]
 
 
+def test_two_people_with_one_picture_are_told(drawing: Drawing) -> None:
+    def said(references: tuple[Image.Image, ...], counts: Any = None) -> str:
+        request = dataclasses.replace(
+            drawing.request, references=references, references_per_subject=counts, num_steps=1
+        )
+        text = views.result(
+            dataclasses.replace(drawing, request=request), finder=MapFinder(), adapter=True, trained_for=2
+        )
+        assert " 1 step, " in text
+        return text
+
+    red, blue = picture(), picture((30, 30, 200))
+    assert "A and B have the same picture" in said((red, picture()))
+    assert "A and C have the same picture" in said((red, red, blue, red), (2, 1, 1))
+    assert "same picture" not in said((red, blue)) + said((red, red, blue), (2, 1))
+
+
 def test_who_is_missing_in_the_draft_is_named(drawing: Drawing) -> None:
     half = Places(torch.tensor([[[0.0, 0.0, 8.0, 8.0], [torch.nan] * 4]]), torch.tensor([[0.5, torch.nan]]))
     text = views.result(dataclasses.replace(drawing, draft=half), finder=MapFinder(), adapter=True, trained_for=2)
@@ -487,6 +504,12 @@ def test_a_map_has_the_colour_of_its_reference_where_it_is_highest() -> None:
     assert top_left.tolist() == [128] * 3
     assert top_right.tolist() == [round(0.1 * 128 + 0.9 * c) for c in views.COLOURS[0]]
     assert np.abs(bottom_left - (top_left + top_right) / 2).max() <= 1
+    style = (Path(views.__file__).parent / "style.css").read_text()
+    for index, colour in enumerate(views.COLOURS):
+        assert f".mc-{views.letter(index)} {{ --mc: #{bytes(colour).hex()}; }}" in style
+
+
+def test_a_reference_has_one_colour_in_the_maps_and_on_the_page() -> None:
     style = (Path(views.__file__).parent / "style.css").read_text()
     for index, colour in enumerate(views.COLOURS):
         assert f".mc-{views.letter(index)} {{ --mc: #{bytes(colour).hex()}; }}" in style
@@ -532,6 +555,8 @@ def test_files_of_the_machine_are_closed_and_uploads_bounded() -> None:
     assert call(app, upload, "POST", content_length="1000")[0] == 200
     assert call(app, upload, "POST", content_length="1001")[0] == 413
     assert call(app, upload, "POST")[0] == 411
+    for length, status in (("20000", 200), ("1000001", 413), ("", 411)):  # a prompt, and a flood
+        assert call(app, "/gradio_api/queue/join", "POST", content_length=length)[0] == status
 
 
 def test_on_loopback_another_name_is_refused() -> None:

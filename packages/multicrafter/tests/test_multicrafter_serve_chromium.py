@@ -108,7 +108,7 @@ def take_people(page: Any) -> None:
     assert before in (0, 2)
 
 
-def settings(page: Any, **values: int) -> None:
+def settings(page: Any, **values: float) -> None:
     if not page.locator("#mc-steps").is_visible():
         page.get_by_text("Settings", exact=True).click()
     for name, value in values.items():
@@ -168,6 +168,9 @@ def test_sliders_show_another_step_and_another_block(visit: Any) -> None:
     take_people(page)
     settings(page, steps=5, seed=2)
     drawn(page, 2)
+    page.wait_for_function(
+        "document.querySelector('#mc-step input[type=range]').value == 3"
+    )  # the middle, after the result
     seen = {page.locator("#mc-maps img").first.get_attribute("src")}
     for slider, key, part in (
         ("#mc-step", "ArrowRight", "step 4"),
@@ -207,6 +210,84 @@ def test_bad_files_are_one_clear_sentence(visit: Any, served: Served) -> None:
     page.click("#mc-draw")
     status_is(page, "Write what the picture should show")
     assert list(served.folder.iterdir()) == [] and served.url in page.url
+
+
+def test_numbers_and_words_are_taken_as_they_are_or_refused(visit: Any) -> None:
+    """Nothing is cut, rounded or refused by the field itself: somebody would get another picture than the one they asked for."""
+    page = visit()
+    take_people(page)
+    right = page.input_value("#mc-prompt textarea")
+    page.fill("#mc-prompt textarea", "people " * 1500)
+    page.click("#mc-draw")
+    status_is(page, "This page draws with at most 1000 characters in the prompt, got 10500.")
+    page.fill("#mc-prompt textarea", right)
+    for seed, said in (
+        (-1, "from 0 to 9007199254740991, got -1."), (10**23, "from 0 to 9007199254740991, got 1e+23."),
+        (1.5, "The seed must be a whole number."), (2**53, "from 0 to"),
+    ):  # fmt: skip
+        settings(page, seed=seed)
+        page.click("#mc-draw")
+        status_is(page, said)
+    settings(page, steps=1, seed=2**53 - 1)
+    drawn(page, 2**53 - 1)
+    assert page.problems == []
+
+
+def test_one_picture_of_an_animation_and_one_picture_twice_are_told(visit: Any) -> None:
+    page, moving = visit(), io.BytesIO()
+    Image.new("RGB", (40, 40), "red").save(
+        moving, "GIF", save_all=True, append_images=[Image.new("RGB", (40, 40), "blue")]
+    )
+    drop = page.locator("#mc-upload input[type=file]")
+    drop.set_input_files([file("a.gif", moving.getvalue())])
+    status_is(page, "a.gif holds several pictures, and the first was taken. Now write what the picture shows.")
+    drop.set_input_files([file("b.gif", moving.getvalue())])
+    page.wait_for_function("document.querySelectorAll('#mc-references img').length == 2")
+    page.fill("#mc-prompt textarea", "two people")
+    settings(page, steps=1)
+    drawn(page, 0)
+    assert "A and B have the same picture" in page.inner_text("#mc-result")
+
+
+FAINT = """() => {
+  const numbers = c => { const m = c.match(/[\\d.]+/g).map(Number); return m.length < 4 ? [...m, 1] : m };
+  const over = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3]));
+  const light = c => { const [r, g, b] = c.map(v => v / 255 <= .03928 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b };
+  const above = e => e ? [...above(e.parentElement), e] : [];
+  const words = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
+  while (words.nextNode()) {
+    const e = words.currentNode.parentElement, text = words.currentNode.textContent.trim(), box = e.getBoundingClientRect();
+    if (!text || box.width < 2 || box.height < 2 || e.closest('svg, script, style, button[disabled]')) continue;
+    let ground = [255, 255, 255], shade = numbers(getComputedStyle(e).color);
+    for (const each of above(e)) {
+      const style = getComputedStyle(each);
+      ground = over(numbers(style.backgroundColor), ground); shade[3] *= +style.opacity }
+    const [x, y] = [light(over(shade, ground)), light(ground)].sort((a, b) => b - a);
+    if ((x + .05) / (y + .05) < 4.5) found.push(text) }
+  return found }"""
+"""Texts whose colour stands out less than 4.5 to 1 from what is behind them, the bound of WCAG 2.2 for small letters (AA)."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_word_can_be_read_in_light_and_dark(visit: Any, scheme: str) -> None:
+    page = visit(color_scheme=scheme)
+    drop = page.locator("#mc-upload input[type=file]")
+    assert page.evaluate(FAINT) == []
+    drop.set_input_files([file(f"{i}.png", picture(colour=c)) for i, c in enumerate(("red", "blue", "green", "white"))])
+    page.wait_for_function("document.querySelectorAll('#mc-references img').length == 4")
+    page.click("#mc-draw")
+    status_is(page, "Write what")
+    assert page.evaluate(FAINT) == []
+    page.fill("#mc-prompt textarea", "two people")
+    settings(page, steps=1)
+    drawn(page, 0)
+    page.wait_for_function("document.querySelectorAll('#mc-maps img').length == 8")
+    page.mouse.move(0, 0)  # nothing is lit up
+    page.wait_for_timeout(300)
+    assert page.evaluate(FAINT) == []
+    page.evaluate("document.querySelector('#mc-result h3').style.opacity = .35")
+    assert page.evaluate(FAINT) == ["Who was matched to whom"], "the measure sees what is faint"
 
 
 def test_two_at_once_wait_in_line_and_each_gets_its_own(visit: Any) -> None:

@@ -11,7 +11,7 @@ So every scorer, backend and drawing of this package looks through `as_array` or
 | 16 bits | 65535 is white, however dark the picture is |
 | 32-bit integers, which state no range | up to 255: 8-bit levels, with a warning; up to 65535: 16 bits; else refused |
 | floats | in [0, 1], or levels from 0 to 255; anything else is refused, and so is NaN |
-| animation, several pages | the first frame of a file |
+| animation, several pages | the first frame of a file, with a warning |
 | colour profile | not applied: every file is read as sRGB, as pipelines of diffusers do |
 """
 
@@ -227,6 +227,22 @@ def count_pixels(data: bytes) -> int:
         return 0
 
 
+def _several(picture: Any) -> bool:
+    """Whether a file holds more pictures than one; phones keep a second, smaller view of the same photo in MPO files."""
+    return picture.format != "MPO" and bool(getattr(picture, "is_animated", False))
+
+
+def is_animation(data: bytes) -> bool:
+    """Whether a file in memory holds several pictures, of which `open_image` takes the first; False where it cannot be read."""
+    try:
+        with _pillow().Image.open(io.BytesIO(data)) as picture:
+            return _several(picture)
+    except ImportError:
+        raise
+    except Exception:  # Pillow raises what it likes
+        return False
+
+
 def open_image(
     source: str | os.PathLike[str] | bytes | Any,
     *,
@@ -257,6 +273,8 @@ def open_image(
                 raise InputError(
                     f"{name} must have at most {max_pixels:,} pixels, got {picture.width} x {picture.height}"
                 )
+            if _several(picture):
+                warnings.warn(f"{name} holds several pictures: the first is taken", stacklevel=2)
             picture.load()
             result: Image.Image = pil.Image.fromarray(_pil_array(picture, background))
             return result

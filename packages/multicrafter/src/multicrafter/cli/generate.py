@@ -52,7 +52,7 @@ def generate(arguments: argparse.Namespace) -> int:
 
     from multicrafter.files import appearing
     from multicrafter.models.loading import get_device, get_dtype
-    from multicrafter.models.pictures import coverage
+    from multicrafter.models.pictures import coverage, shared
 
     if not arguments.reference:
         raise UserError("--reference must be given at least once, got none")
@@ -75,6 +75,10 @@ def generate(arguments: argparse.Namespace) -> int:
     if counts is not None and sum(counts) != len(references):
         raise UserError(
             f"--references-per-subject must add up to the {len(references)} given --reference, got {counts}"
+        )
+    if (twins := shared(references, counts)) is not None:
+        logger.warning(
+            f"subjects {twins[0] + 1} and {twins[1] + 1} have the same picture: nothing tells them apart, in the draft or to a match"
         )
     if arguments.device is not None:
         get_device(arguments.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,26 @@ def open_picture(given: Any, *, name: str = "reference") -> Image.Image:
         raise UserError(text if isinstance(given, (str, Path)) else f"{name}: {text}") from error
     except (TypeError, OSError) as error:
         raise UserError(f"{name} must be a picture, got {type(given).__name__}: {error}") from error
+
+
+def shared(pictures: Sequence[Image.Image], counts: Sequence[int] | None = None) -> tuple[int, int] | None:
+    """Two subjects that were given the same picture, counted from 0, or None.
+
+    Args:
+        pictures: Of all subjects, one after the other.
+        counts: How many neighbouring pictures show each subject; None is one each.
+
+    >>> red, blue = Image.new("RGB", (2, 2), "red"), Image.new("RGB", (2, 2), "blue")
+    >>> shared([red, blue, red]), shared([red, red, blue], [2, 1])
+    ((0, 2), None)
+    """
+    owners = [subject for subject, count in enumerate(counts or [1] * len(pictures)) for _ in range(count)]
+    seen: dict[tuple[tuple[int, int], bytes], int] = {}
+    for owner, picture in zip(owners, pictures, strict=True):
+        first = seen.setdefault((picture.size, picture.tobytes()), owner)
+        if first != owner:
+            return first, owner
+    return None
 
 
 def lists_of(given: Any, count: int, *, name: str) -> list[list[Any]]:

@@ -27,6 +27,8 @@ WAYS: tuple[Mode, ...] = ("draft", "in-flight", "attention", "none")
 """How subjects are kept apart where nobody draws masks."""
 MOST_CELLS = 32
 """Rows and columns of a map that is kept; finer ones are averaged."""
+LARGEST_SEED = 2**53 - 1
+"""A page's numbers are floats, which hold every whole number up to this one: a larger seed would silently be another."""
 KEPT_SIDE = 1024
 """Longest side in pixels of a reference that is kept."""
 
@@ -67,7 +69,7 @@ class DrawRequest:
     Attributes:
         references: One picture per subject, or as many as ``references_per_subject`` says.
         prompt: What the picture shows.
-        seed: Of the noise, from 0 to 2^63 - 1.
+        seed: Of the noise, from 0 to `LARGEST_SEED`.
         num_steps: Steps of the picture.
         guidance: Embedded guidance.
         size: Side of the picture in pixels, or (height, width).
@@ -102,8 +104,8 @@ class DrawRequest:
                 f"The pictures of each person must add up to the {len(self.references)} that you gave, got "
                 f"{' '.join(map(str, counts)) or 'none'}."
             )
-        if not 0 <= whole("seed", self.seed) < 2**63:
-            raise UserError(f"The seed must be a whole number from 0 to {2**63 - 1}, got {self.seed}.")
+        if not 0 <= whole("seed", self.seed) <= LARGEST_SEED:
+            raise UserError(f"The seed must be a whole number from 0 to {LARGEST_SEED}, got {self.seed:.10g}.")
         if not 0 <= finite("guidance", self.guidance) <= 100:
             raise UserError(f"The guidance must be a number from 0 to 100, got {self.guidance:g}.")
         if self.separation not in WAYS:

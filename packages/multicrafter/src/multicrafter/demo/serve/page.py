@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from id_reward.images import is_animation
+
 from multicrafter import UserError
 from multicrafter.demo.serve import views
 from multicrafter.demo.serve.desk import Desk, Visitor
@@ -25,10 +27,10 @@ so photos come out as nonsense. Take drawn people to see what the method does.""
 PRIVATE = """Uploaded files are read and deleted at once. Pictures stay in this server's memory while this page is open.
 Nothing is sent elsewhere."""
 LABELS = {
-    "draft": "the method: places from a short draft",
-    "in-flight": "the method: places from the picture being drawn",
-    "attention": "the method: each block's own attention decides",
-    "none": "nothing kept apart",
+    "draft": "by a short draft",
+    "in-flight": "by the first steps",
+    "attention": "by each block's own attention",
+    "none": "not at all",
 }
 REFRESH = 0.15  # seconds between two looks at how far a picture is
 
@@ -60,16 +62,21 @@ def build(desk: Desk) -> Any:
 
     def upload(files: list[str] | None, request: gr.Request) -> list[Any]:
         """Reads uploaded files into memory and takes them off the disk."""
-        problems = []
+        problems, moving = [], []
         for path in map(Path, files or []):
             try:
-                desk.add_upload(key(request), path.read_bytes(), path.name)
+                content = path.read_bytes()
+                desk.add_upload(key(request), content, path.name)
+                moving += [path.name[:60]] if is_animation(content) else []
             except UserError as error:
                 problems.append(str(error))
             finally:
                 forget(path)
-        text = views.sentence(problems[0], "error") if problems else views.sentence("Now write what the picture shows.")
-        return [gr.File(value=None), text, *shown_references(key(request))]
+        first = f"{moving[0]} holds several pictures, and the first was taken. " if moving else ""
+        text = problems[0] if problems else f"{first}Now write what the picture shows."
+        return [
+            gr.File(value=None), views.sentence(text, "error" if problems else ""), *shown_references(key(request)),
+        ]  # fmt: skip
 
     def take_drawn(request: gr.Request) -> list[Any]:
         """Two people of the drawn world, other ones at every click, and their caption."""
@@ -175,7 +182,7 @@ def build(desk: Desk) -> Any:
                     ]  # fmt: skip
                 gr.Markdown("### 2. What it shows")
                 prompt = gr.Textbox(
-                    label="Prompt", lines=2, max_length=limits.max_characters, elem_id="mc-prompt",
+                    label="Prompt", lines=2, elem_id="mc-prompt",
                     placeholder="two people in the park by day",
                 )  # fmt: skip
                 with gr.Row():
@@ -209,14 +216,17 @@ def build(desk: Desk) -> Any:
 
 
 def _settings(gr: Any, desk: Desk) -> list[Any]:
-    """Seed, steps, guidance, height, width, separation, the references' shape, and how many show each person."""
+    """Seed, steps, guidance, height, width, separation, the references' shape, and how many show each person.
+
+    Fields hold no bounds of their own where gradio would cut, round or refuse in its own words: `DrawRequest` says what is wrong.
+    """
     pipeline, limits = desk.pipeline, desk.limits
     side = pipeline.model.size_step
     sizes = {"step": side, "value": min(pipeline.size, limits.max_size)}
     ways = [(LABELS[way], way) for way in WAYS]
     default = pipeline.separation.mode if pipeline.separation.mode in WAYS else "none"
     return [
-        gr.Number(0, label="Seed", info="Another seed, another picture", precision=0, minimum=0, elem_id="mc-seed"),
+        gr.Number(0, label="Seed", info="Another seed, another picture", elem_id="mc-seed"),
         gr.Slider(
             1, limits.max_steps, value=min(pipeline.num_steps, limits.max_steps), step=1, label="Steps", elem_id="mc-steps"
         ),
@@ -233,8 +243,7 @@ def _settings(gr: Any, desk: Desk) -> list[Any]:
             elem_id="mc-shape",
         ),
         gr.Textbox(
-            "", label="Pictures of each person", info="Such as 2 1: the first two show one person. Empty: one each.", max_length=40,
-            elem_id="mc-counts",
+            "", label="Pictures of each person", info="Such as 2 1: the first two show one person. Empty: one each.", elem_id="mc-counts",
         ),
     ]  # fmt: skip
 

@@ -33,11 +33,13 @@ POLICY = (
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; object-src 'none'; base-uri 'self'"
 )
 """Content security policy: a browser fetches nothing from anywhere else."""
+MOST_WORDS = 1_000_000
+"""Bytes of a request that is no upload: a prompt and settings need a hundredth of it."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Guard:
-    """ASGI middleware: closes `CLOSED`, bounds uploads, answers only to the names it was given, and sends `POLICY`."""
+    """ASGI middleware: closes `CLOSED`, bounds what is sent, answers only to the names it was given, and sends `POLICY`."""
 
     def __init__(self, app: Any, *, max_upload: int, hosts: tuple[str, ...] | None) -> None:
         """Wraps an application.
@@ -81,12 +83,14 @@ class Guard:
             return 403, "This server answers to its own name only."
         if path.startswith(CLOSED):
             return 404, "There is nothing here."
-        if path.startswith("/gradio_api/upload") and method == "POST":
-            length = headers.get("content-length", "")
+        if method == "POST":
+            length, most = headers.get("content-length", ""), MOST_WORDS
+            if path.startswith("/gradio_api/upload"):
+                most = self.max_upload
             if not length.isdigit():
-                return 411, "An upload must say how long it is."
-            if int(length) > self.max_upload:
-                return 413, f"At most {self.max_upload / 1e6:.0f} MB can be sent at once."
+                return 411, "What is sent must say how long it is."
+            if int(length) > most:
+                return 413, f"At most {most / 1e6:.0f} MB can be sent at once."
         return None
 
 
@@ -112,15 +116,25 @@ def application(desk: Desk, *, hosts: tuple[str, ...] | None = LOOPBACK) -> Any:
 
     page = build(desk)
     page.queue(max_size=4 * desk.limits.max_waiting, api_open=False)
-    plain = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # no font is fetched
     app = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None), page, path="/", footer_links=[], run_history=False, show_error=False,
         max_file_size=desk.limits.max_bytes, ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False,
-        theme=gr.themes.Default(**plain), css_paths=[Path(__file__).parent / "style.css"],
+        theme=_theme(gr), css_paths=[Path(__file__).parent / "style.css"],
     )  # fmt: skip
     # Only a page that "has launched" refuses forged uploads, events that name a file of the machine; one that is mounted must say so.
     page.has_launched = True
     return Guard(app, max_upload=desk.limits.max_references * desk.limits.max_bytes + 100_000, hosts=hosts)
+
+
+def _theme(gr: Any) -> Any:
+    """Gradio's look with fonts that need not be fetched, and with every text dark or light enough to be read."""
+    plain = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    faint = ("body_text_color_subdued", "block_info_text_color", "input_placeholder_color")
+    return gr.themes.Default(**plain).set(
+        **dict.fromkeys(faint, "*neutral_600"), **{f"{name}_dark": "*neutral_400" for name in faint},
+        **{f"button_primary_background_fill{end}": "*primary_700" for end in ("", "_dark")},
+        **{f"button_primary_background_fill_hover{end}": "*primary_800" for end in ("", "_dark")},
+    )  # fmt: skip
 
 
 def listening(host: str, port: int) -> socket.socket:

@@ -13,10 +13,11 @@ from PIL import Image
 from multicrafter.demo.serve.desk import Desk, Job, Visitor
 from multicrafter.demo.serve.drawing import Drawing, Drawn
 from multicrafter.models.binding import IdentityFinder, Places
+from multicrafter.models.pictures import shared
 from multicrafter.pages import embedded, render
 
 HERE = Path(__file__).parent
-COLOURS = ((217, 72, 15), (25, 113, 194), (47, 158, 68), (156, 54, 181))
+COLOURS = ((194, 65, 12), (25, 113, 194), (39, 128, 58), (156, 54, 181))
 """Of the references, in their order; style.css has the same."""
 MAP_SIDE = 384
 """Least side in pixels of a picture of a map, so that tokens have sharp edges."""
@@ -150,9 +151,10 @@ def result(drawing: Drawing, *, finder: Any, adapter: bool, trained_for: int, of
     missing = [] if drawing.draft is None else [
         letter(i) for i, gone in enumerate(drawing.draft.boxes[0].isnan().any(-1).tolist()) if gone
     ]  # fmt: skip
+    twins = shared(drawing.request.references, drawing.request.references_per_subject)
     return render(
         HERE, "result.jinja", pictures=pictures, prompt=drawing.request.prompt, columns=[name for name, _ in columns], rows=rows,
-        identity=identity, missing=missing, base=base, trained_for=trained_for, of_each=of_each,
+        identity=identity, missing=missing, twins=[letter(i) for i in twins or ()], base=base, trained_for=trained_for, of_each=of_each,
         several=max(drawing.request.references_per_subject or (1,)), seed=drawing.request.seed, steps=drawing.request.num_steps,
         guidance=f"{drawing.request.guidance:g}", size=size, shows=_shows(drawing), passes=drawing.passes, seconds=f"{drawing.seconds:.1f}",
     )  # fmt: skip
