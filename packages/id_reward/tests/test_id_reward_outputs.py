@@ -69,6 +69,11 @@ GIVEN = ["score", "-r", "anna.png", "-r", "ben.png"]
     (["p1.png", "--json", "p1.png/x.json"], "cannot"),
     (["p1.png", "--json", "out.json", "--missing-penalty", "nan"], "missing_penalty"),
     (["p1.png", "--json", "out.json", "--min-similarity", "nan"], "min_similarity"),
+    (["p1.png", "--min-similarity", "2"], "min_similarity"),
+    (["p1.png", "--annotate", ""], "must name a place"),
+    (["p1.png", "--json="], "must name a place"),
+    (["p1.png", "--json", "a\0.json"], "a name with a 0"),
+    (["p1.png", "--annotate", "a\0"], "a name with a 0"),
 ])  # fmt: skip
 def test_nothing_of_the_users_is_touched(folder, capsys, arguments, words) -> None:
     (folder / "sub").mkdir()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from multicrafter import UserError, load_into
 from multicrafter.cli import main
-from multicrafter.cli.options import apart, ours, positive, seed
+from multicrafter.cli.options import apart, ours, positive, real, seed, writable
 from multicrafter.config import settings
 from multicrafter.config.recipes import tiny_stage1
 from multicrafter.files import parse_json, read_json
@@ -179,6 +179,25 @@ def test_what_is_read_is_never_written_over(tmp_path, capsys):
     )
 
 
+def test_a_name_that_no_file_can_have(tmp_path):
+    with pytest.raises(UserError, match="a name that a file can have"):
+        writable(tmp_path / "a\0b.png", file=True)
+
+
+def test_runs_without_a_common_metric_and_names_that_end_a_cell(tmp_path, capsys):
+    """Nothing was compared, and said nothing; a bar in a run's name moved the numbers into other columns."""
+    (tmp_path / "a.json").write_text(json.dumps(scores(name="a|b\nc")))
+    (tmp_path / "b.json").write_text(
+        json.dumps(scores(name="b", cases=[{**scores()["cases"][0], "metrics": {"clip_t": 0.2}}]))
+    )
+    assert "must share a metric, got aes and " in refused(
+        capsys, tmp_path, "compare", tmp_path / "a.json", tmp_path / "b.json"
+    )
+    assert main(["leaderboard", str(tmp_path / "a.json")]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[2].startswith(r"| a\|b c | **0.50") and len(table) == 3
+
+
 def test_a_plan_does_not_take_the_place_of_its_configuration(tmp_path):
     for wrong in (tmp_path / "run.yaml", tmp_path / "sub" / ".." / "run.yaml"):
         with pytest.raises(UserError, match="which is read"):
@@ -234,9 +253,13 @@ def test_people_are_drawn_where_they_can_be_and_over_nothing(tmp_path, capsys):
     for name in ("f", "f/x", "half", "x" * 300):
         refused(capsys, tmp_path, "draw-references", "--out", tmp_path / name)
     assert not (tmp_path / "nowhere").exists()
-    for wrong in ("1" + "0" * 30, "x", "1.5"):
+    for wrong in ("1" + "0" * 30, "x", "1.5", "1_000", "٣", "--1", "+1", ""):
         with pytest.raises(ArgumentTypeError, match="whole number"):
             seed(wrong)
+    assert seed("-7") == -7 and real("-1e3") == -1000
+    for wrong in ("1_0.5", "٣", "1e400", "nan"):
+        with pytest.raises(ArgumentTypeError, match="finite number"):
+            real(wrong)
     with pytest.raises(ArgumentTypeError, match="whole number of at least 1"):
         positive("²")
 

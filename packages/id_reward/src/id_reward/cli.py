@@ -155,6 +155,10 @@ def _score(arguments: argparse.Namespace) -> None:
     from id_reward.images import open_image
 
     shorts, names = short_names(arguments.pictures), short_names(arguments.reference)
+    if arguments.annotate == "" or arguments.json == "":
+        raise InputError(
+            "--annotate and --json must name a place, got an empty name; --json alone writes to standard output"
+        )
     sheets = [Path(arguments.annotate) / f"{short}.png" for short in shorts] if arguments.annotate else []
     inputs = list(dict.fromkeys([*arguments.reference, *arguments.pictures]))
     check_targets(arguments.json if arguments.json != "-" else None, sheets, inputs)

@@ -59,6 +59,8 @@ def check_target(path: Path, option: str, inputs: Sequence[str]) -> None:
     Raises:
         InputError: It is one of the inputs, a folder, a file that this package did not write, or in a place where nothing can be written.
     """
+    if "\0" in str(path):
+        raise InputError(f"{option!r} must name a place that can be written to, got a name with a 0 in it")
     for given in inputs:
         if _same(path, Path(given)):
             raise InputError(f"{option} would overwrite {given}, which is read; name another place")

@@ -20,6 +20,8 @@ def writable(path: Path, *, file: bool | None = None, most: int = 1) -> None:
         file: Whether it is a file, which may be there: it is written anew. None tells by the suffix.
         most: Files that are written under names like it, NAME_0 and so on.
     """
+    if "\0" in str(path):
+        raise UserError(f"--out must be a name that a file can have, got {str(path)[:60]!r}")
     folder, file = path.absolute(), bool(path.suffix) if file is None else file
     try:
         if path.exists() and path.is_dir() == file:
@@ -68,13 +70,10 @@ def picture_size(text: str) -> int | tuple[int, int]:
 
 def seed(text: str) -> int:
     """A whole number that torch's generators take, with room for what is added to it."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = None
-    if number is None or abs(number) >= 2**62:
-        raise argparse.ArgumentTypeError(f"must be a whole number below 2^62, got {text[:40]!r}")
-    return number
+    digits = text.removeprefix("-")
+    if not (digits.isdigit() and digits.isascii()) or len(digits) > 18:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at most 18 digits, got {text[:40]!r}")
+    return int(text)
 
 
 def apart(out: Path, *given: Path | None, option: str = "--out") -> None:
@@ -103,6 +102,8 @@ def ours(out: Path, *names: str) -> None:
 def real(text: str) -> float:
     """A finite number."""
     try:
+        if "_" in text or not text.isascii():
+            raise ValueError("digits that only Python groups or knows")
         return finite("it", float(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}") from error

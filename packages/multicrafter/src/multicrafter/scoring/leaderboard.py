@@ -63,6 +63,10 @@ def compare_runs(a: Scores, b: Scores, *, strict: bool = True) -> tuple[dict[str
         raise UserError(f"{notes[0]}; say --allow-different-judges to compare them all the same")
     rows, other = align(a, b)
     names = [n for n in a.names if n in b.names]
+    if not names:
+        raise UserError(
+            f"{a.name} and {b.name} must share a metric, got {', '.join(a.names) or 'none'} and {', '.join(b.names) or 'none'}"
+        )
     if len(rows) < max(len(a.cases), len(b.cases)):
         notes.append(f"{len(rows)} cases are in both, of {len(a.cases)} and {len(b.cases)}")
     groups = [a.groups[i] for i in rows]
@@ -159,5 +163,6 @@ def as_markdown(board: Board) -> str:
             value = row["summary"].get(name)
             text = "" if value is None else " ".join(interval(value.mean, value.low, value.high)[:2])
             cells.append(f"**{text}**" if name in row["best"] else text)
-        lines.append(f"| {row['name']} | {' | '.join(cells)} | {row['pictures']} | {row['missing']} |")
+        run = " ".join(row["name"].split()).replace("|", r"\|")  # a name that ends a cell would move all others
+        lines.append(f"| {run} | {' | '.join(cells)} | {row['pictures']} | {row['missing']} |")
     return "\n".join(lines) + "\n"
