@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from multicrafter.cli import check_real, main
 from multicrafter.config.recipes import Stage1, Stage2
 from multicrafter.world.tiny_backbones import tiny_klein
+from safetensors.torch import load_file
 
 SMALL = ["--set", "pretrain.adapters.rank=2", "--set", "pretrain.adapters.num_experts=2", "--set", "pretrain.batch=2"]
 QUICK = [
@@ -104,6 +107,63 @@ def test_bad_input_is_one_sentence(words, sentence, tmp_path, capsys):
     assert main(["check-real", "--out", str(tmp_path / "out"), *words]) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A tiny FLUX.2-klein, whole."""
+    folder = tmp_path_factory.mktemp("weights") / "klein"
+    tiny_klein().save_pretrained(folder)
+    return folder
+
+
+def cut_short(folder):
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:2000])
+
+
+def pickled(folder):
+    (file,) = (folder / "vae").glob("*.safetensors")
+    torch.save(load_file(file), file.with_name("diffusion_pytorch_model.bin"))
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("backbone", "change", "sentence"),
+    [
+        ("flux2_klein", shutil.rmtree, "must be a readable pipeline directory of diffusers or a hub id, got"),
+        ("flux2_klein", lambda folder: shutil.rmtree(folder / "transformer"), "but it lacks transformer"),
+        ("flux2_klein", cut_short, "Unable to load weights from checkpoint file"),
+        ("flux2_klein", pickled, "no file named diffusion_pytorch_model.safetensors"),
+        ("flux2_klein", lambda folder: (folder / "model_index.json").write_text("{"), "got a broken one"),
+        ("flux1_dev", lambda folder: None, "must be a FluxPipeline for flux1_dev, got a Flux2KleinPipeline"),
+        ("flux2_dev", lambda folder: None, "must be a Flux2Pipeline for flux2_dev, got a Flux2KleinPipeline"),
+    ],
+)
+def test_weights_that_cannot_be_loaded_are_one_sentence_and_no_report(
+    weights, backbone, change, sentence, tmp_path, capsys
+):
+    """Half a checkpoint, one of another backbone, one that would have to be unpickled: 2, and nothing is written."""
+    shutil.copytree(weights, tmp_path / "given")
+    change(tmp_path / "given")
+    assert (
+        main(["check-real", "--backbone", backbone, "--model", str(tmp_path / "given"), "--out", str(tmp_path / "out")])
+        == 2
+    )
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("error: ") and sentence in said[-1]
+    assert not any("Traceback" in line for line in said) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("free", "sentence"), [(1e6, "the report must have 20 MB"), (1e8, "encoded texts and pictures must have 168 MB")]
+)
+def test_a_full_disk_is_said_before_the_work(weights, free, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    words = ["check-real", "--backbone", "flux1_dev", "--model", str(weights), "--out", str(tmp_path / "out" / "deep")]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and "load ..." not in said and not (tmp_path / "out").exists()
 
 
 def test_an_earlier_report_is_not_overwritten(tmp_path, capsys):

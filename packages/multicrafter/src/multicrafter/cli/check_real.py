@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from multicrafter import UserError, __version__
-from multicrafter.cli.options import seed, writable
+from multicrafter.cli.options import room, seed, writable
 
 FORMAT = 1
 STEPS = 10
+REPORT_BYTES = 20e6
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "bitsandbytes", "torchao")
 
 
@@ -61,6 +62,8 @@ def check_real(arguments: argparse.Namespace) -> int:
             raise UserError(f"--out must be a folder without a report, but {arguments.out} holds {name}")
     device = get_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     one, two = runs(arguments)
+    room(arguments.out, REPORT_BYTES, what="the report")
+    room(Path(tempfile.gettempdir()), encoded_bytes(one) + encoded_bytes(two), what="encoded texts and pictures")
     with tempfile.TemporaryDirectory(prefix="check_real_") as cache:
         check = Check(one, two, device, Path(cache))
         check.run()
@@ -118,6 +121,15 @@ def runs(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return one, replace(two, align=replace(two.align, num_steps=1, prompts=1, online=online))
 
 
+def encoded_bytes(run: Any) -> float:
+    """What the encoded data of a run take at most: twice its texts in float32, which are by far the larger part."""
+    from multicrafter.models.backbones import get_backbone
+
+    backbone = get_backbone(run.model.backbone)
+    scenes = run.pretrain.num_scenes if hasattr(run, "pretrain") else run.num_scenes
+    return float(2 * 4 * scenes * run.model.text_tokens * backbone.full_config[backbone.text_width_name])
+
+
 class Check:
     """The parts, in order. One that fails is noted, and those that need it are left out."""
 
@@ -155,15 +167,19 @@ class Check:
             function(part)
             part.ok = True
         except Exception as error:
+            if self.model is None and isinstance(error, UserError):
+                raise  # what was given cannot be loaded, and nothing was tried
             part.error = without_paths("".join(traceback.format_exception(error)))
         part.seconds = part.seconds or time.perf_counter() - start
         if on_card:
             part.peak_bytes = int(torch.cuda.max_memory_allocated(self.device))
 
     def _load(self, part: Part) -> None:
+        from multicrafter.models.backbones import get_backbone
         from multicrafter.models.loading import load_model
 
-        model = load_model(self.one.model.path, dtype=self.one.execution.torch_dtype)
+        base = self.one.model
+        model = load_model(base.path, dtype=self.one.execution.torch_dtype, backbone=get_backbone(base.backbone))
         if self.device.type != "cpu":
             model.to(self.device)
         side, world = model.picture_size, self.one.world

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,17 @@ def writable(path: Path, *, file: bool | None = None, most: int = 1) -> None:
             raise UserError(
                 f"--out must have names of at most {longest} bytes, those of temporary files included, got {size} in {part[:40]!r}..."
             )
+
+
+def room(folder: Path, needed: float, *, what: str) -> None:
+    """Fails before the work where the disk of a folder, which may not be there yet, has too few bytes left."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise UserError(
+            f"{what} must have {needed / 1e6:.0f} MB of the disk that {folder} is on, got {free / 1e6:.0f} MB free"
+        )
 
 
 def positive(text: str) -> int:
@@ -116,9 +128,7 @@ def add_command(
     sub: argparse.ArgumentParser = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
     sub.set_defaults(function=function)
     if model:
-        sub.add_argument(
-            "--model", help="FLUX directory in diffusers format, or hub id; default: the tiny one that ships"
-        )
+        sub.add_argument("--model", help="pipeline directory of diffusers, or hub id; default: the tiny one that ships")
         sub.add_argument("--seed", type=seed, default=0)
     return sub
 

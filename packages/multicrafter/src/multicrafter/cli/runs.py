@@ -17,12 +17,12 @@ def load(run: Any, arguments: argparse.Namespace) -> LoadedModel:
     from multicrafter.plan import require_memory
     from multicrafter.training.distributed import world_size
 
-    own = get_backbone(run.model.backbone) if ":" in run.model.backbone else None
+    backbone = get_backbone(run.model.backbone)
     if not arguments.force:
         require_memory(run, device=arguments.device, gpus=world_size())
     if arguments.device is not None:
         get_device(arguments.device)
-    loaded = load_model(run.model.path, dtype=run.execution.torch_dtype, backbone=own)
+    loaded = load_model(run.model.path, dtype=run.execution.torch_dtype, backbone=backbone)
     return loaded if arguments.device is None else loaded.to(arguments.device)
 
 

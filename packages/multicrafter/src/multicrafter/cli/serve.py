@@ -48,7 +48,7 @@ def serve(arguments: argparse.Namespace) -> int:
 def add_parser(commands: Any) -> None:
     """Adds ``serve`` to the command line."""
     sub = add_command(commands, "serve", serve, model=False)
-    sub.add_argument("--model", help="FLUX directory in diffusers format, or hub id; default: the tiny one that ships")
+    sub.add_argument("--model", help="pipeline directory of diffusers, or hub id; default: the tiny one that ships")
     sub.add_argument(
         "--adapter", type=Path,
         help="folder written by pretrain, align or demo; none is the base alone; default: the one that ships, with the tiny model",

@@ -63,11 +63,11 @@ def load_model(
     Args:
         model: Folder in diffusers format, or hub id.
         dtype: Of all weights.
-        backbone: Yours, if the pipeline is none of `multicrafter.models.backbones.BACKBONES`.
+        backbone: Yours, if the pipeline is none of `multicrafter.models.backbones.BACKBONES`; one of those must be that of the model.
         options: Go to ``from_pretrained`` of diffusers: ``revision``, ``token``, ``quantization_config``, ...
 
     Raises:
-        ValueError: A part is missing, a file cannot be read, the class is unknown, or the weights are gated.
+        ValueError: A part is missing, a file cannot be read, the class is unknown or not the backbone's, or the weights are gated.
     """
     import diffusers
     from diffusers.utils import logging
@@ -76,11 +76,12 @@ def load_model(
     source = Path(model) if model is not None else flux.shipped()
     name: str | Path = source
     cls: Any = diffusers.DiffusionPipeline
+    options = {"use_safetensors": True, **options}  # nothing is unpickled
     if source.exists() or model is None:
         _check_folder(source, backbone)
     else:
         name = str(model)
-    if backbone is not None:
+    if backbone is not None and not _is_ours(backbone):
         cls = getattr(diffusers, backbone.pipeline_class)
     logging.disable_progress_bar()
     try:
@@ -89,6 +90,7 @@ def load_model(
         raise UserError(_reason(name, error)) from error
     finally:
         logging.enable_progress_bar()
+    _check_class(name, type(pipe).__name__, backbone)
     loaded = LoadedModel.of(pipe, backbone)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
@@ -96,22 +98,36 @@ def load_model(
     return loaded
 
 
+def _is_ours(backbone: Backbone) -> bool:
+    return any(type(backbone) is type(known) for known in BACKBONES)
+
+
+def _check_class(source: str | Path, cls: str, backbone: Backbone | None) -> None:
+    """A known backbone takes pipelines of its own class alone; what a backbone of somebody's own takes is theirs to say."""
+    if backbone is not None and _is_ours(backbone) and cls != backbone.pipeline_class:
+        raise UserError(f"model {source} must be a {backbone.pipeline_class} for {backbone.name}, got a {cls}")
+
+
 def _check_folder(source: Path, backbone: Backbone | None) -> None:
-    """Names what a pipeline directory lacks."""
+    """Names what a pipeline directory lacks, before anything is loaded."""
+    if not source.is_dir():
+        raise UserError(f"model {source} must be a pipeline directory of diffusers, got a file")
     index = source / "model_index.json"
-    if backbone is None:
+    if backbone is None or _is_ours(backbone):
+        known = backbone or BACKBONES[0]  # what a folder without an index is told that it lacks
         try:
-            cls = read_json(index)["_class_name"] if index.is_file() else BACKBONES[0].pipeline_class
+            cls = read_json(index)["_class_name"] if index.is_file() else known.pipeline_class
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"model {source} must have a readable model_index.json, got a broken one") from error
-        known = [b for b in BACKBONES if b.pipeline_class == cls]
-        if not known:
+        _check_class(source, cls, backbone)
+        found = [b for b in BACKBONES if b.pipeline_class == cls]
+        if not found:
             names = ", ".join(b.pipeline_class for b in BACKBONES)
             raise UserError(f"model {source} must be one of {names}, or come with a backbone, got {cls}")
-        backbone = known[0]
+        backbone = backbone or found[0]
     missing = [part for part in backbone.parts if not (source / part).exists()]
     if missing:
-        raise UserError(f"model {source} must be a diffusers FLUX directory, but it lacks {', '.join(missing)}")
+        raise UserError(f"model {source} must be a pipeline directory of diffusers, but it lacks {', '.join(missing)}")
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -134,7 +150,7 @@ def _reason(name: str | Path, error: Exception) -> str:
         )
     if any(isinstance(e, RepositoryNotFoundError) for e in causes):
         return f"model {name} must be a folder or a hub id that exists and that you may read, got neither"
-    return f"model {name} must be a readable FLUX directory or hub id, got {type(error).__name__}: {text}"
+    return f"model {name} must be a readable pipeline directory of diffusers or a hub id, got {type(error).__name__}: {text}"
 
 
 def resolve_adapter(source: str | Path) -> Path:
