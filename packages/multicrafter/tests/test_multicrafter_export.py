@@ -358,6 +358,22 @@ def test_the_command_writes_the_shipped_adapter(form, tmp_path, capsys):
     assert "must not be there yet" in capsys.readouterr().err
 
 
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    """safetensors raises an error of its own kind, which says the number in its text."""
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    for form, name in (("diffusers", "x.safetensors"), ("peft", "folder")):
+        assert main(["export", str(shipped_adapter()), "--format", form, "--out", str(tmp_path / name)]) == 2
+        assert capsys.readouterr().err.startswith("error: Error while serializing: I/O error: No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_commands_mistakes_are_sentences(tmp_path, capsys):
     missing = ["export", str(tmp_path / "none"), "--format", "peft", "--out", str(tmp_path / "out")]
     assert main(missing) == 2 and "must hold adapter.json" in capsys.readouterr().err

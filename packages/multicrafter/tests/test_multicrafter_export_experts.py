@@ -19,7 +19,7 @@ from multicrafter.models.flux.model import Text
 from multicrafter.pipeline import load_flux
 from multicrafter.scoring.export_loss import LossConfig, plain_loras
 from multicrafter.world import shipped_adapter
-from multicrafter.world.tiny_backbones import TINY
+from multicrafter.world.tiny_backbones import TINY, tiny_qwen
 from multicrafter.world.tiny_flux import TinyFluxConfig
 
 SMALL = TinyFluxConfig(num_heads=2, head_dim=16, num_double=2, num_single=1, vae_channels=(8, 8, 8), text_width=16)
@@ -229,7 +229,19 @@ def test_a_plain_lora_needs_no_loss(tmp_path, capsys):
         "kohya",
         "--out",
         str(tmp_path / "x.safetensors"),
-        "--lossy",
-        "fit",
     ]
-    assert main(words) == 2 and "which is exported exactly" in capsys.readouterr().err
+    for more in (["--lossy", "fit"], ["--rank", "3"], ["--distil", "5"]):
+        assert main([*words, *more]) == 2
+        assert f"{more[0]} is for adapters with experts" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_without_names_in_comfyui_is_refused_before_anything_is_fitted(tmp_path, capsys, monkeypatch):
+    from multicrafter.scoring import export_loss
+
+    monkeypatch.setattr(export_loss, "plain_loras", lambda *_: pytest.fail("it was fitted"))
+    pipe = tiny_qwen()
+    folder = Adapters(pipe.transformer, AdapterConfig(rank=2, alpha=2.0, num_experts=2)).save(tmp_path / "adapter")
+    words = ["export", str(folder), "--format", "kohya", "--out", str(tmp_path / "x.safetensors"), "--lossy", "fit"]
+    assert main(words) == 2
+    assert "format must be diffusers, peft or merged for qwen_image_edit" in capsys.readouterr().err

@@ -43,6 +43,27 @@ def test_every_class_has_a_style():
     assert {name for name in used | marks if f".{name}" not in style} == set()
 
 
+def light(colour: str) -> float:
+    """Relative luminance of ``#rgb`` or ``#rrggbb``, WCAG 2.2."""
+    digits = colour.strip("#") if len(colour) == 7 else "".join(2 * c for c in colour.strip("#"))
+    red, green, blue = (
+        (v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4) for v in (b / 255 for b in bytes.fromhex(digits))
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_every_word_can_be_read_in_light_and_dark():
+    """4.5 to 1, the bound of WCAG 2.2 (AA): also the small grey intervals on green, red and yellow."""
+    schemes = re.findall(r":root \{ (--page[^}]*)\}", (ROOMS / "pages" / "base.html").read_text())
+    assert len(schemes) == 2
+    for scheme in schemes:
+        colours = dict(re.findall(r"--(\w+): (#\w+);", scheme))
+        for ground in ("page", "good", "bad", "note"):
+            for text in ("text", "faint"):
+                low, high = sorted((light(colours[text]), light(colours[ground])))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground, colours)
+
+
 def test_every_picture_has_words():
     for template in TEMPLATES:
         for tag in re.findall(r"<img[^>]*>", template.read_text()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -78,8 +79,20 @@ def answer(error: BaseException) -> str | None:
 
     known = isinstance(error, (UserError, InputError, CheckpointError, WorkerLost))
     missing_extra = isinstance(error, ImportError) and "pip install" in str(error)
-    closed = isinstance(error, OSError) and error.errno in FULL_OR_CLOSED
+    closed = _errno(error) in FULL_OR_CLOSED
     return " ".join(str(error).split()) if known or missing_extra or closed else None
+
+
+def _errno(error: BaseException) -> int | None:
+    """What the machine said; safetensors, which writes the large files, hands its number on in the text only.
+
+    >>> _errno(OSError(28, "No space left on device")), _errno(ValueError("os error 28"))
+    (28, None)
+    """
+    if isinstance(error, OSError):
+        return error.errno
+    said = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(said[1]) if said else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,8 +14,9 @@ def export(arguments: argparse.Namespace) -> int:
     """A trained adapter for other programs: diffusers, ComfyUI, kohya, peft, or merged into its base."""
     from multicrafter.files import write_json
     from multicrafter.models.adapters import read_adapter
+    from multicrafter.models.backbones import get_backbone
     from multicrafter.models.comfyui_workflow import workflow
-    from multicrafter.models.export import check_out, read_plain, write
+    from multicrafter.models.export import check_out, names_of, read_plain, write
     from multicrafter.models.loading import get_dtype, load_flux, resolve_adapter
 
     check_out(arguments.out, arguments.format)
@@ -25,12 +26,14 @@ def export(arguments: argparse.Namespace) -> int:
     dtype = get_dtype(arguments.dtype)
     folder = resolve_adapter(arguments.adapter)
     config, _, notes = read_adapter(folder)
+    if arguments.format in ("comfyui", "kohya"):
+        names_of(get_backbone(str(notes.get("backbone", "flux1_dev"))))  # before anything is fitted
     transformer = None
     if config.num_experts:
         lora = _lossy(arguments, folder, arguments.model or notes.get("base_model"))
-    elif arguments.lossy:
+    elif lossy := [name for name in ("lossy", "rank", "distil") if getattr(arguments, name)]:
         raise UserError(
-            f"--lossy is for adapters with experts, got {arguments.adapter}, a plain LoRA, which is exported exactly"
+            f"--{lossy[0]} is for adapters with experts, got {arguments.adapter}, a plain LoRA, which is exported exactly"
         )
     else:
         lora = read_plain(folder)
@@ -125,7 +128,7 @@ def add_parser(commands: Any) -> None:
     )
     sub.add_argument(
         "--distil",
-        type=int,
+        type=positive,
         default=0,
         metavar="STEPS",
         help="train what was fitted further, towards the mixture's velocity",

@@ -162,18 +162,28 @@ def fuse(parts: Sequence[LowRank]) -> LowRank:
     return LowRank(torch.cat([p.lora_a for p in parts]), torch.block_diag(*(p.lora_b for p in parts)))
 
 
+def names_of(backbone: Backbone) -> Names:
+    """What Black Forest Labs' code calls the layers of a backbone.
+
+    Raises:
+        UserError: Nobody has named the layers of this transformer so.
+    """
+    table = ORIGINAL_NAMES.get(backbone.transformer_class)
+    if table is None:
+        raise UserError(
+            f"format must be diffusers, peft or merged for {backbone.name}: the names that ComfyUI and kohya give to layers are known "
+            f"here only of {', '.join(ORIGINAL_NAMES)}"
+        )
+    return table
+
+
 def original_layers(lora: PlainLoRA) -> dict[str, LowRank]:
     """The layers under the names of Black Forest Labs' code, those that are one layer there fused.
 
     Raises:
-        UserError: Nobody has named the layers of this transformer so, or a part of a fused layer is missing.
+        UserError: See `names_of`, or a part of a fused layer is missing.
     """
-    table = ORIGINAL_NAMES.get(lora.backbone.transformer_class)
-    if table is None:
-        raise UserError(
-            f"format must be diffusers, peft or merged for {lora.backbone.name}: the names that ComfyUI and kohya give to layers are known "
-            f"here only of {', '.join(ORIGINAL_NAMES)}"
-        )
+    table = names_of(lora.backbone)
     whole: dict[str, LowRank] = {}
     parts: dict[str, dict[int, LowRank]] = {}
     for name, low_rank in lora.layers.items():

@@ -137,20 +137,21 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _reason(name: str | Path, error: Exception) -> str:
-    """One sentence."""
+def _reason(name: str | Path, error: Exception, what: str = "model") -> str:
+    """One sentence about a model or an adapter."""
     from huggingface_hub.errors import GatedRepoError, LocalTokenNotFoundError, RepositoryNotFoundError
 
     causes = list(chain(error))
     text = " ".join(str(error).split())[:200]
     if any(isinstance(e, (GatedRepoError, LocalTokenNotFoundError)) for e in causes) or "gated repo" in text.lower():
         return (
-            f"model {name} is gated: accept its licence on https://huggingface.co/{name} and log in with "
+            f"{what} {name} is gated: accept its licence on https://huggingface.co/{name} and log in with "
             "`hf auth login` or HF_TOKEN, got no token that may read it"
         )
     if any(isinstance(e, RepositoryNotFoundError) for e in causes):
-        return f"model {name} must be a folder or a hub id that exists and that you may read, got neither"
-    return f"model {name} must be a readable pipeline directory of diffusers or a hub id, got {type(error).__name__}: {text}"
+        return f"{what} {name} must be a folder or a hub id that exists and that you may read, got neither"
+    kind = "pipeline directory of diffusers" if what == "model" else "folder"
+    return f"{what} {name} must be a readable {kind} or a hub id, got {type(error).__name__}: {text}"
 
 
 def resolve_adapter(source: str | Path) -> Path:
@@ -167,7 +168,7 @@ def resolve_adapter(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=["adapter.json", "adapter.safetensors", "README.md"]))
     except Exception as error:
-        raise UserError(_reason(source, error).replace("model", "adapter", 1)) from error
+        raise UserError(_reason(source, error, "adapter")) from error
 
 
 def load_into(pipe: Any, adapter: str | Path) -> Adapters:

@@ -19,12 +19,12 @@ class Cell(NamedTuple):
 
 
 def number(value: float | None, places: int = 2, *, sign: bool = False) -> str:
-    """A number with its decimals, or a dash for what is not known.
+    """A number with its decimals, or a dash for what is not known; zero has no minus, except where signs are asked for.
 
-    >>> number(0.12345), number(float("nan")), number(None)
-    ('0.12', '–', '–')
+    >>> number(0.12345), number(-0.001), number(float("nan")), number(None)
+    ('0.12', '0.00', '–', '–')
     """
-    return "–" if value is None or not math.isfinite(value) else f"{value:{'+' if sign else ''}.{places}f}"
+    return "–" if value is None or not math.isfinite(value) else f"{value:{'+' if sign else 'z'}.{places}f}"
 
 
 def interval(mean: float | None, low: float | None, high: float | None, kind: str = "", *, sign: bool = False) -> Cell:
