@@ -237,11 +237,8 @@ def test_the_header_says_what_it_is(trained, tmp_path):
     name, folder, *_ = trained
     file = exported(folder, "diffusers", tmp_path / "lora.safetensors")
     about, backbone = export.read_header(file), backbone_of(build(name))
-    assert (
-        about["backbone"] == name
-        and about["base_licence"] == backbone.licence
-        and about["base_model"] == backbone.hub_id
-    )
+    assert about["backbone"] == name and about["base"] and backbone.licence
+    assert about["base_model"] is about["base_licence"] is None, "of these sizes nobody published a base"
     assert about["training"] == {"stage": 1, "num_references": 2} and about["sampling"] == {"num_steps": 7}
     assert about["trained_by"]["commit"] == about["exported_by"]["commit"] == source_commit()
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", source_commit() or "0" * 40)
@@ -254,6 +251,23 @@ def test_the_header_says_what_it_is(trained, tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="must be a safetensors file"):
         export.read_header(tmp_path / "broken.safetensors")
+
+
+def test_a_licence_is_that_of_the_weights(tmp_path):
+    """The published one for the published sizes, whatever the folder is called; the tiny FLUX has its own; of others nothing is said."""
+    layers, full = {"x": LowRank(torch.ones(1, 2), torch.ones(2, 1))}, Flux1.full_config
+    names = ("in_channels", "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads")
+    sizes = {name: full[name] for name in names}
+    for notes, want in (
+        ({"base": sizes}, (Flux1.hub_id, Flux1.licence)),
+        ({"base": sizes, "base_model": "my/finetune"}, ("my/finetune", Flux1.licence)),
+        ({"base": {**sizes, "num_layers": 8}}, (None, None)),
+        ({"base": {**sizes, "num_layers": 8}, "base_model": "my/small"}, ("my/small", None)),
+    ):
+        assert export.base_of(export.PlainLoRA(layers=layers, backbone=Flux1(), notes=notes)) == want
+    read = export.read_plain(shipped_adapter())
+    assert export.base_of(read) == ("the tiny FLUX that ships with multicrafter", "Apache-2.0")
+    assert export.peft_config(read)["base_model_name_or_path"] == "the tiny FLUX that ships with multicrafter"
 
 
 def test_another_base_is_refused(tmp_path):

@@ -26,6 +26,7 @@ from multicrafter.files import appearing, follow_umask, source_commit, write_jso
 from multicrafter.models.adapters import AdapterConfig, adapted, fingerprint, read_adapter
 from multicrafter.models.backbones import Backbone, backbone_of, get_backbone
 from multicrafter.models.backbones.base import on_meta
+from multicrafter.models.flux import shipped
 
 FORMATS = ("diffusers", "comfyui", "kohya", "peft", "merged")
 FORMAT_VERSION = 1
@@ -228,16 +229,30 @@ def tensors(lora: PlainLoRA, form: str) -> dict[str, Tensor]:
     return {key: value.detach().cpu().contiguous() for key, value in made.items()}
 
 
+def base_of(lora: PlainLoRA) -> tuple[str | None, str | None]:
+    """Name and licence of the base: those of the published model where the sizes are its own, of the tiny FLUX where they are its; else unknown.
+
+    A licence belongs to weights. A base of other sizes is another model, even where it is built like FLUX.1-dev.
+    """
+    named, sizes, backbone = lora.notes.get("base_model"), lora.notes["base"], lora.backbone
+    if all(backbone.full_config.get(name, 0) == size for name, size in sizes.items()):
+        return named or backbone.hub_id, backbone.licence
+    tiny = json.loads((shipped() / "transformer" / "config.json").read_text())
+    if named is None and backbone.name == "flux1_dev" and all(tiny.get(name) == size for name, size in sizes.items()):
+        return "the tiny FLUX that ships with multicrafter", "Apache-2.0"
+    return named, None
+
+
 def header(lora: PlainLoRA, form: str) -> dict[str, str]:
     """The header of a file: base, licence, training, commit, versions, and how pictures are drawn with it."""
-    notes = lora.notes
+    notes, (base_model, base_licence) = lora.notes, base_of(lora)
     about = {
         "format_version": FORMAT_VERSION,
         "form": form,
         "backbone": lora.backbone.name,
         "base": notes["base"],
-        "base_model": notes.get("base_model") or lora.backbone.hub_id,
-        "base_licence": lora.backbone.licence,
+        "base_model": base_model,
+        "base_licence": base_licence,
         "training": {k: notes[k] for k in ("stage", "steps", "num_references", "size", "reference_size") if k in notes},
         "adapter": notes["config"],
         "sampling": notes.get("sampling", {}),
@@ -360,7 +375,7 @@ def peft_config(lora: PlainLoRA) -> dict[str, Any]:
     other = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
     return {
         "peft_type": "LORA",
-        "base_model_name_or_path": lora.notes.get("base_model") or lora.backbone.hub_id,
+        "base_model_name_or_path": base_of(lora)[0],
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": other,
