@@ -361,6 +361,18 @@ def test_a_config_of_trl_that_cannot_train(options: dict[str, Any]) -> None:
         from_grpo_config(SimpleNamespace(**options), reward_names=["a"])
 
 
+def test_a_config_of_trl_may_be_its_fields_and_is_nothing_else() -> None:
+    online = from_grpo_config({"beta": 0.1, "num_generations": 4}, reward_names=["a"]).online
+    assert online["policy"].kl_coef == 0.1 and online["group_size"] == 4
+    for wrong in (None, SimpleNamespace, 5, ["beta"]):
+        with pytest.raises(ValueError, match=r"config must be a trl\.GRPOConfig"):
+            from_grpo_config(wrong, reward_names=["a"])
+    with pytest.raises(ValueError, match="kl_coef must be"):
+        from_grpo_config({"beta": True}, reward_names=["a"])
+    with pytest.raises(ValueError, match="reward_names must be a list"):
+        from_grpo_config({"reward_weights": [1.0, 2.0]}, reward_names="ab")
+
+
 # states
 
 

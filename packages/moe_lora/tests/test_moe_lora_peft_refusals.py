@@ -376,3 +376,41 @@ def test_diffusers_fuses_nothing_and_scales_everything() -> None:
     model.unfuse_lora()
     model.set_adapter("mixed")
     assert handle(model, "mixed").layers
+
+
+def test_tensors_of_nans_are_neither_read_nor_written(tmp_path: Path) -> None:
+    """PEFT's own way in took them; the file's experts were NaN and the model's pictures black."""
+    model = wrapped()
+    model.save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    (key,) = [k for k in tensors if "experts_b" in k]
+    for wrong in (tensors[key] * float("nan"), tensors[key].long()):
+        save_file({**tensors, key: wrong}, file)
+        with pytest.raises(ValueError, match="must hold finite floating-point numbers"):
+            peft.PeftModel.from_pretrained(base(), tmp_path / "a")
+    before = snapshot(model)
+    state = peft.get_peft_model_state_dict(model)
+    with pytest.raises(ValueError, match="got NaN or infinity"):
+        peft.set_peft_model_state_dict(model, {k: t * float("nan") for k, t in state.items()})
+    unchanged(model, before)
+    with torch.no_grad():
+        model.base_model.model[2].lora_experts_b["default"][0] = float("nan")
+    with pytest.raises(ValueError, match="adapter to save must hold finite"):
+        save_adapter(model, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_module_under_two_names_and_options_of_another_kind() -> None:
+    shared = nn.Linear(8, 8)
+    model = nn.Sequential(shared, nn.GELU(), shared)
+    with pytest.raises(ValueError, match="must stand in one place of the model, got '0'"):
+        peft.get_peft_model(model, PeftMoELoRAConfig(r=2, lora_alpha=2, target_modules=["0"]))
+    assert model[0] is model[2] is shared
+    for changes, words in (
+        ({"lora_alpha": "4"}, "alpha must be a finite number"),
+        ({"lora_dropout": float("nan")}, "lora_dropout must be"),
+        ({"lora_dropout": "0.1"}, "lora_dropout must be"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            config(**changes)

@@ -6,7 +6,7 @@ import numbers
 from dataclasses import dataclass
 from typing import Literal
 
-from gspo.inputs import require_bool, require_real, require_whole
+from gspo.inputs import is_real, require_bool, require_real, require_whole
 from gspo.objective import clip_bounds
 from gspo.ratio import RatioKind
 
@@ -63,11 +63,11 @@ class PolicyConfig:
             raise ValueError(f"target_clip_fraction must be in (0, 1), got {self.target_clip_fraction}")
         if not 0 < self.clip_range_rate <= 1:
             raise ValueError(f"clip_range_rate must be in (0, 1], got {self.clip_range_rate}")
-        if not (isinstance(self.kl_coef, numbers.Real) and 0 <= self.kl_coef < float("inf")):
-            raise ValueError(f"kl_coef must be a number that is not negative, got {self.kl_coef}")
+        if not (is_real(self.kl_coef) and self.kl_coef >= 0):
+            raise ValueError(f"kl_coef must be a number that is not negative, got {self.kl_coef!r}"[:300])
         for name in ("max_grad_norm", "max_advantage"):
             value = getattr(self, name)
-            limit = isinstance(value, numbers.Real) and value > 0  # infinity is no limit
+            limit = isinstance(value, numbers.Real) and float(value) > 0  # infinity is no limit
             if not limit and not (value is None and name == "max_advantage"):
                 raise ValueError(f"{name} must be positive, got {value!r}")
         for name in ("num_inner_epochs", "micro_batch_size"):

@@ -25,7 +25,7 @@ from moe_lora.checkpoint import (
 from moe_lora.config import MoELoRAConfig
 from moe_lora.layer import MoELoRALayer
 from moe_lora.routing import RoutingStatistics, routing_statistics
-from moe_lora.standin import StandIn, check_target
+from moe_lora.standin import StandIn, check_one_place, check_target
 
 Targets = str | Sequence[str] | Callable[[str], bool]
 
@@ -53,10 +53,6 @@ def find_targets(model: nn.Module, targets: Targets) -> list[str]:
     ['0', '2']
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    places: dict[int, set[tuple[int, str]]] = {}
-    for outer in model.modules():
-        for leaf, child in outer._modules.items():
-            places.setdefault(id(child), set()).add((id(outer), leaf))
     names = list(modules)
     several = isinstance(targets, Iterable) and not isinstance(targets, (str, bytes))
     if several:
@@ -85,11 +81,8 @@ def find_targets(model: nn.Module, targets: Targets) -> list[str]:
             raise ValueError(
                 f"targets must be modules without a mixture, got {name!r}: remove() the first handle or name others"
             )
-        if len(places[id(modules[name])]) > 1:
-            raise ValueError(
-                f"targets must stand in one place of the model, got {name!r}, which is used under another name too and would stay as it is there"
-            )
         check_target(modules[name], name)
+    check_one_place(model, {name: modules[name] for name in found})
     return found
 
 

@@ -36,6 +36,23 @@ def _no_tensor(module: nn.Module) -> str | None:
     return None
 
 
+def check_one_place(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    """Refuses a module that the model uses under two names: only one of them would get the mixture.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    places: dict[int, int] = {}
+    for outer in model.modules():
+        for child in outer._modules.values():
+            places[id(child)] = places.get(id(child), 0) + 1
+    for name, module in targets.items():
+        if places.get(id(module), 0) > 1:
+            raise ValueError(
+                f"targets must stand in one place of the model, got {name!r}, which is used under another name too and would stay as it is there"
+            )
+
+
 def check_target(module: nn.Module, name: str = "") -> None:
     """Refuses what no mixture can stand beside.
 

@@ -145,7 +145,7 @@ def translate(config: Any, reward_names: Sequence[str]) -> GRPOSettings:
         elif name not in MAPPED and name not in INERT and name not in LOOP and not _is_default(config, name):
             raise ValueError(f"{name} must be left out (gspo does not know what it means), got {value!r}")
     return GRPOSettings(
-        online=_online(fields, list(reward_names)),
+        online=_online(fields, one_by_one("reward_names", reward_names)),
         optimizer={
             "lr": fields.get("learning_rate", 1e-6),
             "betas": (fields.get("adam_beta1", 0.9), fields.get("adam_beta2", 0.999)),
@@ -159,6 +159,10 @@ def translate(config: Any, reward_names: Sequence[str]) -> GRPOSettings:
 
 def _fields(config: Any) -> dict[str, Any]:
     """Names and values of what the configuration says."""
+    if isinstance(config, type) or not (isinstance(config, Mapping) or hasattr(config, "__dict__")):
+        raise ValueError(f"config must be a trl.GRPOConfig, or its fields in a dictionary, got {config!r}"[:300])
+    if isinstance(config, Mapping):
+        return {str(name): value for name, value in config.items()}
     if dataclasses.is_dataclass(config):
         return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     return {name: value for name, value in vars(config).items() if not name.startswith("_")}

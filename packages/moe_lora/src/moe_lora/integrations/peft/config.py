@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import numbers
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -63,6 +64,8 @@ class PeftMoELoRAConfig(LoraConfig):  # type: ignore[misc]
                 raise ValueError(
                     f"{option.name} must be {default!r} for mixtures, which do not have it, got {getattr(self, option.name)!r}"
                 )
+        if not isinstance(self.lora_dropout, numbers.Real) or not 0 <= float(self.lora_dropout) <= 1:
+            raise ValueError(f"lora_dropout must be a number in [0, 1], got {self.lora_dropout!r}")
         if not isinstance(self.init_lora_weights, bool):
             raise ValueError(f"init_lora_weights must be a bool for mixtures, got {self.init_lora_weights!r}")
 
@@ -70,7 +73,7 @@ class PeftMoELoRAConfig(LoraConfig):  # type: ignore[misc]
         """The mixture's own config, for a layer of another rank or alpha if PEFT's patterns say so."""
         return MoELoRAConfig(
             rank=self.r if rank is None else rank,
-            alpha=float(self.lora_alpha if alpha is None else alpha),
+            alpha=self.lora_alpha if alpha is None else alpha,
             num_experts=self.num_experts, top_k=self.top_k, gating=self.gating, dispatch=self.dispatch,  # type: ignore[arg-type]
             jitter=self.jitter, balance_coef=self.balance_coef, z_coef=self.z_coef,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from moe_lora.checkpoint import read_tensors, whole, write_adapter
+from moe_lora.checkpoint import check_numbers, make_folder, read_tensors, whole, write_adapter
 from moe_lora.inject import MoELoRA
 from moe_lora.integrations.peft.config import PeftMoELoRAConfig
 from moe_lora.integrations.peft.handle import PeftMoELoRA, handle
@@ -24,12 +24,11 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors``, as `PeftModel.save_pretrained` does, for any model with adapters.
 
     Raises:
-        ValueError: The model has no such adapter.
+        ValueError: The model has no such adapter, or it holds NaN; nothing is written then.
     """
     folder = Path(folder)
     if adapter_name not in getattr(model, "peft_config", {}):
         raise ValueError(f"adapter_name must be an adapter of the model, got {adapter_name!r}")
-    folder.mkdir(parents=True, exist_ok=True)
     meta = {k: sorted(v) if isinstance(v, set) else v for k, v in model.peft_config[adapter_name].to_dict().items()}  # type: ignore[index, union-attr]
     meta.pop("runtime_config", None)
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
@@ -37,6 +36,8 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
     # diffusers makes a LoraConfig of what stands under this key, and fails, instead of loading next to nothing
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(meta)}
     held = {k: whole(t.detach()).contiguous().cpu() for k, t in tensors.items()}
+    check_numbers("adapter to save", held)
+    make_folder(folder)
     write_adapter(folder / WEIGHTS, held, header, folder / CONFIG, dict(sorted(meta.items())))
     return folder
 

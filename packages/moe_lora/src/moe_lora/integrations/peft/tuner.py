@@ -16,10 +16,11 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, nn
 
+from moe_lora.checkpoint import check_numbers
 from moe_lora.integrations.peft.config import MixtureType, PeftMoELoRAConfig
 from moe_lora.integrations.peft.layer import CANNOT_MERGE, PeftMoELoRALayer
 from moe_lora.layer import infer_features
-from moe_lora.standin import check_target
+from moe_lora.standin import check_one_place, check_target
 
 
 def register() -> None:
@@ -69,6 +70,7 @@ def find_targets(model: nn.Module, config: PeftMoELoRAConfig) -> dict[str, nn.Mo
             raise ValueError(f"target_modules must not lie inside a mixture, got {name!r} inside {outer!r}")
     for name, module in found.items():
         _check(name, module, config, found, adapted)
+    check_one_place(model, {name: module for name, module in found.items() if config.wants_mixture(name)})
     if config.mixture_modules and found and not any(config.wants_mixture(name) for name in found):
         raise ValueError(
             f"mixture_modules must match some of the targets, got {config.mixture_modules!r}, which matches none of {sorted(found)[:4]}"
@@ -167,7 +169,7 @@ class MoELoRAModel(LoraModel):  # type: ignore[misc]
         """PEFT warns where tensors are missing and drops those that fit nowhere; here both are errors.
 
         Raises:
-            ValueError: A tensor of the adapter is missing, unknown or of another shape; nothing is loaded.
+            ValueError: A tensor of the adapter is missing, unknown, of another shape or not finite; nothing is loaded.
         """
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
@@ -181,4 +183,5 @@ class MoELoRAModel(LoraModel):  # type: ignore[misc]
             want, got = (tuple(d[key].shape) if key in d else "nothing" for d in (own, given))
             if want != got:
                 raise ValueError(f"state_dict must hold {want} for {key!r} of adapter {adapter_name!r}, got {got}")
+        check_numbers(f"state_dict of adapter {adapter_name!r}", given)
         return remapped
