@@ -1,4 +1,4 @@
-"""Apple's MPS has no float64. Whatever runs on a device runs on one without it (`multicrafter_device`): drawing, both stages, all measuring."""
+"""Apple's MPS has no float64. What runs on a device runs on one without it (`multicrafter_device`): drawing, page, stages, measuring."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from gspo.diagnostics import objective_batches, policy_batches
 from gspo.signal_estimators import clip_activity
 from moe_lora.export import approximate
 from moe_lora.stats import collect
+from multicrafter.demo.serve.drawing import DrawRequest, draw
 from multicrafter.models.adapters import AdapterConfig, Adapters
 from multicrafter.models.binding import BindingConfig
 from multicrafter.models.loaded import LoadedModel
@@ -50,6 +51,18 @@ def generate(pipe: Any, scenes: Any, mode: str) -> None:
     pipeline = MultiCrafterPipeline(pipe, adapters, separation=BindingConfig(mode=mode, draft_steps=1))
     pipeline(
         "two people", [Image.new("RGB", (32, 32), c) for c in ("red", "blue")], num_steps=2, size=64, reference_size=32
+    )
+
+
+def page(pipe: Any, scenes: Any, mode: str) -> None:
+    """What `multicrafter serve` does for a visitor: both pictures, the maps, and who was found where."""
+    request = DrawRequest(
+        references=tuple(Image.new("RGB", (32, 32), c) for c in ("red", "blue")), prompt="two people", seed=0, num_steps=2,
+        guidance=3.5, size=64, separation=mode,
+    )  # fmt: skip
+    drawing = draw(MultiCrafterPipeline(pipe, Adapters(pipe.transformer, EXPERTS)), request)
+    assert (
+        drawing.plain is not None and drawing.plain.maps is not None and drawing.plain.maps.values.device.type == "cpu"
     )
 
 
@@ -89,6 +102,7 @@ def stage2(pipe: Any, scenes: Any, ratio: str) -> None:
         (generate, "none"),
         (generate, "draft"),
         (generate, "in-flight"),
+        (page, "draft"),
         (stage1, "supervised"),
         (stage1, "separated"),
         (stage2, "sequence"),
