@@ -211,6 +211,28 @@ def test_no_two_tokens_share_a_place(name):
     assert len({tuple(r) for r in ids.tolist()}) == len(ids) == 16 + 4 + 6 + 16
 
 
+def test_the_places_of_flux1_are_on_the_diagonal():
+    """By hand: a picture of 2 rows and 3 columns, a wide reference, then a tall one that begins behind both."""
+    ids = get_backbone("flux1_dev").position_ids((2, 3), [(1, 2), (2, 1)])
+    picture = [(row, column) for row in (0, 1) for column in (0, 1, 2)]
+    assert ids.tolist() == [[0, *place] for place in [*picture, (2, 3), (2, 4), (3, 5), (4, 5)]]
+
+
+def test_settings_of_a_picture_where_nobody_names_any():
+    """Embedded guidance, scale of the second pass (1: none), steps."""
+    found = {b.name: (b.default_guidance, b.default_true_guidance, b.default_num_steps) for b in BACKBONES}
+    assert found == {
+        "flux1_dev": (3.5, 1.0, 20),
+        "flux1_kontext": (2.5, 1.0, 20),
+        "flux2_klein": (1.0, 4.0, 20),
+        "flux2_klein_kv": (1.0, 4.0, 4),
+        "flux2_dev": (4.0, 1.0, 28),
+        "qwen_image_edit": (1.0, 4.0, 40),
+        "qwen_image_21": (1.0, 1.0, 40),
+    }
+    assert not get_backbone("flux2_klein_kv").has_true_guidance(None)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_layout_points_at_the_references(name, pipes):
     """A span's own tokens, and no others, change their keys when only that reference changes (first block)."""

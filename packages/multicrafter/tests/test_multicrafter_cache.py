@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from multicrafter.models.adapters import Adapters
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.loaded import LoadedModel
-from multicrafter.training import distributed
+from multicrafter.training import distributed, runs
 from multicrafter.training.checkpoint import CheckpointError
 from multicrafter.training.encoding_cache import (
     CachedPictures,
@@ -141,3 +142,32 @@ def test_a_stage_trains_from_the_cache_without_text_encoders(number, tmp_path):
             stage.step(index)
     for (name, a), (_, b) in zip(plain.adapters.named_parameters(), cached.adapters.named_parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5), name
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("cached", [True, False])
+def test_text_encoders_leave_the_card_once_all_is_cached(number, cached, tmp_path, monkeypatch):
+    """Before the first step, as `multicrafter plan` counts; without a cache they stay where they are."""
+    model, moved = LoadedModel.of(workers.small_pipe()), []
+    for encoder in model.text_encoders:
+        monkeypatch.setattr(encoder, "to", lambda device, encoder=encoder: moved.append((encoder, device)))
+    monkeypatch.setattr(runs.loop, "run", lambda stage, **_: pytest.fail("seen" + str(len(moved))))
+    cache = str(tmp_path / "cache") if cached else None
+    scenes = encode_scenes(model, WorldConfig(numbers=(2,), shared_attributes=4), 4, seed=3, cache=cache)
+    if number == 1:
+        config = runs.with_execution(workers.STAGE1, cache=cache)
+
+        def run():
+            runs.run_pretrain(model, config, tmp_path / "out", scenes=scenes)
+    else:
+        config, adapters = (
+            runs.with_execution(workers.STAGE2, cache=cache),
+            Adapters(model.transformer, workers.SMALL),
+        )
+
+        def run():
+            runs.run_align(model, adapters, config, tmp_path / "out", scenes=scenes, reward=workers.Brightness())
+
+    with pytest.raises(pytest.fail.Exception, match=f"seen{2 * cached}"):
+        run()
+    assert moved == [(encoder, "cpu") for encoder in model.text_encoders if cached]

@@ -243,6 +243,14 @@ class CachedPictures:
         return self._cache.stack(keys)["tokens"]
 
 
+def rest_encoders(model: LoadedModel | DiffusionPipeline) -> None:
+    """Lets text encoders whose texts are cached wait in the machine's memory: the card is the training's, as `multicrafter plan` counts it."""
+    for encoder in LoadedModel.of(model).text_encoders:
+        encoder.to("cpu")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def free_encoders(pipe: Any, *, vae: bool = False) -> None:
     """Drops the text encoders, and the VAE if asked, from a pipeline whose texts and pictures are cached, and their memory with them."""
     names = [n for n in pipe.components if n.startswith("text_encoder")] + (["vae"] if vae else [])
