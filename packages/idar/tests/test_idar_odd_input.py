@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import jaxtyping
-import numpy as np
 import pytest
 import torch
 from idar import (
@@ -27,6 +26,8 @@ from idar import (
     token_masks,
 )
 from torch import nn
+
+np = pytest.importorskip("numpy", reason="needs idar[diffusers]")
 
 NAN, INF = math.nan, math.inf
 LAYOUT = SubjectLayout.in_order(2, 4, [2, 1])
