@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -123,3 +124,36 @@ def test_the_kv_pipeline_is_bound_over_several_steps() -> None:
     bound = draw_bound(pipe, REFERENCES, "", find=find, draft_steps=2, margin=0.0, **given)
     plain = record(pipe, REFERENCES, "", **given)
     assert bound.complete and not torch.allclose(bound.picture, plain.picture, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"references": "a.png"}, "references must be a list"), ({"references": Path("a.png")}, "references must be a list"),
+        ({"references": REFERENCES[0]}, "put a single one into a list"), ({"references": None}, "references must be a list"),
+        ({"names": "AB"}, "names must be a list"), ({"masks": "ab"}, "masks must be a list"), ({"size": 64}, "size must be two"),
+        ({"size": "64x64"}, "size must be two"), ({"size": (64.0, 64)}, "size must be two"), ({"options": [1]}, "options must be"),
+        ({"options": {"height": 32}}, r"got \['height'\]"), ({"seed": True}, "seed must be"), ({"num_steps": "2"}, "num_steps must be"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_watched(change: dict[str, Any], words: str) -> None:
+    """A height among the options was drawn, and the maps were read as those of another."""
+    pipe, options = klein(Flux2KleinPipeline)
+    given = {"references": REFERENCES, "prompt": "", "size": (64, 64), "num_steps": 1, "options": options, **change}
+    with pytest.raises(ValueError, match=words):
+        watch(pipe, **given)
+
+
+def test_a_generator_of_references_and_numbers_of_numpy() -> None:
+    pipe, options = klein(Flux2KleinPipeline)
+    want = watch(pipe, REFERENCES, "", size=(64, 64), num_steps=1, seed=3, options=options)
+    found = watch(
+        pipe,
+        (r for r in REFERENCES),
+        "",
+        size=(np.int64(64), 64),
+        num_steps=np.int64(1),
+        seed=np.int64(3),
+        options=options,
+    )
+    assert torch.equal(found.maps, want.maps)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Integral
+from os import PathLike
 from typing import Any
 
 import torch
@@ -154,10 +156,31 @@ def size_of(pipe: Any, size: tuple[int, int] | None = None) -> tuple[int, int]:
     """
     side = 2 * int(pipe.vae_scale_factor)
     default = int(getattr(pipe.vae.config, "sample_size", None) or 1024)
+    pair = size is None or (isinstance(size, (tuple, list)) and len(size) == 2)
+    if not pair or not all(isinstance(n, Integral) and not isinstance(n, bool) for n in size or ()):
+        raise ValueError(f"size must be two whole numbers of pixels (height, width), got {size!r}")
     height, width = size or (default, default)
     if min(height, width) < side or height % side or width % side:
         raise ValueError(f"size must be multiples of {side} pixels, got {height} x {width}")
     return height, width
+
+
+def listed(references: Any) -> list[Any]:
+    """Pictures as a list.
+
+    Raises:
+        ValueError: It is one picture and no list.
+    """
+    alone = isinstance(references, (str, bytes, PathLike)) or hasattr(references, "convert")
+    if alone or not isinstance(references, Iterable):
+        raise ValueError(
+            f"references must be a list of pictures, got {type(references).__name__}; put a single one into a list"
+        )
+    return list(references)
+
+
+OWN = frozenset({"height", "width", "image", "num_inference_steps", "generator", "output_type"})
+"""Arguments of a pipeline's call that the recording gives itself."""
 
 
 def guided(pipe: Any, guidance: float) -> dict[str, Any]:
@@ -191,13 +214,16 @@ class Ready:
         """All arguments of the pipeline's call.
 
         Raises:
-            ValueError: There are no steps.
+            ValueError: There are no steps, or options are no more arguments of the call.
         """
-        if not isinstance(num_steps, int) or not 1 <= num_steps <= 10_000:
+        if not isinstance(num_steps, Integral) or not 1 <= num_steps <= 10_000:
             raise ValueError(f"num_steps must be at least 1 and at most 10,000, got {num_steps!r}")
-        if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed must be a whole number of 64 bits, got {str(seed)[:40]}")
-        drawn = {"num_inference_steps": num_steps, "generator": torch.Generator().manual_seed(seed)}
+        if not isinstance(options or {}, dict) or (taken := OWN & (options or {}).keys()):
+            got = sorted(taken) if isinstance(options, dict) else type(options).__name__
+            raise ValueError(f"options must be more arguments of the pipeline's call, by name, got {got}")
+        drawn = {"num_inference_steps": int(num_steps), "generator": torch.Generator().manual_seed(int(seed))}
         return {**self.arguments, **drawn, **(options or {})}
 
 
@@ -219,7 +245,8 @@ def ready(
     if name not in SUPPORTED:
         raise ValueError(f"pipeline must be one of {', '.join(SUPPORTED)}, got {name}")
     way, most = SUPPORTED[name]
-    if not len(references):
+    references = listed(references)
+    if not references:
         raise ValueError("references must hold at least one picture, got none")
     references = [read_picture(given, f"references[{i}]") for i, given in enumerate(references)]
     if most is not None and len(references) > most:

@@ -11,7 +11,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from idar.integrations.recording import Recording, record
+from idar.integrations.recording import Recording, listed, record
 from idar.integrations.report import load_pipeline, masks_of
 from idar.masks import box_masks, map_boxes
 from idar.metrics import leakage, map_overlap
@@ -106,7 +106,10 @@ def watch(
         ValueError: The pipeline is not supported, or something does not fit it.
         ImportError: diffusers is missing; the message names the pip line.
     """
+    references = listed(references)
     for what, given in (("masks", masks), ("names", names)):
+        if isinstance(given, str):
+            raise ValueError(f"{what} must be a list, one per reference, got {given!r}")
         if given is not None and len(given) != len(references):
             raise ValueError(f"{what} must be one per reference, got {len(given)} for {len(references)}")
     if isinstance(pipe, (str, Path)):
