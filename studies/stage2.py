@@ -1,9 +1,10 @@
 """Which settings of stage 2 have a gradient at all, and does it pay on the adapter that ships?
 
-    python -m studies.stage2 run ADAPTER [--split test]     # draws and scores both; some 12 minutes on one core
-    python -m studies.stage2 page                           # docs/results/stage2.md
+    python -m studies.stage2 run                       # the adapters that ship, of stage 1 and of stage 2 (seed 0)
+    python -m studies.stage2 run ADAPTER --seed 1      # another run of stage 2; some five minutes an adapter on one core
+    python -m studies.stage2 page                      # docs/results/stage2.md
 
-Criterion, written before the test split was drawn. Both adapters draw the same 512 test cases from the same noise, bound by a draft as they ship
+Criterion, written before the test split was drawn. All adapters draw the same 512 test cases from the same noise, bound by a draft as they ship
 (16 steps, guidance 3.5). The stage-2 adapter ships if the 95 % interval of the difference in the composite reward is above 0, and no interval of
 text, aesthetics, attributes, count, setting, identity (by the judge that trained and by the one that did not) lies below 0, nor that of swaps
 above. It becomes the default of ``generate`` only if the interval of attributes or of count is above 0 besides: that is what a viewer sees.
@@ -12,16 +13,18 @@ above. It becomes the default of ``generate`` only if the interval of attributes
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
-import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from multicrafter.files import write_json, write_whole
+from multicrafter.files import write_whole
 from multicrafter.models.binding import BindingConfig, IdentityFinder
 from multicrafter.pipeline import MultiCrafterPipeline
 from multicrafter.scoring.evaluate import (
@@ -40,7 +43,7 @@ from multicrafter.world.rewards import RewardConfig, tiny_reward
 from benchmarks.run import circumstances
 
 ROOT = Path(__file__).resolve().parents[1]
-OUT = ROOT / "benchmarks" / "results" / "stage2.json"
+CASES = ROOT / "benchmarks" / "results" / "stage2_cases.parquet"
 SIGNAL = ROOT / "benchmarks" / "results" / "stage2_signal.json"
 PAGE = ROOT / "docs" / "results" / "stage2.md"
 BETTER = ("reward", "text", "aesthetics", "attributes", "count", "setting", "identity", "identity_watched")
@@ -75,33 +78,74 @@ def verdict(differences: dict[str, Any]) -> dict[str, bool]:
     return {"ships": ships, "default": ships and max(differences[n].low for n in ("attributes", "count")) > 0}
 
 
-def run(folder: Path, split: str, num_cases: int, out: Path | None) -> dict[str, Any]:
-    """Both adapters on one split."""
+Metrics = dict[str, np.ndarray]
+
+
+def label(seed: int | None) -> str:
+    """How the table calls an adapter: that of stage 1, or of a run of stage 2."""
+    return "stage 1" if seed is None else f"stage 2, seed {seed}"
+
+
+def read_cases(path: Path, split: str) -> dict[str, dict[str, Metrics]]:
+    """What has been measured on a split: metrics per case, by adapter and by how it is drawn."""
+    rows = [row for row in pq.read_table(path).to_pylist() if row["split"] == split] if path.exists() else []
+    found: dict[str, dict[str, Metrics]] = {}
+    for row in rows:
+        found.setdefault(row["adapter"], {})[row["drawn"]] = {name: np.asarray(row[name]) for name in (*BETTER, *WORSE)}
+    return found
+
+
+def record_cases(path: Path, split: str, adapter: str, metrics: dict[str, Metrics]) -> None:
+    """Adds an adapter's metrics to the table, in place of those that it has."""
+    rows = pq.read_table(path).to_pylist() if path.exists() else []
+    rows = [row for row in rows if (row["split"], row["adapter"]) != (split, adapter)]
+    for drawn, values in metrics.items():
+        row = {name: values[name].astype(float).tolist() for name in (*BETTER, *WORSE)}
+        rows.append({"split": split, "adapter": adapter, "drawn": drawn, "commit": circumstances()["commit"], **row})
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink, compression="zstd")
+    write_whole(path, sink.getvalue())
+
+
+def over_seeds(measured: dict[str, dict[str, Metrics]], drawn: str) -> Metrics:
+    """Metrics per case of stage 2, averaged over its runs: a case is one unit, not one per seed."""
+    runs = [ways[drawn] for adapter, ways in measured.items() if adapter != label(None)]
+    return {name: np.mean([run[name] for run in runs], 0) for name in runs[0]}
+
+
+def run(folder: Path, seed: int | None, split: str, num_cases: int, path: Path | None) -> None:
+    """One adapter on one split."""
     config = EvaluateConfig(split=split, num_cases=num_cases, num_sampling_steps=16, guidance=3.5)  # type: ignore[arg-type]
-    clock = time.perf_counter()
-    stage1, stage2 = (measured(f, config) for f in (shipped_adapter(), folder))
-    content: dict[str, Any] = {"split": split, "cases": num_cases, "config": asdict(config), "adapter": folder.name}
-    for name in DRAWN:
-        differences = difference(stage2[name], stage1[name])
-        content[name] = {
-            "stage 1": {k: v._asdict() for k, v in summarise(stage1[name]).items()},
-            "stage 2": {k: v._asdict() for k, v in summarise(stage2[name]).items()},
-            "difference": {k: v._asdict() for k, v in differences.items()},
+    found = measured(folder, config)
+    print(f"== {label(seed)}: {folder}")
+    for drawn, metrics in found.items():
+        means = ", ".join(f"{name} {np.mean(metrics[name]):.3f}" for name in (*BETTER, *WORSE))
+        print(f"{drawn}: {means}")
+    if path is not None:
+        record_cases(path, split, label(seed), found)
+
+
+def compare(split: str) -> dict[str, Any]:
+    """Stage 2 over its seeds against stage 1, by how they are drawn, with the verdict; nothing without both."""
+    known = read_cases(CASES, split)
+    if label(None) not in known or len(known) < 2:
+        return {}
+    content: dict[str, Any] = {"split": split, "seeds": sorted(a for a in known if a != label(None))}
+    for drawn in DRAWN:
+        before, after = known[label(None)][drawn], over_seeds(known, drawn)
+        content["cases"] = len(before["reward"])
+        content[drawn] = {
+            "stage 1": {k: v._asdict() for k, v in summarise(before).items()},
+            "stage 2": {k: v._asdict() for k, v in summarise(after).items()},
+            "difference": {k: v._asdict() for k, v in difference(after, before).items()},
+            "by seed": {
+                adapter: {k: v._asdict() for k, v in difference(ways[drawn], before).items()}
+                for adapter, ways in sorted(known.items())
+                if adapter != label(None)
+            },
         }
-        if name == "bound":
-            content["verdict"] = verdict(differences)
-    content |= {"seconds": time.perf_counter() - clock, **circumstances()}
-    for name in DRAWN:
-        print(f"== {name}")
-        for metric in (*BETTER, *WORSE):
-            a, b, d = (content[name][k][metric] for k in ("stage 1", "stage 2", "difference"))
-            print(
-                f"{metric:18s} {a['mean']:7.3f} -> {b['mean']:7.3f}   {d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
-            )
-    print(content["verdict"])
-    if out is not None:
-        known = json.loads(out.read_text()) if out.exists() else {}
-        write_json(out, {**known, split: content})
+        if drawn == "bound":
+            content["verdict"] = verdict(difference(after, before))
     return content
 
 
@@ -138,20 +182,33 @@ VERDICT = {
 
 def outcome(content: dict[str, Any]) -> str:
     """How it was trained, the criterion's word, and differences on the test split, drawn bound and not."""
-    verdict = content["verdict"]
+    verdict, seeds = content["verdict"], len(content["seeds"])
+    runs = "one training run" if seeds == 1 else f"{seeds} training runs, each case averaged over them"
     parts = [f"{TRAINED}\n\n{VERDICT['default' if verdict['default'] else 'beside' if verdict['ships'] else 'no']}"]
     for name in DRAWN:
         rows = [
-            f"| {metric} | {content[name]['stage 1'][metric]['mean']:.3f} | {content[name]['stage 2'][metric]['mean']:.3f} | "
-            f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}] |"
+            f"| {metric} | {content[name]['stage 1'][metric]['mean']:.2f} | {content[name]['stage 2'][metric]['mean']:.2f} | {_signed(d)} |"
             for metric in (*BETTER, *WORSE)
             if (d := content[name]["difference"][metric])
         ]
         parts.append(
-            f"Drawn {name}, {content['cases']} cases:\n\n| | stage 1 | stage 2 | difference |\n| --- | --- | --- | --- |\n"
+            f"Drawn {name}, {content['cases']} cases, {runs}:\n\n| | stage 1 | stage 2 | difference |\n| --- | --- | --- | --- |\n"
             + "\n".join(rows)
         )
+    shown = ("reward", "text", "aesthetics", "attributes", "count", "identity_watched", "swaps")
+    rows = [
+        f"| {adapter} | " + " | ".join(_signed(each[metric]) for metric in shown) + " |"
+        for adapter, each in content["bound"]["by seed"].items()
+    ]
+    if seeds > 1:
+        head = "| | " + " | ".join(shown) + " |\n|" + " --- |" * (len(shown) + 1)
+        parts.append("Every run by itself, drawn bound, minus stage 1:\n\n" + "\n".join([head, *rows]))
     return "\n\n".join(parts)
+
+
+def _signed(interval: dict[str, float]) -> str:
+    """A difference with its interval."""
+    return f"{interval['mean']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
 
 
 RATIO = tuple(
@@ -189,11 +246,11 @@ def write_page() -> int:
     )
     spread = arms[CHOSEN]["spread"]
     at = {b: (x := best["cosine"] / (1 - best["cosine"]) * b / 256) / (1 + x) for b in (64, 128)}
-    tested = json.loads(OUT.read_text()) if OUT.exists() else {}
-    result = outcome(tested["test"]) if "test" in tested else NOT_TRAINED
+    tested = compare("test")
+    result = outcome(tested) if tested else NOT_TRAINED
     text = f"""# Does stage 2 have a gradient?
 
-Generated by `python -m studies.stage2 page` from `benchmarks/results/stage2_signal.json`. How to read a cosine: [Is there a signal?](../guides/signal.md)
+Generated by `python -m studies.stage2 page` from `benchmarks/results/stage2_signal.json` and `stage2_cases.parquet`. How to read a cosine: [Is there a signal?](../guides/signal.md)
 
 Two independent batches give two gradients, and their cosine says how much of each is signal. As the recipe was, with a window that slides over all steps, attention as it is and the sum of rewards normalised, two batches of 64 pictures had a cosine of .015 ± .040 (issue 22). Nothing can be learnt from that.
 
@@ -277,7 +334,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m studies.stage2", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run")
-    one.add_argument("adapter", type=Path)
+    one.add_argument("adapter", type=Path, nargs="?", help="of stage 2; default: those of both stages that ship")
+    one.add_argument("--seed", type=int, help="of its training")
     one.add_argument("--split", choices=("validation", "test"), default="test")
     one.add_argument("--cases", type=int, default=512)
     one.add_argument("--dry", action="store_true", help="print only")
@@ -285,8 +343,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.command == "page":
         return write_page()
+    if (given.adapter is None) != (given.seed is None):
+        parser.error("an adapter of one's own takes --seed, those that ship take none")
     torch.set_num_threads(1)
-    run(given.adapter, given.split, given.cases, None if given.dry else OUT)
+    chosen = [(given.adapter, given.seed)] if given.adapter else [(shipped_adapter(), None), (shipped_adapter(2), 0)]
+    for folder, seed in chosen:
+        run(folder, seed, given.split, given.cases, None if given.dry else CASES)
     return 0
 
 
