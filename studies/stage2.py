@@ -119,7 +119,7 @@ def run(folder: Path, seed: int | None, split: str, num_cases: int, path: Path |
     found = measured(folder, config)
     print(f"== {label(seed)}: {folder}")
     for drawn, metrics in found.items():
-        means = ", ".join(f"{name} {np.mean(metrics[name]):.3f}" for name in (*BETTER, *WORSE))
+        means = ", ".join(f"{name} {np.nanmean(metrics[name]):.3f}" for name in (*BETTER, *WORSE))
         print(f"{drawn}: {means}")
     if path is not None:
         record_cases(path, split, label(seed), found)

@@ -22,6 +22,7 @@ import pytest
 pytest.importorskip("PIL", reason="needs id-reward[image]")
 from id_reward import CompositeReward, Faces, IdentityScorer, cosine_similarity, swap_rate
 from id_reward.building import build_scorer, load_object
+from id_reward.errors import InputError
 from id_reward.floats import as_floats, finite, whole
 from id_reward.images import as_array, open_image
 from id_reward.inputs import content_key
@@ -456,3 +457,9 @@ def test_an_answer_without_an_end_is_not_read_to_its_end(monkeypatch: pytest.Mon
         with pytest.raises(ScorerUnavailable, match="more than 10,000 bytes"):
             RemoteScorer(f"http://127.0.0.1:{other.server_address[1]}", retries=0)([gray(1)], ["x"], [[]])
         other.shutdown()
+
+
+def test_a_refusal_is_one_line_where_what_came_prints_on_several() -> None:
+    with pytest.raises(InputError, match=r"got list \[array\(\[\[\[0\], \[0\]\]\]") as refused:
+        as_array([np.zeros((1, 2, 1), np.uint8)])
+    assert "\n" not in str(refused.value)
