@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from multicrafter.models import placing
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.backbones import backbone_of
 from multicrafter.models.loaded import LoadedModel
-from multicrafter.training import distributed, runs
+from multicrafter.training import distributed, precision, runs
 from multicrafter.training.checkpoint import CheckpointError
 from multicrafter.training.encoding_cache import (
     CachedPictures,
@@ -146,12 +147,17 @@ def test_a_stage_trains_from_the_cache_without_text_encoders(number, tmp_path):
 
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("cached", [True, False])
-def test_text_encoders_leave_the_card_once_all_is_cached(number, cached, tmp_path, monkeypatch):
-    """Before the first step, as `multicrafter plan` counts; without a cache they stay where they are."""
+def test_text_encoders_leave_the_card_before_the_transformer_comes(number, cached, tmp_path, monkeypatch):
+    """Before the first step, as `multicrafter plan` counts; without a cache they come back when a prompt is to be encoded."""
     model, moved = LoadedModel.of(workers.small_pipe()), []
-    for encoder in model.text_encoders:
+    encoders, tensors = list(model.text_encoders), placing._tensors
+    for encoder in encoders:
         monkeypatch.setattr(encoder, "to", lambda device, encoder=encoder: moved.append((encoder, device)))
-    monkeypatch.setattr(runs.loop, "run", lambda stage, **_: pytest.fail("seen" + str(len(moved))))
+    there = [torch.ones(1, device="meta")]
+    monkeypatch.setattr(placing, "_tensors", lambda m: there if any(m is e for e in encoders) else tensors(m))
+    place = precision.place_transformer
+    monkeypatch.setattr(precision, "place_transformer", lambda *a, **k: (moved.append("transformer"), place(*a, **k)))
+    monkeypatch.setattr(runs.loop, "run", lambda stage, **_: pytest.fail("seen"))
     cache = str(tmp_path / "cache") if cached else None
     scenes = encode_scenes(model, WorldConfig(numbers=(2,), shared_attributes=4), 4, seed=3, cache=cache)
     if number == 1:
@@ -168,6 +174,6 @@ def test_text_encoders_leave_the_card_once_all_is_cached(number, cached, tmp_pat
         def run():
             runs.run_align(model, adapters, config, tmp_path / "out", scenes=scenes, reward=workers.Brightness())
 
-    with pytest.raises(pytest.fail.Exception, match=f"seen{2 * cached}"):
+    with pytest.raises(pytest.fail.Exception, match="seen"):
         run()
-    assert moved == [(encoder, "cpu") for encoder in model.text_encoders if cached]
+    assert moved[-3:] == [*((encoder, torch.device("cpu")) for encoder in encoders), "transformer"]

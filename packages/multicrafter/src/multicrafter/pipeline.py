@@ -213,7 +213,8 @@ class MultiCrafterPipeline:
     @property
     def device(self) -> torch.device:
         """Where the transformer runs (also when it is offloaded meanwhile)."""
-        return torch.device(getattr(self.pipe, "_execution_device", self.pipe.transformer.device))
+        here: torch.device = self.pipe.transformer.device
+        return here if here.type not in ("cpu", "meta") else torch.device(getattr(self.pipe, "_execution_device", here))
 
     def load_lora(self, source: str | Path | dict[str, Tensor], *, weight: float = 1.0, name: str | None = None) -> str:
         """Mixes in a plain LoRA of another trainer (diffusers, kohya, ai-toolkit: what diffusers reads); returns its name.
@@ -721,9 +722,9 @@ class _Sampler:
         """One row per picture."""
         rows = torch.arange(len(prompts)).repeat_interleave(self.num_images)
         if self.backbone.text_sees_references:  # one prompt at a time, so that repeating it is for free
-            text = self.backbone.encode_prompts_with(self.pipe, prompts, references).rows(rows)
+            text = self.owner.model.encode_prompts_with(prompts, references).rows(rows)
         else:
-            text = self.backbone.encode_prompts(self.pipe, [prompts[row] for row in rows.tolist()])
+            text = self.owner.model.encode_prompts([prompts[row] for row in rows.tolist()])
         return text.to(self.owner.device, dtype)
 
     def _new_caches(self) -> list[ReferenceCache | None]:

@@ -181,7 +181,7 @@ class Check:
         base = self.one.model
         model = load_model(base.path, dtype=self.one.execution.torch_dtype, backbone=get_backbone(base.backbone))
         if self.device.type != "cpu":
-            model.to(self.device)
+            model.to(self.device, quantization=self.one.execution.quantization)
         side, world = model.picture_size, self.one.world
         if side < world.size:  # a small stand-in for the published weights
             world = replace(world, size=side, reference_size=side // 2)

@@ -54,13 +54,14 @@ def as_markdown(name: str, plans: list[Any]) -> str:
         f"**{name}**: {first.tokens:,} tokens a sample, {first.trained_parameters / 1e6:,.0f} M trained parameters, "
         f"{first.flops / 1e12:,.0f} TFLOP and {first.moved / 1e12:.1f} TB of unfused traffic a step, "
         f"{first.cached / 1e9:.0f} GB of encoded data\n\n"
-        "| cards | memory | fits | needed | of it | sent a step | s a step |\n|---|---|---|---|---|---|---|\n"
+        "| cards | memory | fits | needed | to load | of it | sent a step | s a step |\n|---|---|---|---|---|---|---|---|\n"
     )
     rows = []
     for p in plans:
         parts = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in p.parts.items() if v >= 5e7)
         rows.append(
             f"| {p.gpus} x {p.card.name} | {p.card.memory / 1e9:g} GB | {'yes' if p.fits else 'no'} | {p.needed / 1e9:.1f} GB "
+            f"| {p.loading / 1e9:.1f} GB "
             f"| {parts} | {p.exchanged / 1e9:.1f} GB | {p.seconds:.1f} |"
         )
     return head + "\n".join(rows)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def load(run: Any, arguments: argparse.Namespace) -> LoadedModel:
-    """The base of a run, after a look at whether it fits into memory."""
+    """The base of a run, after a look at whether it fits into memory; the stage brings its transformer onto the device."""
     from multicrafter.models.backbones import get_backbone
     from multicrafter.models.loading import get_device, load_model
     from multicrafter.plan import require_memory
@@ -23,7 +23,7 @@ def load(run: Any, arguments: argparse.Namespace) -> LoadedModel:
     if arguments.device is not None:
         get_device(arguments.device)
     loaded = load_model(run.model.path, dtype=run.execution.torch_dtype, backbone=backbone)
-    return loaded if arguments.device is None else loaded.to(arguments.device)
+    return loaded if arguments.device is None else loaded.to(arguments.device, transformer=False)
 
 
 def tracker(arguments: argparse.Namespace, run: Any) -> Any:

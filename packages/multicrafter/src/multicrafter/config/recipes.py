@@ -233,7 +233,10 @@ def flux2_klein_stage2(*, seed: int = 0) -> Stage2:
 
 
 def flux2_dev_stage1(*, seed: int = 0) -> Stage1:
-    """FLUX.2-dev (32B, non-commercial): the same method with rank 64 on NF4 weights, for one card of 40 GB."""
+    """FLUX.2-dev (32B, non-commercial): the same method with rank 64 on NF4 weights, for one card of 80 GB.
+
+    Its text encoder takes 48 GB. A card of 40 GB trains it from texts that another machine has encoded (``execution.cache``).
+    """
     return _stage1_on(FLUX2_DEV, rank=64, execution=QUANTIZED, seed=seed)
 
 
@@ -253,7 +256,10 @@ def qwen_image_edit_stage2(*, seed: int = 0) -> Stage2:
 
 
 def qwen_image_21_stage1(*, seed: int = 0) -> Stage1:
-    """Qwen-Image 2.1 (7B, research licence): the same method with rank 128, in bf16, for one card of 24 GB."""
+    """Qwen-Image 2.1 (7B, research licence): the same method with rank 128, in bf16, for one card of 24 GB.
+
+    Its text encoder takes 17.5 GB, and leaves the card before the transformer comes.
+    """
     return _stage1_on(QWEN_IMAGE_21, rank=128, execution=ONE_CARD, seed=seed)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from multicrafter.models.backbones import Backbone, backbone_of
 from multicrafter.models.flux.model import Text
 from multicrafter.models.flux.packing import Grid
+from multicrafter.models.placing import Quantization, bring_encoders, lacks_room, place_transformer
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -66,20 +68,53 @@ class LoadedModel:
         """Side of a picture in pixels that the pipeline was made for."""
         return self.backbone.picture_size(self.pipe)
 
-    def to(self, device: torch.device | str) -> LoadedModel:
-        """Moves the pipeline, and returns itself."""
-        self.pipe.to(device)
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: where the transformer is or, before it is brought there, the VAE."""
+        vae = getattr(self.pipe, "vae", None)
+        here: torch.device = next(self.transformer.parameters()).device
+        return here if here.type != "cpu" or vae is None else next(vae.parameters()).device
+
+    def to(
+        self, device: torch.device | str, *, quantization: Quantization = "none", transformer: bool = True
+    ) -> LoadedModel:
+        """Moves what it computes with, the transformer as `place_transformer` does it, and returns itself.
+
+        Text encoders stay where they are until something is to be encoded. Without ``transformer`` that one stays too: a stage brings it
+        once its texts are encoded.
+        """
+        texts = {id(encoder) for encoder in self.text_encoders}
+        for part in self.pipe.components.values():
+            if isinstance(part, nn.Module) and part is not self.transformer and id(part) not in texts:
+                part.to(device)
+        if transformer:
+            place_transformer(self.transformer, device, quantization)
         return self
+
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        """Text encoders at work, where the model computes; the transformer steps aside meanwhile where both have no room."""
+        device, encoders = self.device, self.text_encoders
+        aside = lacks_room(encoders, device) and next(self.transformer.parameters()).device == device
+        if aside:
+            self.transformer.to("cpu")
+        bring_encoders(encoders, device)
+        yield
+        if aside:
+            bring_encoders(encoders, torch.device("cpu"))
+            self.transformer.to(device)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Text:
         """See `Backbone.encode_prompts`, as for the methods below."""
-        return self.backbone.encode_prompts(self.pipe, prompts)
+        with self._encoding():
+            return self.backbone.encode_prompts(self.pipe, prompts)
 
     def encode_prompts_with(
         self, prompts: Sequence[str], references: Sequence[Sequence[Float[Tensor, "3 h w"]]]
     ) -> Text:
         """Encoded prompts, each with its references."""
-        return self.backbone.encode_prompts_with(self.pipe, prompts, references)
+        with self._encoding():
+            return self.backbone.encode_prompts_with(self.pipe, prompts, references)
 
     def encode_pictures(self, pictures: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b n d"]:
         """Tokens of pictures in [0, 1]."""

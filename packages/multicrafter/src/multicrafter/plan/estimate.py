@@ -18,11 +18,11 @@ import torch
 from multicrafter import UserError
 from multicrafter.config.recipes import Run, Stage1, Stage2
 from multicrafter.models.backbones import BACKBONES, Backbone, get_backbone
+from multicrafter.models.placing import quantized_linears, transformer_blocks
 from multicrafter.plan.hardware import EFFICIENCY, FRAGMENTATION, FUSION, RESERVED, Card
 from multicrafter.plan.steps import PlannedPolicy, PlannedPretrain, Shape, align_evaluations, build
 from multicrafter.plan.tracker import Answers, MemoryTracker, bytes_of
 from multicrafter.training.align import online_config
-from multicrafter.training.distributed import transformer_blocks
 from multicrafter.training.photo_scenes import training_records
 
 NF4_BYTES = 0.5 + 4 / 64  # half a byte a weight and an fp32 scale per 64
@@ -40,6 +40,7 @@ class Pass:
         peak: Largest number of live bytes, everything included.
         block: Bytes of the largest transformer block's frozen weights.
         linears: Bytes of the weights that quantisation would replace.
+        linear: Bytes of the largest of them.
         flops: Of forward, backward and recomputation.
         forward_flops: Of one function evaluation.
         moved: Bytes read and written, unfused.
@@ -54,6 +55,7 @@ class Pass:
     peak: float
     block: float
     linears: float
+    linear: float
     flops: float
     forward_flops: float
     moved: float
@@ -73,6 +75,7 @@ class Plan:
         parts: Bytes by name: base, adapters, optimizer, activations (with gradients), encoders, unsharded blocks.
         peak: Their sum.
         needed: Peak, fragmentation and what the device reserves.
+        loading: Bytes at the most before the first step: text encoders and VAE that encode, or the weights that are brought and quantised.
         cached: Bytes of encoded data on the host.
         flops: All cards.
         moved: All cards, unfused.
@@ -83,6 +86,7 @@ class Plan:
     gpus: int
     card: Card
     parts: dict[str, float]
+    loading: float
     cached: float
     flops: float
     moved: float
@@ -103,8 +107,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the card has that much."""
-        return self.needed <= self.card.memory
+        """Whether the card has that much, for loading as well."""
+        return max(self.needed, self.loading + RESERVED) <= self.card.memory
 
 
 def transformer_config(backbone: Backbone, path: str | None) -> dict[str, Any]:
@@ -192,15 +196,7 @@ def measure(
         tracker.track([*frozen, *own, *states, *ema])
         blocks = [block for _, block in transformer_blocks(transformer)]
         sizes = [bytes_of(p for p in b.parameters() if id(p) not in trained) for b in blocks]
-        linears = sum(
-            bytes_of([m.weight])
-            for b in blocks
-            for n, m in b.named_modules()
-            if isinstance(m, torch.nn.Linear)
-            and m.weight.requires_grad is False
-            and "norm" not in n
-            and "lora" not in n
-        )
+        linears = [bytes_of([transformer.get_parameter(f"{n}.weight")]) for n in quantized_linears(transformer, own)]
         forward = _Forward(stage, tracker)
         with around or nullcontext(), tracker.phase():
             stage.once()
@@ -210,7 +206,7 @@ def measure(
             moved = (moved - forward.unlearned * forward.moved) / stage.passes
     return Pass(
         rows=rows, base=bytes_of(frozen), adapters=bytes_of(own) + bytes_of(ema), optimizer=bytes_of(states), gradients=bytes_of(own),
-        peak=tracker.peak, block=max(sizes), linears=linears, flops=flops, forward_flops=forward.flops, moved=moved,
+        peak=tracker.peak, block=max(sizes), linears=sum(linears), linear=max(linears), flops=flops, forward_flops=forward.flops, moved=moved,
         forward_moved=forward.moved,
     )  # fmt: skip
 
@@ -279,19 +275,37 @@ def predict(run: Run, card: Card, *, gpus: int = 1, measured: Pass | None = None
     seconds += exchanged / (card.link * 1e9)
     item = 2 if execution.dtype == "bfloat16" else 4
     return Plan(
-        gpus=gpus, card=card, parts=parts, cached=_cached(run, backbone, item), flops=flops, moved=moved, exchanged=exchanged,
+        gpus=gpus, card=card, parts=parts, loading=_loading(run, one, backbone), cached=_cached(run, backbone, item), flops=flops, moved=moved,
+        exchanged=exchanged,
         seconds=seconds, trained_parameters=int(one.gradients / 4), tokens=shape_of(run).total,
     )  # fmt: skip
+
+
+def _base(run: Run, one: Pass) -> float:
+    """Bytes of the frozen base, as quantised as it is."""
+    if run.execution.quantization == "none":
+        return one.base
+    per = NF4_BYTES if run.execution.quantization == "nf4" else INT8_BYTES
+    return one.base + one.linears * (per / _item(run) - 1)
+
+
+def _item(run: Run) -> int:
+    return 2 if run.execution.dtype == "bfloat16" else 4
+
+
+def _loading(run: Run, one: Pass, backbone: Backbone) -> float:
+    """The larger of what encodes and of what comes after it: the base, one linear of it not yet quantised, and nothing sharded yet."""
+    placing = _base(run, one) + (0.0 if run.execution.quantization == "none" else one.linear)
+    if transformer_config(backbone, run.model.path):  # somebody's own, or the tiny one: its other parts are not known
+        return placing
+    vae = _item(run) * backbone.vae_parameters()
+    return vae + max(placing, _item(run) * backbone.text_encoder_parameters())
 
 
 def _parts(run: Run, one: Pass, gpus: int, backbone: Backbone) -> dict[str, float]:
     """Bytes on one card."""
     execution = run.execution
-    item = 2 if execution.dtype == "bfloat16" else 4
-    base, optimizer = one.base, one.optimizer
-    if execution.quantization != "none":
-        per = NF4_BYTES if execution.quantization == "nf4" else INT8_BYTES
-        base += one.linears * (per / item - 1)
+    item, base, optimizer = _item(run), _base(run, one), one.optimizer
     if execution.optimizer == "adamw8bit":
         optimizer = one.gradients / 4 * ADAM8_BYTES
     parts = {

@@ -58,10 +58,16 @@ def require_memory(run: Run, *, device: str | None = None, gpus: int = 1) -> Non
             f"memory must hold about {plan.cached / 1e9:.1f} GB of encoded scenes, got {host / 1e9:.1f} GB free; what helps: fewer "
             "scenes, a smaller size; --force tries it all the same"
         )
-    if plan.peak <= free:
+    if max(plan.peak, plan.loading) <= free:
         return
     prefix = "pretrain" if isinstance(run, Stage1) else "align"
     parts = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in plan.parts.items() if v >= 5e7)
+    if plan.loading > plan.peak:
+        raise UserError(
+            f"memory must hold about {plan.loading / 1e9:.1f} GB while texts are encoded and weights are brought, got "
+            f"{free / 1e9:.1f} GB free on {device or 'cpu'}; what helps: texts "
+            f"that another machine has encoded into {prefix}.execution.cache, and --force"
+        )
     raise UserError(
         f"memory must hold about {plan.peak / 1e9:.1f} GB ({parts}), got {free / 1e9:.1f} GB free on {device or 'cpu'}; what helps: "
         f"--set {prefix}.execution.quantization=nf4, .optimizer=adamw8bit, .cache=FOLDER, a smaller rank, more processes; --force "
@@ -112,15 +118,21 @@ def require_picture(
 def require_weights(model: str | Path | None, dtype: torch.dtype, *, device: str | None = None) -> None:
     """For inference: compares the weights alone, which a plan cannot undercut, with the memory that is free.
 
+    The machine's memory holds all of them; a card the larger of transformer and text encoders at a time, and the rest.
+
     Raises:
         ValueError: It is not enough.
     """
     if model is None:
         return
-    if Path(model).exists():
-        needed = weight_bytes(Path(model))
-        if needed < SMALL:
+    folder = Path(model)
+    if folder.exists():
+        rest = weight_bytes(folder)
+        if rest < SMALL:
             return
+        transformer = weight_bytes(folder, "transformer")
+        encoders = sum(weight_bytes(folder, part.name) for part in folder.glob("text_encoder*"))
+        rest -= transformer + encoders
     else:
         known = [b for b in BACKBONES if b.hub_id.lower() == str(model).lower()]
         if not known:
@@ -128,8 +140,10 @@ def require_weights(model: str | Path | None, dtype: torch.dtype, *, device: str
         backbone = known[0]
         from multicrafter.models.backbones.base import count_parameters, on_meta
 
-        count = count_parameters(on_meta(backbone.build_transformer))
-        needed = dtype.itemsize * (count + backbone.text_encoder_parameters() + backbone.vae_parameters())
+        transformer = dtype.itemsize * count_parameters(on_meta(backbone.build_transformer))
+        encoders, rest = dtype.itemsize * backbone.text_encoder_parameters(), dtype.itemsize * backbone.vae_parameters()
+    on_card = torch.device(device or "cpu").type != "cpu"
+    needed = rest + (max(transformer, encoders) if on_card else transformer + encoders)
     free = available_memory(device)
     if needed > free:
         raise UserError(

@@ -43,8 +43,9 @@ from multicrafter.models.loaded import LoadedModel
 from multicrafter.training.align_config import AlignConfig as AlignConfig
 from multicrafter.training.checkpoint import Section
 from multicrafter.training.distributed import active, all_sum, rank, world_size
-from multicrafter.training.encoding_cache import CachedText
+from multicrafter.training.encoding_cache import CachedText, rest_encoders
 from multicrafter.training.optimization import learning_rate
+from multicrafter.training.precision import prepare_transformer
 from multicrafter.training.previews import Preview, make_preview, row_of
 from multicrafter.training.rewarding import Reward
 from multicrafter.training.scenes import Buckets, EncodedScenes
@@ -155,6 +156,10 @@ class Align:
         self.starts = self.share.rows() if self.online.own_noise else prompts
         cache = config.execution.cache
         self.text = CachedText(self.model, self.buckets.captions, cache) if cache else None
+        rest_encoders(self.model)
+        prepare_transformer(
+            self.model.transformer, config.execution, device=self.model.device, keep=adapters.parameters()
+        )
         self.trainee = Trainee(
             adapters, config.execution, lr=config.lr, adamw=config.adamw, seed=self.online.seed, sync_in_backward=False
         )

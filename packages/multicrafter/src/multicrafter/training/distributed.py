@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from multicrafter import UserError, renamed
+from multicrafter.models.placing import transformer_blocks
 
 renamed(__name__, {"whole": "unsharded"})
 
@@ -187,16 +188,6 @@ def distribute(model: nn.Module, how: Parallel = "ddp", *, sync_in_backward: boo
         fully_shard(block, mesh=mesh, shard_placement_fn=_placement)
     fully_shard(model, mesh=mesh, shard_placement_fn=_placement)
     return model
-
-
-def transformer_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The repeated blocks of a transformer: the members of its module lists."""
-    return [
-        (f"{name}.{child}", block)
-        for name, module in model.named_children()
-        if isinstance(module, nn.ModuleList)
-        for child, block in module.named_children()
-    ]
 
 
 def _placement(parameter: nn.Parameter) -> Any:

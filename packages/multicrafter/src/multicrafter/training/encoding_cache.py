@@ -22,11 +22,14 @@ from multicrafter.files import appearing, follow_umask
 from multicrafter.models.backbones.base import pad_texts
 from multicrafter.models.flux.model import Text
 from multicrafter.models.loaded import LoadedModel
+from multicrafter.models.placing import bring_encoders
 from multicrafter.training import distributed
 from multicrafter.training.checkpoint import CheckpointError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+WAITING = torch.device("cpu")  # all texts and pictures wait in the machine's memory
 
 
 def content_key(content: str | Tensor) -> str:
@@ -143,7 +146,7 @@ class ScenesText:
         """Encodes the next scenes."""
 
         def compute(items: list[tuple[str, Tensor]]) -> list[Text]:
-            return [self._model.encode_prompts_with([text], [list(pictures)]) for text, pictures in items]
+            return [self._model.encode_prompts_with([text], [list(pictures)]).to(WAITING) for text, pictures in items]
 
         items = list(zip(captions, references, strict=True))
         if self._cache is None:
@@ -182,7 +185,7 @@ class CachedText:
 
         @torch.no_grad()
         def compute(texts: list[str]) -> Text:
-            return model.encode_prompts(texts)
+            return model.encode_prompts(texts).to(WAITING)
 
         if folder is None:
             self._text = compute(unique)
@@ -234,7 +237,7 @@ class CachedPictures:
     def __call__(self, pictures: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b n d"]:
         """Tokens of pictures in [0, 1]."""
         if self._cache is None:
-            return self._model.encode_pictures(pictures).cpu()  # all scenes wait in the machine's memory
+            return self._model.encode_pictures(pictures).to(WAITING)
         keys = [content_key(p) for p in pictures]
         self._cache.fill(
             dict(zip(keys, pictures, strict=True)),
@@ -244,9 +247,8 @@ class CachedPictures:
 
 
 def rest_encoders(model: LoadedModel | DiffusionPipeline) -> None:
-    """Lets text encoders whose texts are cached wait in the machine's memory: the card is the training's, as `multicrafter plan` counts it."""
-    for encoder in LoadedModel.of(model).text_encoders:
-        encoder.to("cpu")
+    """Lets text encoders wait in the machine's memory: the card is the training's, as `multicrafter plan` counts it."""
+    bring_encoders(LoadedModel.of(model).text_encoders, WAITING)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

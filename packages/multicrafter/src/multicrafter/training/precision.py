@@ -15,10 +15,10 @@ from torch import nn
 
 from multicrafter import UserError
 from multicrafter.models.checks import check_finite
-from multicrafter.training.distributed import Parallel, transformer_blocks
+from multicrafter.models.placing import Quantization as Quantization
+from multicrafter.models.placing import place_transformer, transformer_blocks
+from multicrafter.training.distributed import Parallel
 from multicrafter.training.optimization import AdamWConfig
-
-Quantization = Literal["none", "int8", "fp8", "nf4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +79,21 @@ class ExecutionConfig:
         return torch.autocast(device.type, torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
 
 
-def prepare_transformer(transformer: nn.Module, config: ExecutionConfig) -> None:
-    """Casts, quantises and configures a frozen transformer in place; before adapters are attached to it."""
-    if config.dtype == "bfloat16" and next(transformer.parameters()).dtype != torch.bfloat16:
+def prepare_transformer(
+    transformer: nn.Module,
+    config: ExecutionConfig,
+    *,
+    device: torch.device | None = None,
+    keep: Iterable[nn.Parameter] = (),
+) -> None:
+    """Casts a frozen transformer, brings it onto ``device``, quantised on the way, and configures it, in place.
+
+    Adapters that sit on it are to be in ``keep``: they are neither cast nor quantised. Without ``device`` it stays where it is.
+    """
+    kept = list(keep)
+    if config.dtype == "bfloat16" and not kept and next(transformer.parameters()).dtype != torch.bfloat16:
         cast_weights(transformer, torch.bfloat16)
-    if config.quantization != "none":
-        quantize(transformer, config.quantization)
+    place_transformer(transformer, device, config.quantization, keep=kept)
     configure_transformer(transformer, config)
 
 
@@ -128,46 +137,12 @@ def set_attention_backend(transformer: nn.Module, name: str) -> None:
 
 
 def quantize(transformer: nn.Module, kind: Quantization) -> nn.Module:
-    """Replaces the weights of the transformer blocks' linears: int8 or fp8 (e4m3) by channel (torchao), or NF4 by 64 (bitsandbytes, QLoRA).
-
-    Embedders, norms and the output layer stay as they are. Gradients still reach the input, so adapters beside the quantised
-    weights train.
+    """Quantises a transformer where it is, in place; see `place_transformer`.
 
     Raises:
         ImportError: The package is missing; the message has the pip line.
     """
-    blocks = tuple(name + "." for name, _ in transformer_blocks(transformer))
-    chosen = [
-        n
-        for n, m in transformer.named_modules()
-        if isinstance(m, nn.Linear) and n.startswith(blocks) and "norm" not in n
-    ]  # adaptive norms are small and sensitive
-    if kind in ("int8", "fp8"):
-        try:
-            from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
-        except ImportError as error:
-            raise ImportError(f"quantization {kind!r} needs: pip install 'multicrafter[quantize]' (torchao)") from error
-        made = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
-        quantize_(transformer, made, filter_fn=lambda _, name: name in set(chosen))
-    elif kind == "nf4":
-        try:
-            from bitsandbytes.nn import Linear4bit
-        except ImportError as error:
-            raise ImportError(
-                "quantization 'nf4' needs: pip install 'multicrafter[quantize]' (bitsandbytes)"
-            ) from error
-        for name in chosen:
-            parent, leaf = transformer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-            old = getattr(parent, leaf)
-            new = Linear4bit(
-                old.in_features,
-                old.out_features,
-                bias=old.bias is not None,
-                compute_dtype=old.weight.dtype,
-                quant_type="nf4",
-            )
-            new.load_state_dict(old.state_dict())
-            setattr(parent, leaf, new.to(old.weight.device).requires_grad_(False))  # moving it quantises it
+    place_transformer(transformer, None, kind)
     return transformer
 
 

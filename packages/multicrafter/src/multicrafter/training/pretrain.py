@@ -30,7 +30,7 @@ from multicrafter.training.attention import measure_leakage as measure_leakage
 from multicrafter.training.attention import measure_leakages as measure_leakages
 from multicrafter.training.distillation import PassOutputs, distillation_loss, watch_outputs
 from multicrafter.training.distributed import active, all_sum, my_slice, world_size
-from multicrafter.training.encoding_cache import CachedText
+from multicrafter.training.encoding_cache import CachedText, rest_encoders
 from multicrafter.training.optimization import (
     learning_rate,
     sample_sigma,
@@ -214,7 +214,8 @@ class Pretrain:
         self.config, self.buckets, self.model = config, Buckets(scenes), LoadedModel.of(model)
         self.transformer, backbone = self.model.transformer, self.model.backbone
         self.text = CachedText(self.model, self.buckets.captions, config.execution.cache)
-        prepare_transformer(self.transformer, config.execution)
+        rest_encoders(self.model)
+        prepare_transformer(self.transformer, config.execution, device=self.model.device)
         self.adapters = _attach(self.transformer, backbone, config)
         self.trainee = Trainee(self.adapters, config.execution, lr=config.lr, adamw=config.adamw, seed=config.seed)
         self.optimizer, self.generator = self.trainee.optimizer, self.trainee.generator

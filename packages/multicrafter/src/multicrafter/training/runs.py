@@ -20,7 +20,6 @@ from multicrafter.training.align import Align, Watcher
 from multicrafter.training.align_config import AlignConfig, filled, modern
 from multicrafter.training.checkpoint import Checkpoint, checkpoints_in, find_checkpoint
 from multicrafter.training.distributed import is_main
-from multicrafter.training.encoding_cache import rest_encoders
 from multicrafter.training.loop import LoopConfig
 from multicrafter.training.photo_scenes import encode_by_number
 from multicrafter.training.pretrain import Pretrain
@@ -128,8 +127,6 @@ def run_pretrain(
         _check_resume(out, config, resume)
     scenes = scenes or training_scenes(model, config)
     stage = Pretrain(model, config, scenes)
-    if config.execution.cache is not None:
-        rest_encoders(model)
     loop.run(
         stage,
         num_steps=config.num_steps,
@@ -183,8 +180,6 @@ def run_align(
     world = WorldConfig(family=family, numbers=(num_references,), shared_attributes=4, **sizes)
     scenes = scenes or prompt_scenes(model, config, world, 512)
     stage = Align(model, adapters, config, scenes, reward or tiny_reward(config.reward), finder=finder, watcher=watcher)
-    if config.execution.cache is not None:
-        rest_encoders(model)
     history = loop.run(
         stage,
         num_steps=config.num_steps,
