@@ -13,7 +13,7 @@ from gspo import DiffusionNFT, NoiseLevels, OnlineConfig, PolicyConfig, SlidingW
 from moe_lora.dispatch import experts
 from multicrafter.cli import main
 from multicrafter.config import settings
-from multicrafter.config.recipes import Stage2, get_recipe
+from multicrafter.config.recipes import ModelConfig, Stage2, get_recipe
 from multicrafter.models.backbones import get_backbone
 from multicrafter.models.binding import BindingConfig
 from multicrafter.plan import CARDS, Card, card_for, measure, predict, require_memory, require_weights
@@ -215,6 +215,10 @@ def test_sharing_and_quantising(batch):
     assert copied.exchanged == 2 * 3 / 4 * one.gradients
     assert sharded.exchanged > copied.exchanged
     assert parts(quantization="nf4").parts["base"] < parts(quantization="int8").parts["base"] < alone.parts["base"]
+    nf4 = parts(quantization="nf4")
+    assert nf4.loading == nf4.parts["base"] + one.linear < parts(quantization="none").loading == alone.parts["base"]
+    assert 0 < one.linear < one.linears / 4
+    assert sharded.loading == alone.loading, "each process holds all of it before it is sharded"
     assert parts(optimizer="adamw8bit").parts["optimizer"] == pytest.approx(alone.parts["optimizer"] / 4, rel=0.05)
 
 
@@ -223,6 +227,17 @@ def test_fits_at_the_edge(batch):
     needed = predict(run, BIG, measured=one).needed
     assert predict(run, replace(BIG, memory=needed), measured=one).fits
     assert not predict(run, replace(BIG, memory=needed - 1), measured=one).fits
+
+
+def test_a_card_must_hold_what_encodes_as_well(batch):
+    run = replace(
+        with_cache(get_recipe("tiny_stage1")), model=ModelConfig(path="Qwen/Qwen-Image-2.1", backbone="qwen_image_21")
+    )
+    plan = predict(run, BIG, measured=batch)
+    backbone = get_backbone("qwen_image_21")
+    assert plan.loading == 4 * (backbone.text_encoder_parameters() + backbone.vae_parameters()) > plan.needed
+    assert not predict(run, replace(BIG, memory=plan.loading), measured=batch).fits
+    assert predict(run, replace(BIG, memory=plan.loading + 2e9), measured=batch).fits
 
 
 def test_arithmetic_of_stage_2():

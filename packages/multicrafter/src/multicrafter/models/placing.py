@@ -108,9 +108,9 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _is_quantized(linear: nn.Linear) -> bool:
-    """Whether its weight is a subclass's (torchao), or no floating-point number (bitsandbytes)."""
+    """Whether its weight is of a class of torchao's, or no floating-point number (bitsandbytes)."""
     weight = linear.weight
-    return type(weight.data) is not torch.Tensor or not weight.is_floating_point()
+    return type(weight.data).__module__.partition(".")[0] == "torchao" or not weight.is_floating_point()
 
 
 def _quantizer(kind: Quantization) -> Callable[[Any], nn.Module]:
