@@ -390,6 +390,13 @@ def test_too_little_memory_is_said_before_it_starts(tmp_path, capsys, monkeypatc
     assert "memory must hold about" in error
     assert "got 2.0 GB free on cpu" in error
     assert "nf4" in error
+    slice_ = replace(slice_, base=1e9)  # closed over: training fits, and the text encoders do not
+    monkeypatch.setattr("multicrafter.plan.memory.available_memory", lambda device=None: 8_000_000_000)
+    assert main(["pretrain", "--recipe", "flux2_klein_stage1", *change, "--out", str(tmp_path / "run")]) == 2
+    assert (
+        "memory must hold about 8.2 GB while texts are encoded and weights are brought, got 8.0 GB"
+        in capsys.readouterr().err
+    )
     assert list(tmp_path.iterdir()) == []
     picture = tmp_path / "a.png"
     from PIL import Image

@@ -62,7 +62,7 @@ def require_memory(run: Run, *, device: str | None = None, gpus: int = 1) -> Non
         return
     prefix = "pretrain" if isinstance(run, Stage1) else "align"
     parts = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in plan.parts.items() if v >= 5e7)
-    if plan.loading > plan.peak:
+    if plan.peak <= free:
         raise UserError(
             f"memory must hold about {plan.loading / 1e9:.1f} GB while texts are encoded and weights are brought, got "
             f"{free / 1e9:.1f} GB free on {device or 'cpu'}; what helps: texts "
