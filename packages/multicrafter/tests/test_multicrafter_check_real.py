@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -180,3 +181,10 @@ def test_paths_are_cut_and_addresses_kept():
         "black-forest-labs/FLUX.1-dev at https://huggingface.co/black-forest-labs/FLUX.1-dev"
     )
     assert cut("1/2 of 3 / 4") == "1/2 of 3 / 4"
+
+
+@pytest.mark.parametrize("backbone", [None, "flux1_kontext", "flux2_dev"])
+def test_no_recipe_asks_for_a_judge_that_is_not_there(backbone):
+    """The tiny recipe has a judge watch; the stand-in for a reward comes without one."""
+    asked = argparse.Namespace(backbone=backbone, model=None, seed=0, changes=[])
+    assert check_real.runs(asked)[1].align.watch.action == "none"

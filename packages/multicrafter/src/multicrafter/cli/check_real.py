@@ -118,7 +118,8 @@ def runs(arguments: argparse.Namespace) -> tuple[Any, Any]:
     )
     two = replace(two, adapters=one.adapters, world=one.world, num_scenes=2)
     online = replace(two.align.online, group_size=2)
-    return one, replace(two, align=replace(two.align, num_steps=1, prompts=1, online=online))
+    watch = replace(two.align.watch, action="none")  # brightness needs no judge beside it
+    return one, replace(two, align=replace(two.align, num_steps=1, prompts=1, online=online, watch=watch))
 
 
 def encoded_bytes(run: Any) -> float:
