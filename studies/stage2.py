@@ -288,11 +288,12 @@ Measured at {content["commit"][:10]}, torch {content["versions"]["torch"]}, {con
     return 0
 
 
-TRAINED = """One run, one seed, of 80 iterations of 128 pictures from the adapter of stage 1 that ships. Its peak learning rate is 1e-3, three times the recipe's, because the average over ten batches that Adam takes is mostly signal here. It took 95 minutes on a core that was shared. The commands are
+TRAINED = """A run has 80 iterations of 128 pictures and starts from the adapter of stage 1 that ships. Its peak learning rate is 1e-3, three times the recipe's, because the average over ten batches that Adam takes is mostly signal here. The adapter that ships is the run of seed 0; the others say how much of it is chance. A run took 95 minutes on a core that was shared, and 27 on a faster machine. The commands are
 
 ```sh
-multicrafter align --recipe tiny_stage2 --adapter packages/multicrafter/src/multicrafter/world/weights/adapters/stage1 --steps 80 --set align.lr=1e-3 --out runs/stage2
-python -m studies.stage2 run runs/stage2/adapter --split test
+multicrafter align --recipe tiny_stage2 --adapter packages/multicrafter/src/multicrafter/world/weights/adapters/stage1 --steps 80 --set align.lr=1e-3 --set align.online.seed=1 --out runs/stage2
+python -m studies.stage2 run                              # the adapters that ship
+python -m studies.stage2 run runs/stage2/adapter --seed 1
 ```"""
 
 NOT_TRAINED = """No stage-2 adapter ships. The machine on which this was measured was shared by a dozen programs, which left an experiment a tenth of a core: some ten iterations of the recipe in the time that there was, where the trial of issue 22 took eighty for a rise in the composite reward of .041 [-.001, .086] on test cases. An adapter of ten
@@ -300,7 +301,7 @@ iterations would show nothing, and the test split was not drawn for it. The crit
 
 ```sh
 multicrafter align --recipe tiny_stage2 --adapter packages/multicrafter/src/multicrafter/world/weights/adapters/stage1 --steps 80 --out runs/stage2
-python -m studies.stage2 run runs/stage2/adapter --split test
+python -m studies.stage2 run runs/stage2/adapter --seed 0
 ```"""
 
 
