@@ -187,4 +187,5 @@ def test_paths_are_cut_and_addresses_kept():
 def test_no_recipe_asks_for_a_judge_that_is_not_there(backbone):
     """The tiny recipe has a judge watch; the stand-in for a reward comes without one."""
     asked = argparse.Namespace(backbone=backbone, model=None, seed=0, changes=[])
-    assert check_real.runs(asked)[1].align.watch.action == "none"
+    align = check_real.runs(asked)[1].align
+    assert (align.watch.action, align.reward_normalization) == ("none", "sum")

@@ -117,9 +117,10 @@ def runs(arguments: argparse.Namespace) -> tuple[Any, Any]:
         one, pretrain=replace(one.pretrain, num_steps=STEPS, num_scenes=max(2, one.pretrain.batch), data=None)
     )
     two = replace(two, adapters=one.adapters, world=one.world, num_scenes=2)
-    online = replace(two.align.online, group_size=2)
-    watch = replace(two.align.watch, action="none")  # brightness needs no judge beside it
-    return one, replace(two, align=replace(two.align, num_steps=1, prompts=1, online=online, watch=watch))
+    online = replace(two.align.online, group_size=2, reward_weights={})
+    watch = replace(two.align.watch, action="none")  # brightness needs no judge beside it, and is the total
+    align = replace(two.align, num_steps=1, prompts=1, online=online, watch=watch, reward_normalization="sum")
+    return one, replace(two, align=align)
 
 
 def encoded_bytes(run: Any) -> float:
