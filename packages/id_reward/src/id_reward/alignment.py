@@ -114,7 +114,7 @@ def check_options(
         ("off_pair_penalty", off_pair_penalty),
     ):
         finite(name, value, least=0.0, most=1e100)
-    finite("min_similarity", min_similarity, least=-1, most=1)  # beyond, no face is anybody's, or every one is
+    finite("min_similarity", min_similarity, least=-1.0, most=1.0)  # beyond, no face is anybody's, or every one is
 
 
 def score_similarity(
