@@ -14,6 +14,7 @@ from gspo import (
     OnlineTrainer,
     PolicyConfig,
     PolicyTrainer,
+    SignalLog,
     SlidingWindow,
     group_advantages,
     rescore,
@@ -106,3 +107,18 @@ def split_batch_rewards(device: str) -> torch.Tensor:
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU), "cpu"])
 def test_a_split_batch_draws_the_same_on_every_device(device: str) -> None:
     torch.testing.assert_close(split_batch_rewards(device), split_batch_rewards("cpu"), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU), "cpu"])
+def test_a_signal_log_goes_on_from_a_checkpoint_that_was_read_on_the_cpu(device: str) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(8, device=device))
+    log = SignalLog(walk_window=3)
+    for step in range(9):
+        parameter.grad = torch.ones(8, device=device)
+        found = log.observe([parameter], num_samples=4)
+        state = {name: tensor.cpu() for name, tensor in log.state_dict().items()}
+        log = SignalLog(walk_window=3)
+        log.load_state_dict(state)
+        with torch.no_grad():
+            parameter.sub_(0.1 * (step + 1))
+    assert found["gradient_cosine"] == pytest.approx(1) and found["walk_ratio"] > 1

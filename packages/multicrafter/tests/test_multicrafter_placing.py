@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -164,8 +164,9 @@ def test_text_encoders_wait_until_they_are_asked():
     assert {p.device for e in model.text_encoders for p in e.parameters()} == {torch.device("cpu")}
 
 
-@pytest.mark.parametrize("room", [0, 1 << 40])
-def test_the_transformer_steps_aside_where_both_have_no_room(monkeypatch, room):
+@pytest.mark.parametrize(("room", "breaks"), [(0, False), (0, True), (1 << 40, False)])
+def test_the_transformer_steps_aside_where_both_have_no_room(monkeypatch, room, breaks):
+    """And comes back, also where what was to be encoded is refused."""
     from multicrafter.models import placing
 
     model = LoadedModel.of(frozen(tiny_qwen21))
@@ -179,6 +180,9 @@ def test_the_transformer_steps_aside_where_both_have_no_room(monkeypatch, room):
         monkeypatch.setattr(part, "to", lambda device, name=name: moves.append((name, str(device))))
     monkeypatch.setattr(placing, "_tensors", lambda module: [torch.ones(4, device="meta" if moves[-1:] else "cpu")])
     monkeypatch.setattr(model.transformer, "parameters", lambda: iter([torch.ones(1, device=CARD)]))
-    model.encode_prompts_with(["one person"], [[torch.rand(3, 32, 32)]])
+    if breaks:
+        monkeypatch.setattr(type(model.backbone), "encode_prompts_with", lambda *_: (_ for _ in ()).throw(LookupError))
+    with pytest.raises(LookupError) if breaks else nullcontext():
+        model.encode_prompts_with(["one person"], [[torch.rand(3, 32, 32)]])
     aside = [("transformer", "cpu"), ("transformer", "meta")]
     assert [m for m in moves if m[0] == "transformer"] == (aside if room == 0 else [])

@@ -23,13 +23,12 @@ def _difference(log_prob: Tensor, old_log_prob: Tensor | float) -> Tensor:
     require_tensor(log_prob=log_prob)
     if isinstance(old_log_prob, Tensor):
         require_tensor(old_log_prob=old_log_prob)
-    if not isinstance(old_log_prob, Tensor):
-        if not isinstance(old_log_prob, int | float) or old_log_prob != 0:
-            raise ValueError(f"old_log_prob must be (b, t), or 0.0 if log_prob is the log-ratio, got {old_log_prob!r}")
-    elif log_prob.shape != old_log_prob.shape:
-        raise ValueError(
-            f"log_prob and old_log_prob must both be (b, t), got {tuple(log_prob.shape)} and {tuple(old_log_prob.shape)}"
-        )
+        if log_prob.shape != old_log_prob.shape:
+            raise ValueError(
+                f"log_prob and old_log_prob must both be (b, t), got {tuple(log_prob.shape)} and {tuple(old_log_prob.shape)}"
+            )
+    elif not isinstance(old_log_prob, int | float) or old_log_prob != 0:
+        raise ValueError(f"old_log_prob must be (b, t), or 0.0 if log_prob is the log-ratio, got {old_log_prob!r}")
     if log_prob.dim() != 2:
         raise ValueError(f"log_prob must be (b, t), got {tuple(log_prob.shape)}")
     if log_prob.shape[1] == 0:

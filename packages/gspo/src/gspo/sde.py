@@ -123,8 +123,9 @@ def _levels(name: str, value: float | Tensor, latents: Tensor) -> Tensor:
 
 
 def _check(latents: Tensor, velocity: Tensor, next_latents: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> None:
-    require_floating(latents=latents)
-    require_tensor(velocity=velocity, **({} if next_latents is None else {"next_latents": next_latents}))
+    require_tensor(velocity=velocity)
+    if next_latents is not None:
+        require_tensor(next_latents=next_latents)
     if latents.dim() < 2:
         raise ValueError(f"latents must have a batch axis and at least one more, got shape {tuple(latents.shape)}")
     for name, tensor in (("velocity", velocity), ("next_latents", next_latents)):
@@ -180,7 +181,9 @@ class _Stochastic(ABC):
         Raises:
             ValueError: Shapes differ, sigmas do not decrease or leave (0, 1], or an input is not finite.
         """
-        require_tensor(latents=latents, **({} if noise is None else {"noise": noise}))
+        require_floating(latents=latents)
+        if noise is not None:
+            require_tensor(noise=noise)
         levels, levels_next = _levels("sigma", sigma, latents), _levels("sigma_next", sigma_next, latents)
         _check(latents, velocity, next_latents, levels, levels_next)
         if not bool((levels_next > 0).all()):
@@ -344,7 +347,7 @@ class FlowODE:
         sigma_max: float | None = None,
     ) -> ODEStep:
         """One Euler step; a given ``next_latents`` is returned as it is."""
-        require_tensor(latents=latents)
+        require_floating(latents=latents)
         levels, levels_next = _levels("sigma", sigma, latents), _levels("sigma_next", sigma_next, latents)
         _check(latents, velocity, next_latents, levels, levels_next)
         dt = (levels_next - levels).to(device=latents.device, dtype=torch.float32)

@@ -162,4 +162,6 @@ def _numbered(state: Mapping[str, Tensor], name: str) -> list[str]:
 
 
 def _squared_distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    return float(torch.stack([(a.float() - b.float()).square().sum() for a, b in zip(one, other, strict=True)]).sum())
+    """Of all tensors together; what a checkpoint brought may be on another device."""
+    gaps = [(a.float() - b.to(a.device).float()).square().sum() for a, b in zip(one, other, strict=True)]
+    return float(torch.stack(gaps).sum())

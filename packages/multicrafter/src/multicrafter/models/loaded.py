@@ -98,11 +98,13 @@ class LoadedModel:
         aside = lacks_room(encoders, device) and next(self.transformer.parameters()).device == device
         if aside:
             self.transformer.to("cpu")
-        bring_encoders(encoders, device)
-        yield
-        if aside:
-            bring_encoders(encoders, torch.device("cpu"))
-            self.transformer.to(device)
+        try:
+            bring_encoders(encoders, device)
+            yield
+        finally:
+            if aside:
+                bring_encoders(encoders, torch.device("cpu"))
+                self.transformer.to(device)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Text:
         """See `Backbone.encode_prompts`, as for the methods below."""
