@@ -23,7 +23,7 @@ from gspo.examples.closed_form import METHODS, NUM_STEPS, TASKS, Setting, train
 from multicrafter.files import write_whole
 
 from benchmarks.run import ROOT, circumstances
-from studies import objectives_flux, objectives_page
+from studies import objectives_flux, objectives_page, objectives_world, objectives_world_page
 
 OUT = ROOT / "benchmarks" / "results" / "objectives.json"
 
@@ -114,6 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=objectives_flux.OUT,
         help="what `studies.objectives_flux` has recorded, if anything",
     )
+    parser.add_argument(
+        "--world", type=Path, default=objectives_world.OUT, help="the same of `studies.objectives_world`"
+    )
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "results", help="folder of the page")
     parser.add_argument("--budget", type=int, default=BUDGET, help=f"function evaluations of a run (default {BUDGET})")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="seeds of the comparison")
@@ -128,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measure(options.out, options.budget, tuple(range(options.seeds)))
     else:
         also = objectives_flux.section(options.flux, options.docs) if options.flux.is_file() else ""
+        if options.world.is_file():
+            also += objectives_world_page.section(options.world, options.docs)
         objectives_page.write(options.out, options.docs, also)
     return 0
 

@@ -234,6 +234,10 @@ def section(source: Path, docs: Path) -> str:
     at_once = [name for name, found in shown.items() if all(r["to_level"] == r["evaluations"][1] for r in found)]
     if at_once:
         told += f" At the first measurement already: {', '.join(at_once)}, whose factors are therefore at least these."
+    missed = {name: sum(r["to_level"] is None for r in found) for name, found in shown.items()}
+    short = [f"{count} of {len(SEEDS)} runs of {name}" for name, count in missed.items() if count]
+    if short:
+        told += f" Never at the level: {', '.join(short)}, hence no factor."
     back = [name for name, found in shown.items() if any(fell_back(r) for r in found)]
     if back:
         told += f" Some run of {', '.join(back)} fell below the level again."

@@ -1,7 +1,7 @@
 """What does each objective make of stage 2's own reward in the drawn world, and what of the things that this reward does not see?
 
     python -m studies.objectives_world run     # about two hours of one core; goes on where it was interrupted, several processes share the work
-    python -m studies.objectives_world page    # docs/results/objectives_world.md
+    python -m studies.objectives page    # its part of docs/results/objectives.md
 
 Every method starts from the same adapter of stage 1 and spends the same number of function evaluations: rows of every forward pass of the
 transformer, drafts, drawing and updates alike. Learning rates are chosen on validation cases and one seed, over the same three values for every
@@ -55,18 +55,17 @@ from multicrafter.world.rewards import RewardConfig, tiny_reward
 from torch import Tensor
 
 from benchmarks.run import ROOT, circumstances
+from studies.objectives_world_page import LEARNING_RATES, SHOWN, TUNING_SEED, best_rate, name_of
 
 OUT = ROOT / "benchmarks" / "results" / "objectives_world.json"
 METHODS = ("gspo", "grpo", "guarded", "dppo", "nft", "awm", "refl")
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)
-TUNING_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
+SEEDS = (0, 1, 2, 3, 4)
 BUDGET, PROMPTS, MEMBERS, SOLVER_STEPS, EPOCHS = 12_000, 8, 8, 8, 2
 """A run's function evaluations; groups and members of an iteration; steps of a picture where any solver draws; of ratio methods."""
 VALIDATION = EvaluateConfig(
     split="validation", num_cases=64, num_sampling_steps=16, guidance=3.5, separation=BindingConfig(mode="draft")
 )
 TEST = replace(VALIDATION, split="test", num_cases=128)
-SHOWN = ("reward", "text", "aesthetics", "identity", "identity_watched", "attributes", "count", "swaps")
 RATIOS = {"gspo": "sequence", "grpo": "step", "guarded": "guarded"}
 
 
@@ -93,6 +92,11 @@ class DrawnReward:
         identity = []
         for row, given in enumerate(references):
             known = torch.from_numpy(self.identity.embed_references(given)).float()
+            if not bool(
+                torch.isfinite(known).all()
+            ):  # a reference that shows nobody: the sample is left out, as the reward does
+                identity.append(pictures.new_tensor(torch.nan))
+                continue
             cosine = known @ faces[found.picture == row].T
             pairs = match_with_penalties(
                 cosine.detach().double().numpy(),
@@ -148,7 +152,7 @@ class Contender(Align):
         weights = dict(online.reward_weights)
         advantages = multi_reward_advantages(parts, weights, drawn.index, scale=online.advantage_scale)
         self.mask.update(velocity, drawn, advantages)
-        return float(sum(weights[name] * part.mean() for name, part in parts.items()))
+        return float(sum(weights[name] * part.nanmean() for name, part in parts.items()))
 
     def _ascent(self, rows: Tensor, velocity: VelocityFunction, noise: Tensor) -> float:
         """The composite reward's own gradient, through one step's prediction."""
@@ -159,10 +163,12 @@ class Contender(Align):
             pictures = self.model.decode_pictures(latents, self.scenes.grid)
             return self.differentiable(pictures, [self.scenes.captions[r] for r in here], self.references_of(here))
 
-        return float(self.ascent.step(velocity, noise, self.sigmas, reward, index=self.starts).rewards.mean())
+        return float(self.ascent.step(velocity, noise, self.sigmas, reward, index=self.starts).rewards.nanmean())
 
 
-def configured(method: str, lr: float, seed: int, *, prompts: int = PROMPTS, members: int = MEMBERS) -> AlignConfig:
+def configured(
+    method: str, lr: float, seed: int, *, prompts: int = PROMPTS, members: int = MEMBERS, compile_blocks: bool = True
+) -> AlignConfig:
     """The recipe of stage 2 with a method's update, in batches that this study can pay."""
     recipe = tiny_align(seed=seed)
     ratio: Any = RATIOS.get(method, "sequence")
@@ -177,7 +183,7 @@ def configured(method: str, lr: float, seed: int, *, prompts: int = PROMPTS, mem
         recipe, objective=objective, online=online, prompts=prompts, lr=lr,
         schedule=replace(recipe.schedule, warmup_steps=0, decay="constant"), watch=replace(recipe.watch, action="none"),
     )  # fmt: skip
-    return with_execution(config, compile_blocks=True)  # type: ignore[no-any-return]
+    return with_execution(config, compile_blocks=compile_blocks)  # type: ignore[no-any-return]
 
 
 class World:
@@ -191,12 +197,14 @@ class World:
         self.judges, self.watcher, self.reward = WorldJudges.load(), drawn_watcher(), DrawnReward()
         self.finder = IdentityFinder(backend=self.judges.people)
 
-    def train(self, method: str, lr: float, seed: int, budget: int, **sizes: int) -> dict[str, Any]:
+    def train(
+        self, method: str, lr: float, seed: int, budget: int, *, num_scenes: int = 512, **sizes: int
+    ) -> dict[str, Any]:
         """One run; leaves the averaged weights in the adapter. The rate falls linearly to 0 over the budget."""
         self.adapters.load_state_dict(self.start)
         config = configured(method, lr, seed, **sizes)
         world = WorldConfig(numbers=(int(self.notes["num_references"]),), shared_attributes=4)
-        scenes = prompt_scenes(self.model, config, world, 512)
+        scenes = prompt_scenes(self.model, config, world, num_scenes)
         stage = Contender(
             method, self.reward, self.model, self.adapters, config, scenes, self.reward.exact, finder=self.finder
         )
@@ -237,19 +245,6 @@ class Records:
         with self.lock:
             runs = {**self.all(), name: record}
             write_whole(self.path, json.dumps({"circumstances": circumstances(), "runs": runs}))
-
-
-def name_of(start: str, method: str, lr: float, seed: int, budget: int) -> str:
-    """What decides a run."""
-    return f"{start}, {method}, lr {lr:g}, seed {seed}, {budget} evaluations"
-
-
-def best_rate(runs: dict[str, dict[str, Any]], start: str, method: str, budget: int) -> float | None:
-    """The rate with the best reward on validation cases; None while one is missing."""
-    names = {lr: name_of(start, method, lr, TUNING_SEED, budget) for lr in LEARNING_RATES}
-    if any(name not in runs for name in names.values()):
-        return None
-    return max(names, key=lambda lr: float(np.mean(runs[names[lr]]["cases"]["reward"])))
 
 
 def run(adapter: Path, start: str, out: Path, methods: Sequence[str], seeds: Sequence[int], budget: int) -> None:

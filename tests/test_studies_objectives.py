@@ -51,7 +51,10 @@ def test_what_is_recorded_is_not_done_again(recorded, monkeypatch):
 
 
 def test_page_says_what_the_records_say(recorded, tmp_path):
-    assert objectives.main(["page", "--out", str(recorded), "--flux", "none", "--docs", str(tmp_path)]) == 0
+    assert (
+        objectives.main(["page", "--out", str(recorded), "--flux", "none", "--world", "none", "--docs", str(tmp_path)])
+        == 0
+    )
     page = (tmp_path / "objectives.md").read_text()
     assert (tmp_path / "objectives.png").stat().st_size > 10_000
     assert all(page.count(f"| {name} |") >= 2 for name in objectives_page.NAMES.values())

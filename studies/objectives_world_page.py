@@ -1,0 +1,183 @@
+"""What the page of objectives says of the drawn world: differences to the adapter that every method starts from, and what they cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gspo.plot import pyplot
+from multicrafter.scoring.evaluate import Interval, difference
+
+from studies.objectives_page import COLORS, NAMES, origin
+
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+TUNING_SEED = 100
+SHOWN = ("reward", "text", "aesthetics", "identity", "identity_watched", "attributes", "count", "swaps")
+UNSEEN = ("attributes", "count", "swaps")
+"""What the reward does not look at: the reader of truth says it."""
+Runs = Mapping[str, Mapping[str, Any]]
+
+
+def name_of(start: str, method: str, lr: float, seed: int, budget: int) -> str:
+    """What decides a run."""
+    return f"{start}, {method}, lr {lr:g}, seed {seed}, {budget} evaluations"
+
+
+def best_rate(runs: Runs, start: str, method: str, budget: int) -> float | None:
+    """The rate with the best reward on validation cases; None while one is missing."""
+    names = {lr: name_of(start, method, lr, TUNING_SEED, budget) for lr in LEARNING_RATES}
+    if any(name not in runs for name in names.values()):
+        return None
+    return max(names, key=lambda lr: float(np.mean(runs[names[lr]]["cases"]["reward"])))
+
+
+def found_of(runs: Runs, start: str, method: str, budget: int) -> list[Mapping[str, Any]]:
+    """The runs of a method's best rate on the seeds of the comparison."""
+    rate = best_rate(runs, start, method, budget)
+    if rate is None:
+        return []
+    head, tail = name_of(start, method, rate, 0, budget).split("seed 0")
+    return [r for n, r in runs.items() if n.startswith(head) and n.endswith(tail) and f"seed {TUNING_SEED}," not in n]
+
+
+def differences(runs: Runs, start: str, found: list[Mapping[str, Any]]) -> dict[str, Interval]:
+    """Minus the adapter before, case by case; a case is averaged over the seeds first."""
+    before = {name: np.asarray(v, float) for name, v in runs[f"{start}, before, test"]["cases"].items()}
+    after = {name: np.mean([np.asarray(r["cases"][name], float) for r in found], 0) for name in SHOWN}
+    return difference(after, before)
+
+
+def games(found: Mapping[str, Interval]) -> list[str]:
+    """Which of what the reward does not see became worse while it rose."""
+    if found["reward"].low <= 0:
+        return []
+    worse = {name: found[name].low > 0 if name == "swaps" else found[name].high < 0 for name in UNSEEN}
+    return [name for name, is_worse in worse.items() if is_worse]
+
+
+def _signed(interval: Interval) -> str:
+    text = f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+    return f"**{text}**" if interval.low > 0 or interval.high < 0 else text
+
+
+def _seconds(found: list[Mapping[str, Any]]) -> float:
+    return float(np.mean([r["curve"][-1][1] for r in found]))
+
+
+def table(runs: Runs, start: str, methods: list[str], budget: int) -> str:
+    """A method a row."""
+    lines = [
+        "| method | learning rate | pictures | seconds | " + " | ".join(SHOWN) + " |",
+        "|" + " --- |" * (4 + len(SHOWN)),
+    ]
+    before = runs[f"{start}, before, test"]["cases"]
+    cells = " | ".join(f"{np.nanmean(np.asarray(before[name], float)):.3f}" for name in SHOWN)
+    lines.append(f"| before | | | | {cells} |")
+    for method in methods:
+        found = found_of(runs, start, method, budget)
+        cells = " | ".join(_signed(differences(runs, start, found)[name]) for name in SHOWN)
+        pictures = np.mean([r["pictures"] for r in found])
+        lines.append(
+            f"| {NAMES[method]} | {best_rate(runs, start, method, budget):g} | {pictures:,.0f} | {_seconds(found):.0f} | {cells} |"
+        )
+    return "\n".join(lines)
+
+
+def grid(runs: Runs, start: str, methods: list[str], budget: int) -> str:
+    """Reward on validation cases by rate."""
+    lines = [
+        "| method | " + " | ".join(f"{lr:g}" for lr in LEARNING_RATES) + " |",
+        "|" + " --- |" * (1 + len(LEARNING_RATES)),
+    ]
+    for method in methods:
+        rewards = [
+            np.mean(runs[name_of(start, method, lr, TUNING_SEED, budget)]["cases"]["reward"]) for lr in LEARNING_RATES
+        ]
+        lines.append(f"| {NAMES[method]} | " + " | ".join(f"{r:.3f}" for r in rewards) + " |")
+    return "\n".join(lines)
+
+
+def plot(runs: Runs, start: str, methods: list[str], budget: int, path: Path) -> None:
+    """Left what the reward sees, then what it does not; right what the same evaluations took in seconds."""
+    plt = pyplot()
+    shown = ("reward", *UNSEEN)
+    figure, axes = plt.subplots(
+        1, len(shown) + 1, figsize=(12, 0.42 * len(methods) + 1.6), sharey=True, constrained_layout=True
+    )
+    for row, method in enumerate(methods):
+        found = found_of(runs, start, method, budget)
+        gained = differences(runs, start, found)
+        for name, ax in zip(shown, axes, strict=False):
+            value = gained[name]
+            ax.plot([value.low, value.high], [row, row], color=COLORS[method], linewidth=2)
+            ax.plot([value.mean], [row], "o", color=COLORS[method])
+        axes[-1].barh(row, _seconds(found), color=COLORS[method], height=0.5)
+    for name, ax in zip(shown, axes, strict=False):
+        ax.axvline(0, color="0.6", linewidth=1)
+        better = "less is better" if name == "swaps" else "more is better"
+        ax.set_title(f"{name}\n({better})", fontsize=10)
+    axes[0].set(yticks=range(len(methods)), yticklabels=[NAMES[m] for m in methods])
+    axes[0].invert_yaxis()
+    axes[-1].set_title("processor seconds", fontsize=10)
+    figure.supxlabel("difference to the adapter before, 95 % intervals", fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def conclusions(runs: Runs, start: str, methods: list[str], budget: int) -> str:
+    """By the criteria of `studies.objectives_world`."""
+    gained = {m: differences(runs, start, found_of(runs, start, m, budget)) for m in methods}
+    moved = [m for m in methods if gained[m]["reward"].low > 0]
+    lines = [
+        f"{', '.join(NAMES[m] for m in moved)} raised the reward beyond its interval"
+        if moved
+        else "No method raised the reward beyond its interval"
+    ]
+    still = [NAMES[m] for m in methods if m not in moved]
+    if moved and still:
+        lines[0] += f", {', '.join(still)} did not"
+    for method in moved:
+        if worse := games(gained[method]):
+            lines.append(f"{NAMES[method]} games it: {' and '.join(worse)} became worse")
+    if moved and len(lines) == 1:
+        lines.append("None of them gamed it: attributes, count and swaps became no worse beyond their intervals")
+    return "\n".join(f"- {line}." for line in lines)
+
+
+def section(source: Path, docs: Path) -> str:
+    """Its part of the page, and the plot; nothing where no method is complete."""
+    data = json.loads(source.read_text())
+    runs: Runs = data["runs"]
+    budget = min((int(n.rsplit(", ", 1)[1].split()[0]) for n in runs if n.endswith(" evaluations")), default=0)
+    starts = list(dict.fromkeys(n.removesuffix(", before, test") for n in runs if n.endswith(", before, test")))
+    complete = {s: [m for m in NAMES if len(found_of(runs, s, m, budget)) >= 2] for s in starts}
+    parts = []
+    for start in starts:
+        if not (methods := complete[start]):
+            continue
+        seeds = sorted({len(found_of(runs, start, m, budget)) for m in methods})
+        if not parts:
+            plot(runs, start, methods, budget, docs / "objectives_world.png")
+        parts.append(
+            f"### Stage 1 {start}\n\n{conclusions(runs, start, methods, budget)}\n\n{table(runs, start, methods, budget)}\n\n"
+            f"Differences to the row *before*, {' or '.join(map(str, seeds))} training seeds; bold where the interval excludes 0. "
+            f"Rewards on 64 validation cases by learning rate, from which the rates were chosen:\n\n{grid(runs, start, methods, budget)}\n"
+        )
+    if not parts:
+        return ""
+    cases = len(runs[f"{starts[0]}, before, test"]["cases"]["reward"])
+    return f"""
+## The drawn world, and its composite reward
+
+The reward of stage 2 is learned judges' opinion of text, aesthetics and identity, and can be gamed. Each method starts from an adapter of 320 steps of stage 1 and spends {budget:,} function evaluations, some 2 minutes of a core. Evaluations are rows of every forward pass of the transformer, drafts, drawing and updates alike. The reader of truth then counts what the reward does not see: attributes, people, and swaps.
+
+![Reward, and what it does not see](objectives_world.png)
+
+ReFL follows the composite reward's own gradient: who was found and who is whom is held, and the cosines are differentiated. Ratio methods draw as the recipe does (a window at the first two of 16 steps), with two inner epochs, without which GSPO, GRPO and GRPO-Guard are one method. The others draw in 8 steps of a solver. An iteration has 8 groups of 8 pictures. The rate falls linearly to 0, and averaged weights are tested, bound by a draft, on {cases} test cases.
+
+{chr(10).join(parts)}
+{origin(data, "studies.objectives_world run")}
+"""
