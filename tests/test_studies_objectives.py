@@ -105,13 +105,14 @@ def test_a_tiny_flux_is_tuned_run_and_shown(tmp_path, recorded, monkeypatch):
     monkeypatch.setattr(objectives_flux, "LEARNING_RATES", (1e-3, 1e-2))
     monkeypatch.setattr(objectives_flux, "BATCH", (2, 2))
     monkeypatch.setattr(objectives_flux, "CASES", 4)
+    monkeypatch.setattr(objectives_flux, "SEEDS", (0, 1))
     out, threads = tmp_path / "flux.json", torch.get_num_threads()
     command = ["--out", str(out), "--budget", "60", "--teaching-steps", "2"]
     assert objectives_flux.main(command) == 0
     runs = json.loads(out.read_text())["runs"]
     assert len(runs) == 2 * (2 + 2) and all(math.isfinite(r["rewards"][-1]) for r in runs)
     assert len({r["level"] for r in runs}) == 1 and all(r["rewards"][0] == runs[0]["rewards"][0] for r in runs)
-    arguments = ["page", "--out", str(recorded), "--flux", str(out), "--docs", str(tmp_path)]
+    arguments = ["page", "--out", str(recorded), "--flux", str(out), "--world", "none", "--docs", str(tmp_path)]
     assert objectives.main(arguments) == 0
     torch.set_num_threads(threads)
     page = (tmp_path / "objectives.md").read_text()
