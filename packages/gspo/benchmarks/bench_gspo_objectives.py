@@ -97,8 +97,11 @@ def cases() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     def still() -> torch.optim.Optimizer:
         return torch.optim.SGD(trained, lr=0.0)
 
-    def update(objective: object, samples: object, *, moved: bool = False) -> Callable[[], object]:
-        trainer = ObjectiveTrainer(trained, still(), objective, ObjectiveConfig(walk_window=8))  # type: ignore[arg-type]
+    def update(
+        objective: object, samples: object, *, moved: bool = False, walk_window: int = 0
+    ) -> Callable[[], object]:
+        config = ObjectiveConfig(walk_window=walk_window)
+        trainer = ObjectiveTrainer(trained, still(), objective, config)  # type: ignore[arg-type]
 
         def work() -> None:
             if moved:  # an old policy that is not the policy
@@ -122,6 +125,7 @@ def cases() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     reward = lambda x, i: -x.square().mean((1, 2))  # noqa: E731
     return {
         "AWM, two noise levels": (passes(2), update(AdvantageWeightedMatching(), done)),
+        "AWM, with the walk ratio logged": (passes(2), update(AdvantageWeightedMatching(), done, walk_window=8)),
         "DiffusionNFT on policy, two noise levels": (passes(2), update(DiffusionNFT(), done)),
         "DiffusionNFT with an old policy, two noise levels": (passes(2, 2), update(follows, done, moved=True)),
         "divergence mask, window of two": (passes(2), update(FlowDPPO(kernel=FlowSDE()), drawn)),
@@ -133,7 +137,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=60)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []

@@ -38,8 +38,7 @@ def matching_log_ratio(
         weighting: w, see `gspo.forward.level_weight`.
     """
     new, old = velocity.float(), old_velocity.detach().float()
-    weight = level_weight(sigma, weighting, new)
-    return mean_of_rest(weight * (old - new) * (new + old - 2 * target.float()), like)
+    return level_weight(sigma, weighting, like) * mean_of_rest((old - new) * (new + old - 2 * target.float()), like)
 
 
 def awm_loss(

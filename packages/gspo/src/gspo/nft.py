@@ -90,14 +90,14 @@ def nft_loss(
     old = old_velocity.detach().float()
     step, back = beta * (velocity.float() - old), old - target.float()
     plain = weighting != "self_normalized"
-    weight = level_weight(sigma, weighting if plain else "sigma_squared", back)
+    weight = level_weight(sigma, weighting if plain else "sigma_squared", known)
 
     def squares(error: Tensor) -> Tensor:
-        found = mean_of_rest(weight * error.square(), known)
+        found = weight * mean_of_rest(error.square(), known)
         if plain:
             return found
         assert sigma is not None
-        size = (error.detach().abs() * wide(sigma.float(), error)).flatten(1).mean(1).clamp_min(SMALLEST_NORM)
+        size = (sigma.float() * error.detach().abs().flatten(1).mean(1)).clamp_min(SMALLEST_NORM)
         return found / wide(size, found)
 
     losses = known * squares(back + step) + (1 - known) * squares(back - step)

@@ -43,7 +43,7 @@ class SignalLog:
         self.means: dict[str, float] = {}
         self.counts: dict[str, float] = {}
         self._previous: Tensor | None = None
-        self._previous_norm = 0.0
+        self._previous_length = self._previous_norm = 0.0  # of the gradient that is kept, and before it was clipped
         self._before: list[Tensor] = []
         self._anchor: list[Tensor] = []
         self._path, self._steps = 0.0, 0
@@ -79,9 +79,8 @@ class SignalLog:
         if not math.isfinite(length) or length == 0:
             return self.summary()
         norm = length if grad_norm is None else grad_norm
-        direction = gradient.div_(length)
-        if self._previous is not None and self._previous.shape == direction.shape:
-            cosine = float(direction @ self._previous.to(direction))
+        if self._previous is not None and self._previous.shape == gradient.shape:
+            cosine = float(gradient @ self._previous.to(gradient)) / length / self._previous_length
             self._average("cosine", cosine)
             self._average("product", cosine * norm * self._previous_norm)
         self._average("square", norm**2)
@@ -89,7 +88,7 @@ class SignalLog:
         if max_grad_norm is not None:
             self._average("clipped", float(norm > max_grad_norm))
             self._average("relative_norm", norm / max_grad_norm)
-        self._previous, self._previous_norm = direction, norm
+        self._previous, self._previous_length, self._previous_norm = gradient, length, norm
         if self.walk_window:
             self._walk(parameters)
         return self.summary()
@@ -137,7 +136,7 @@ class SignalLog:
         tensors = {f"{n}.{i}": t.clone() for n, copies in kept.items() for i, t in enumerate(copies)}
         if self._previous is not None:
             tensors["previous"] = self._previous.clone()
-            numbers["previous_norm"] = self._previous_norm
+            numbers |= {"previous_norm": self._previous_norm, "previous_length": self._previous_length}
         if self._before:
             numbers |= {"path": self._path, "steps": float(self._steps)}
         return tensors | {n: torch.tensor(v, dtype=torch.float64) for n, v in sorted(numbers.items())}
@@ -149,6 +148,7 @@ class SignalLog:
             target.update({k.removeprefix(prefix): float(v) for k, v in state.items() if k.startswith(prefix)})
         self._previous = state["previous"].clone() if "previous" in state else None
         self._previous_norm = float(state.get("previous_norm", 0.0))
+        self._previous_length = float(state.get("previous_length", 1.0))  # before, a unit vector was kept
         self._before, self._anchor = ([state[k].clone() for k in _numbered(state, n)] for n in _COPIES)
         self._path, self._steps = float(state.get("path", 0.0)), int(state.get("steps", 0))
 
