@@ -28,14 +28,16 @@ class Base:
         family: "people" or "objects".
         minutes: Of training from scratch; None is the base that ships (people only).
         num_heads: Its width is 32 times this.
+        text_only: It never sees a reference, and has no guidance.
     """
 
     family: str = "people"
     minutes: float | None = None
     num_heads: int = 4
+    text_only: bool = False
 
     def __post_init__(self) -> None:
-        if self.minutes is None and (self.family != "people" or self.num_heads != 4):
+        if self.minutes is None and (self.family != "people" or self.num_heads != 4 or self.text_only):
             raise ValueError(f"minutes must be given for a base that does not ship, got None for {self}")
 
 

@@ -152,7 +152,7 @@ class Laboratory:
                     num_heads=base.num_heads,
                     batch=32,
                     lr_matrix=2e-3,
-                    reference_share=0.9,
+                    **({"reference_share": 0.0, "guidance_max": 1.0} if base.text_only else {"reference_share": 0.9}),
                     compile_blocks=base.minutes > 5,
                 )
                 unfinished = folder.with_name(f"{folder.name}.unfinished")  # what is saved on the way is not the base
