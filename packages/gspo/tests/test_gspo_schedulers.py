@@ -50,11 +50,30 @@ def test_two_levels_that_are_both_all_but_1_do_not_explode() -> None:
     assert std(0.9999, 0.9, 0.9999) < 0.71
 
 
-def test_a_step_that_draws_more_than_the_latents_hold_is_said() -> None:
-    with pytest.warns(
-        UserWarning, match=r"FlowSDE draws noise of std 2.60 from sigma 0.9 to 0.6, more than the latents hold"
-    ):
-        assert std(0.9, 0.6, 0.9, noise_level=1.5811) == pytest.approx(2.598, abs=0.001)
+@pytest.mark.parametrize("level", [float, lambda value: torch.tensor([value])])
+def test_a_step_that_draws_more_than_the_latents_hold_is_said_every_time(level) -> None:
+    x, said = torch.zeros(1, 2), r"FlowSDE draws noise of std 2.60 from sigma 0.9 to 0.6, more than the latents hold"
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=said) as caught:
+            out = FlowSDE(1.5811).step(x, x, level(0.9), level(0.6), next_latents=x, sigma_max=0.9)
+        assert float(out.std) == pytest.approx(2.598, abs=0.001) and caught[0].filename == __file__
+
+
+def test_a_level_is_the_same_as_a_number_and_as_a_row() -> None:
+    x, v, after = torch.randn(3, 3, 5, generator=torch.Generator().manual_seed(0))
+    for kernel in (FlowSDE(), FlowCPS(), DanceSDE()):
+        one = kernel.step(x, v, 0.8, 0.7, next_latents=after, sigma_max=0.9)
+        row = kernel.step(
+            x,
+            v,
+            torch.full((3,), 0.8, dtype=torch.float64),
+            torch.full((3,), 0.7, dtype=torch.float64),
+            next_latents=after,
+            sigma_max=0.9,
+        )
+        assert all(torch.equal(a, b) for a, b in zip(one, row, strict=True))
+        with pytest.raises(ValueError, match="sigma_next must be below sigma"):
+            kernel.step(x, v, 0.7, 0.8)
 
 
 @pytest.mark.parametrize("kernel", [FlowSDE(), FlowCPS(), DanceSDE()])

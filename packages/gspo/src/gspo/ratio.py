@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gspo.inputs import require_tensor
 from gspo.objective import gaussian_kl
-from gspo.sde import wide
 
 RatioKind = Literal["sequence", "step", "guarded"]
 """GSPO, GRPO, GRPO-Guard."""
@@ -146,5 +146,5 @@ def gaussian_log_ratio(
             f"{tuple(mean.shape)}, {tuple(old_mean.shape)} and {tuple(std.shape)}"
         )
     step = mean.float() - old_mean.float()
-    twice = 2 * (next_latents.float() - old_mean.float()) - step
-    return (step * twice / wide(2 * std.square(), step)).flatten(1).mean(1)
+    away = torch.sub(next_latents.float() - old_mean.float(), step, alpha=0.5)  # half of 2 x - mean - old_mean
+    return (step * away).flatten(1).mean(1) / std.square()

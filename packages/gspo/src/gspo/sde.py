@@ -19,6 +19,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -30,6 +31,7 @@ from gspo.inputs import as_numbers, check_real, require_floating, require_real, 
 LOG_TWO_PI = math.log(2 * math.pi)
 
 Coefficients = tuple[Tensor, Tensor, Tensor]
+_Row = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # sigma, sigma_next, a, b, std
 
 
 class SDEStep(NamedTuple):
@@ -122,7 +124,7 @@ def _levels(name: str, value: float | Tensor, latents: Tensor) -> Tensor:
     return row.expand(latents.shape[0])
 
 
-def _check(latents: Tensor, velocity: Tensor, next_latents: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> None:
+def _check_shapes(latents: Tensor, velocity: Tensor, next_latents: Tensor | None) -> None:
     require_tensor(velocity=velocity)
     if next_latents is not None:
         require_tensor(next_latents=next_latents)
@@ -131,6 +133,9 @@ def _check(latents: Tensor, velocity: Tensor, next_latents: Tensor | None, sigma
     for name, tensor in (("velocity", velocity), ("next_latents", next_latents)):
         if tensor is not None and tensor.shape != latents.shape:
             raise ValueError(f"{name} must have the shape of latents {tuple(latents.shape)}, got {tuple(tensor.shape)}")
+
+
+def _check_levels(sigma: Tensor, sigma_next: Tensor) -> None:
     if not bool((sigma_next < sigma).all()):
         raise ValueError(f"sigma_next must be below sigma, got {sigma_next.tolist()} after {sigma.tolist()}")
     if not bool(((sigma <= 1) & (sigma_next >= 0)).all()):
@@ -153,6 +158,20 @@ class _Stochastic(ABC):
     @abstractmethod
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None = None) -> Coefficients:
         """``(a, b, std)`` of ``next ~ N(a * latents + b * velocity, std^2)``, each with sigma's shape."""
+
+    def _row(self, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None) -> _Row:
+        """The levels, checked, and their coefficients."""
+        _check_levels(sigma, sigma_next)
+        if not bool((sigma_next > 0).all()):
+            raise ValueError(
+                "sigma_next must be positive in a stochastic step (the last step's density explodes), "
+                f"got {sigma_next.tolist()}"
+            )
+        return (sigma, sigma_next, *self.coefficients(sigma, sigma_next, sigma_max))
+
+    def _doubt(self, sigma: Tensor, sigma_next: Tensor, std: Tensor) -> str | None:
+        """What a user should be told about such a step."""
+        return None
 
     def step(
         self,
@@ -184,16 +203,14 @@ class _Stochastic(ABC):
         require_floating(latents=latents)
         if noise is not None:
             require_tensor(noise=noise)
-        levels, levels_next = _levels("sigma", sigma, latents), _levels("sigma_next", sigma_next, latents)
-        _check(latents, velocity, next_latents, levels, levels_next)
-        if not bool((levels_next > 0).all()):
-            raise ValueError(
-                "sigma_next must be positive in a stochastic step (the last step's density explodes), "
-                f"got {levels_next.tolist()}"
-            )
-        a, b, std = (
-            c.to(device=latents.device, dtype=torch.float32) for c in self.coefficients(levels, levels_next, sigma_max)
-        )
+        _check_shapes(latents, velocity, next_latents)
+        if isinstance(sigma, float) and isinstance(sigma_next, float) and not isinstance(sigma_max, Tensor):
+            row = _one_row(self, sigma, sigma_next, sigma_max)  # a rollout comes back to the same few steps
+        else:
+            row = self._row(_levels("sigma", sigma, latents), _levels("sigma_next", sigma_next, latents), sigma_max)
+        if doubt := self._doubt(row[0], row[1], row[4]):
+            warnings.warn(doubt, stacklevel=2)
+        a, b, std = (c.to(device=latents.device, dtype=torch.float32).expand(len(latents)) for c in row[2:])
         mean = (latents.float() * wide(a, latents)).addcmul_(velocity.float(), wide(b, latents))
         if next_latents is None:
             if noise is None:
@@ -206,6 +223,13 @@ class _Stochastic(ABC):
         log_probs = gaussian_log_prob(next_latents, mean, std)
         _require_finite(log_probs[0], velocity=velocity, latents=latents, next_latents=next_latents, noise=noise)
         return SDEStep(next_latents, mean, std, *log_probs)
+
+
+@lru_cache(maxsize=1024)
+def _one_row(kernel: _Stochastic, sigma: float, sigma_next: float, sigma_max: float | None) -> _Row:
+    """`_Stochastic._row` of one level for all rows, (1,) fp64 each."""
+    one, after = (torch.tensor([level], dtype=torch.float64, device="cpu") for level in (sigma, sigma_next))
+    return kernel._row(one, after, sigma_max)
 
 
 @dataclass(frozen=True)
@@ -241,9 +265,18 @@ class FlowSDE(_Stochastic):
         dt = sigma_next - sigma
         s = self.noise_level * (sigma / (1 - _below_one(sigma, sigma_next, sigma_max))).sqrt()
         half = s.square() / (2 * sigma)
-        a, b, std = 1 + half * dt, (1 + half * (1 - sigma)) * dt, s * (-dt).sqrt()
-        _warn_if_too_noisy(self, sigma, sigma_next, std)
-        return a, b, std
+        return 1 + half * dt, (1 + half * (1 - sigma)) * dt, s * (-dt).sqrt()
+
+    def _doubt(self, sigma: Tensor, sigma_next: Tensor, std: Tensor) -> str | None:
+        """A step that draws more noise than the latents hold leaves the flow: few steps, or a schedule that stays close to 1."""
+        if not bool((std > 1.25 * sigma).any()):
+            return None
+        row = int((std / sigma).argmax())
+        at, after, drawn = (float(c.flatten()[row]) for c in (sigma, sigma_next, std))
+        return (
+            f"FlowSDE draws noise of std {drawn:.2f} from sigma {at:.4g} to {after:.4g}, more than the latents hold: take more steps, a "
+            f"noise_level below {self.noise_level}, or FlowCPS"
+        )
 
 
 def _below_one(sigma: Tensor, sigma_next: Tensor, sigma_max: float | None) -> Tensor:
@@ -253,18 +286,6 @@ def _below_one(sigma: Tensor, sigma_next: Tensor, sigma_max: float | None) -> Te
     # a stand-in that is itself all but 1 helps nobody, unless sigma is 1 and the caller asks for it
     nearly = torch.where(1 - top < reach, sigma_next, torch.minimum(top, sigma))
     return torch.where(sigma >= 1, top, torch.where(1 - sigma < reach, nearly, sigma))
-
-
-def _warn_if_too_noisy(kernel: FlowSDE, sigma: Tensor, sigma_next: Tensor, std: Tensor) -> None:
-    """A step that draws more noise than the latents hold leaves the flow: few steps, or a schedule that stays close to 1."""
-    if bool((std > 1.25 * sigma).any()):
-        row = int((std / sigma).argmax())
-        flat = (sigma.flatten()[row], sigma_next.flatten()[row], std.flatten()[row])
-        warnings.warn(
-            "FlowSDE draws noise of std {2:.2f} from sigma {0:.4g} to {1:.4g}, more than the latents hold: take more steps, a "
-            "noise_level below {3}, or FlowCPS".format(*map(float, flat), kernel.noise_level),
-            stacklevel=4,
-        )
 
 
 @dataclass(frozen=True)
@@ -349,7 +370,8 @@ class FlowODE:
         """One Euler step; a given ``next_latents`` is returned as it is."""
         require_floating(latents=latents)
         levels, levels_next = _levels("sigma", sigma, latents), _levels("sigma_next", sigma_next, latents)
-        _check(latents, velocity, next_latents, levels, levels_next)
+        _check_shapes(latents, velocity, next_latents)
+        _check_levels(levels, levels_next)
         dt = (levels_next - levels).to(device=latents.device, dtype=torch.float32)
         mean = torch.addcmul(latents.float(), velocity.float(), wide(dt, latents))
         _require_finite(mean.detach().sum(), velocity=velocity, latents=latents)
