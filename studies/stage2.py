@@ -288,7 +288,7 @@ Measured at {content["commit"][:10]}, torch {content["versions"]["torch"]}, {con
     return 0
 
 
-TRAINED = """A run has 80 iterations of 128 pictures and starts from the adapter of stage 1 that ships. Its peak learning rate is 1e-3, three times the recipe's, because the average over ten batches that Adam takes is mostly signal here. The adapter that ships is the run of seed 0; the others say how much of it is chance. A run took 95 minutes on a core that was shared, and 27 on a faster machine. The commands are
+TRAINED = """A run has 80 iterations of 128 pictures and starts from the adapter of stage 1 that ships. Its peak learning rate is 1e-3, three times the recipe's, because the average over ten batches that Adam takes is mostly signal here. The adapter that ships is the run of seed 0; the others say how much of it is chance. A run took 95 minutes on a core that was shared, and 17 to 27 on a faster machine. The commands are
 
 ```sh
 multicrafter align --recipe tiny_stage2 --adapter packages/multicrafter/src/multicrafter/world/weights/adapters/stage1 --steps 80 --set align.lr=1e-3 --set align.online.seed=1 --out runs/stage2
