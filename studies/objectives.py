@@ -1,4 +1,4 @@
-"""Which objective comes nearest to the best policy where that is known on paper, at the same number of function evaluations?
+"""Which objective of policy optimization comes how far at equal function evaluations, where the optimum is known on paper and where it is not?
 
     python -m studies.objectives run     # some minutes of one core; goes on where it was interrupted
     python -m studies.objectives page    # docs/results/objectives.md
@@ -130,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.what == "run":
         measure(options.out, options.budget, tuple(range(options.seeds)))
     else:
+        options.docs.mkdir(parents=True, exist_ok=True)
         also = objectives_flux.section(options.flux, options.docs) if options.flux.is_file() else ""
         if options.world.is_file():
             also += objectives_world_page.section(options.world, options.docs)
