@@ -1,5 +1,8 @@
 """What `ObjectiveTrainer` and `RewardGradientTrainer` add to the forward and backward passes of the model alone (the named baseline).
 
+Twice: with a model, whose passes differ by a percent or two from one time to the next, and with one of as many parameters whose passes
+cost next to nothing, so that the difference is what the trainer does itself.
+
     python packages/gspo/benchmarks/bench_gspo_objectives.py --out benchmarks/results/gspo_objectives_overhead.json
 
 Processor time, not the clock's, so that a busy machine does not matter much; both take turns within a round.
@@ -14,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from gspo import (
@@ -52,30 +56,58 @@ class Model(nn.Module):
         return self.outside(self.body(self.inside(torch.cat([latents, level], 2))))
 
 
-def compare(bare: Callable[[], object], update: Callable[[], object], rounds: int) -> dict[str, object]:
-    """Median and quartiles of the ratio of processor times."""
-    pairs = []
+class _Free(torch.autograd.Function):
+    """Velocity without any work; in the backward pass every parameter gets a gradient that lies ready."""
+
+    @staticmethod
+    def forward(ctx: Any, latents: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.gradients = [torch.full_like(p, 1e-3) for p in parameters] if ctx.needs_input_grad[1] else []
+        return latents.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outgoing: Tensor) -> tuple[Tensor, ...]:
+        return (outgoing[0], *ctx.gradients)
+
+
+class FreeModel(nn.Module):
+    """As many parameters as `Model`, and no passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in Model().parameters())
+
+    def forward(self, latents: Tensor, sigma: Tensor, index: Tensor) -> Tensor:
+        return _Free.apply(latents, *self.kept)  # type: ignore[no-any-return]
+
+
+Works = tuple[Callable[[], object], Callable[[], object]]
+
+
+def compare(real: Works, free: Works, rounds: int) -> dict[str, object]:
+    """Median and quartiles of the ratio of processor times, and what an update takes beyond the passes of a model that costs nothing."""
+    pairs, own = [], []
     for number in range(rounds + 1):
         seconds = []
-        for work in (bare, update):
+        for work in (*real, *free):
             start = time.process_time()
             work()
             seconds.append(time.process_time() - start)
         if number:  # the first round warms up
             pairs.append((seconds[0], seconds[1]))
+            own.append(seconds[3] - seconds[2])
     ratios = sorted(b / a for a, b in pairs)
     return {
         "bare_ms": 1e3 * statistics.median(a for a, _ in pairs),
+        "own_ms": 1e3 * statistics.median(own),
+        "own_quartiles_ms": [1e3 * sorted(own)[len(own) // 4], 1e3 * sorted(own)[(3 * len(own)) // 4]],
         "ratio": statistics.median(ratios),
         "quartiles": [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]],
         "rounds": rounds,
     }
 
 
-def cases() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+def cases(model: nn.Module) -> dict[str, Works]:
     """Passes alone, and the same passes as an update."""
-    torch.manual_seed(0)
-    model = Model()
     trained = list(model.parameters())
     weight, sigma = torch.randn(ROWS, TOKENS, CHANNELS), torch.rand(ROWS)
     index, advantages = torch.zeros(ROWS, dtype=torch.long), torch.randn(ROWS)
@@ -140,9 +172,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for what, (bare, update) in cases().items():
-        rows.append({"what": what, **compare(bare, update, options.rounds)})
+    torch.manual_seed(0)
+    rows, free = [], cases(FreeModel())
+    for what, works in cases(Model()).items():
+        rows.append({"what": what, **compare(works, free[what], options.rounds)})
         print(rows[-1], flush=True)
     parameters = sum(p.numel() for p in Model().parameters())
     out = {"circumstances": circumstances(), "parameters": parameters, "rows": rows}
