@@ -91,7 +91,7 @@ wheels: environment
 lowest: .hatch/.ready
 	for package in $(filter $(LEAVES),$(PACKAGES)); do \
 	  .hatch/bin/uv venv --quiet --clear --python .hatch/bin/python .lowest/$$package && \
-	  .hatch/bin/uv pip install --quiet --python .lowest/$$package --resolution lowest-direct --all-extras -r packages/$$package/pyproject.toml && \
+	  .hatch/bin/uv pip install --quiet --python .lowest/$$package --resolution lowest-direct --all-extras -c constraints-lowest.txt -r packages/$$package/pyproject.toml && \
 	  .hatch/bin/uv pip install --quiet --python .lowest/$$package beartype hypothesis pytest pytest-benchmark && \
 	  .hatch/bin/uv pip install --quiet --python .lowest/$$package --no-deps -e packages/$$package && \
 	  .lowest/$$package/bin/python -m pytest -m "not slow and not gpu" packages/$$package/tests || exit 1; \

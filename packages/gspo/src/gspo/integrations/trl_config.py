@@ -52,6 +52,7 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "top_entropy_quantile": ((1.0,), "no step is left out by its entropy, which the kernel fixes"),
     "entropy_coef": ((0.0,), "the entropy of a step is the kernel's, not the policy's"),
     "use_adaptive_entropy": ((False,), "the entropy of a step is the kernel's, not the policy's"),
+    "per_gpu_train_batch_size": ((None,), "give per_device_train_batch_size"),
     "off_policy_mask_threshold": ((None,), "for masks by divergence there is gspo.FlowDPPO"),
 }
 """Fields that ask for what gspo does not do: the values that do not ask for it, and what there is instead."""
@@ -103,7 +104,12 @@ LOOP = _names(
     # where it runs
     "full_determinism use_cpu accelerator_config parallelism_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
     "ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed do_train local_rank average_tokens_across_devices "
-    "ds3_gather_for_generation"
+    "ds3_gather_for_generation "
+    # what only transformers 4 has
+    "adafactor fp16_backend fp16_opt_level fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap group_by_length half_precision_backend "
+    "include_inputs_for_metrics include_tokens_per_second jit_mode_eval logging_dir mp_parameters no_cuda overwrite_output_dir past_index "
+    "per_gpu_eval_batch_size push_to_hub_model_id push_to_hub_organization push_to_hub_token ray_scope save_safetensors torchdynamo "
+    "tpu_metrics_debug tpu_num_cores use_ipex use_legacy_prediction_loop use_mps_device warmup_ratio"
 )
 """Fields that a loop, a data loader or a launcher honours, and no policy update."""
 
@@ -164,7 +170,7 @@ def _fields(config: Any) -> dict[str, Any]:
     if isinstance(config, Mapping):
         return {str(name): value for name, value in config.items()}
     if dataclasses.is_dataclass(config):
-        return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.name.startswith("_")}
     return {name: value for name, value in vars(config).items() if not name.startswith("_")}
 
 
