@@ -11,6 +11,9 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers", reason="needs idar[diffusers]")
+pytest.importorskip(
+    "diffusers.models.transformers.transformer_qwenimage21", reason="needs a diffusers that has Qwen-Image 2.1"
+)
 
 from diffusers import QwenImage21Transformer2DModel
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
