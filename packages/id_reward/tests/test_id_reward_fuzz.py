@@ -139,9 +139,9 @@ def test_any_batch_is_scored_or_refused(given_batch) -> None:
 
 
 def test_both_outcomes_happened() -> None:
-    """So both were tested."""
+    """So both were tested; how often depends on hypothesis, which draws anew every time."""
     if SEEN:
-        assert 0.1 < np.mean(SEEN) < 0.9
+        assert min(sum(SEEN), len(SEEN) - sum(SEEN)) >= 2
 
 
 @pytest.mark.slow
