@@ -139,11 +139,16 @@ def conclusions(runs: Runs, start: str, methods: list[str], budget: int) -> str:
     still = [NAMES[m] for m in methods if m not in moved]
     if moved and still:
         lines[0] += f", {', '.join(still)} did not"
+    fell = [NAMES[m] for m in methods if gained[m]["reward"].high < 0]
+    if fell:
+        lines.append(f"{', '.join(fell)} lowered it")
     for method in moved:
         if worse := games(gained[method]):
             lines.append(f"{NAMES[method]} games it: {' and '.join(worse)} became worse")
-    if moved and len(lines) == 1:
-        lines.append("None of them gamed it: attributes, count and swaps became no worse beyond their intervals")
+    if moved and not any(games(gained[m]) for m in moved):
+        lines.append(
+            "None of those that raised it gamed it: attributes, count and swaps became no worse beyond their intervals"
+        )
     return "\n".join(f"- {line}." for line in lines)
 
 

@@ -19,7 +19,6 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -205,7 +204,7 @@ class _Stochastic(ABC):
             require_tensor(noise=noise)
         _check_shapes(latents, velocity, next_latents)
         if isinstance(sigma, float) and isinstance(sigma_next, float) and not isinstance(sigma_max, Tensor):
-            row = _one_row(self, sigma, sigma_next, sigma_max)  # a rollout comes back to the same few steps
+            row = _one_row(self, sigma, sigma_next, sigma_max)
         else:
             row = self._row(_levels("sigma", sigma, latents), _levels("sigma_next", sigma_next, latents), sigma_max)
         if doubt := self._doubt(row[0], row[1], row[4]):
@@ -225,7 +224,6 @@ class _Stochastic(ABC):
         return SDEStep(next_latents, mean, std, *log_probs)
 
 
-@lru_cache(maxsize=1024)
 def _one_row(kernel: _Stochastic, sigma: float, sigma_next: float, sigma_max: float | None) -> _Row:
     """`_Stochastic._row` of one level for all rows, (1,) fp64 each."""
     one, after = (torch.tensor([level], dtype=torch.float64, device="cpu") for level in (sigma, sigma_next))
