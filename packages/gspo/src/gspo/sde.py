@@ -30,7 +30,6 @@ from gspo.inputs import as_numbers, check_real, require_floating, require_real, 
 LOG_TWO_PI = math.log(2 * math.pi)
 
 Coefficients = tuple[Tensor, Tensor, Tensor]
-_Row = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # sigma, sigma_next, a, b, std
 
 
 class SDEStep(NamedTuple):
@@ -113,14 +112,14 @@ def gaussian_log_prob(
 
 
 def _levels(name: str, value: float | Tensor, latents: Tensor) -> Tensor:
-    """``value`` as one fp64 number a row, on the CPU: checking a number there never waits for a device, and not every device has fp64."""
+    """``value`` in fp64, (1,) or (b,), on the CPU: checking a number there never waits for a device, and not every device has fp64."""
     given: Any = value if hasattr(value, "__len__") or hasattr(value, "dtype") else [value]
     row = as_numbers(name, given).cpu().double()
     if row.dim() > 1 or (row.dim() == 1 and row.shape[0] not in (1, latents.shape[0])):
         raise ValueError(
             f"{name} must be a number or have one entry per row ({latents.shape[0]}), got shape {tuple(row.shape)}"
         )
-    return row.expand(latents.shape[0])
+    return row.reshape(-1)
 
 
 def _check_shapes(latents: Tensor, velocity: Tensor, next_latents: Tensor | None) -> None:
@@ -158,16 +157,6 @@ class _Stochastic(ABC):
     def coefficients(self, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None = None) -> Coefficients:
         """``(a, b, std)`` of ``next ~ N(a * latents + b * velocity, std^2)``, each with sigma's shape."""
 
-    def _row(self, sigma: Tensor, sigma_next: Tensor, sigma_max: float | None) -> _Row:
-        """The levels, checked, and their coefficients."""
-        _check_levels(sigma, sigma_next)
-        if not bool((sigma_next > 0).all()):
-            raise ValueError(
-                "sigma_next must be positive in a stochastic step (the last step's density explodes), "
-                f"got {sigma_next.tolist()}"
-            )
-        return (sigma, sigma_next, *self.coefficients(sigma, sigma_next, sigma_max))
-
     def _doubt(self, sigma: Tensor, sigma_next: Tensor, std: Tensor) -> str | None:
         """What a user should be told about such a step."""
         return None
@@ -203,13 +192,18 @@ class _Stochastic(ABC):
         if noise is not None:
             require_tensor(noise=noise)
         _check_shapes(latents, velocity, next_latents)
-        if isinstance(sigma, float) and isinstance(sigma_next, float) and not isinstance(sigma_max, Tensor):
-            row = _one_row(self, sigma, sigma_next, sigma_max)
-        else:
-            row = self._row(_levels("sigma", sigma, latents), _levels("sigma_next", sigma_next, latents), sigma_max)
-        if doubt := self._doubt(row[0], row[1], row[4]):
+        levels, levels_next = _levels("sigma", sigma, latents), _levels("sigma_next", sigma_next, latents)
+        _check_levels(levels, levels_next)
+        if not bool((levels_next > 0).all()):
+            raise ValueError(
+                "sigma_next must be positive in a stochastic step (the last step's density explodes), "
+                f"got {levels_next.tolist()}"
+            )
+        found = self.coefficients(levels, levels_next, sigma_max)
+        if doubt := self._doubt(levels, levels_next, found[2]):
             warnings.warn(doubt, stacklevel=2)
-        a, b, std = (c.to(device=latents.device, dtype=torch.float32).expand(len(latents)) for c in row[2:])
+        rows = latents.shape[0]
+        a, b, std = (c.to(latents.device, torch.float32).expand(rows).contiguous() for c in found)
         mean = (latents.float() * wide(a, latents)).addcmul_(velocity.float(), wide(b, latents))
         if next_latents is None:
             if noise is None:
@@ -222,12 +216,6 @@ class _Stochastic(ABC):
         log_probs = gaussian_log_prob(next_latents, mean, std)
         _require_finite(log_probs[0], velocity=velocity, latents=latents, next_latents=next_latents, noise=noise)
         return SDEStep(next_latents, mean, std, *log_probs)
-
-
-def _one_row(kernel: _Stochastic, sigma: float, sigma_next: float, sigma_max: float | None) -> _Row:
-    """`_Stochastic._row` of one level for all rows, (1,) fp64 each."""
-    one, after = (torch.tensor([level], dtype=torch.float64, device="cpu") for level in (sigma, sigma_next))
-    return kernel._row(one, after, sigma_max)
 
 
 @dataclass(frozen=True)
@@ -270,7 +258,7 @@ class FlowSDE(_Stochastic):
         if not bool((std > 1.25 * sigma).any()):
             return None
         row = int((std / sigma).argmax())
-        at, after, drawn = (float(c.flatten()[row]) for c in (sigma, sigma_next, std))
+        at, after, drawn = (float(c.expand_as(std)[row]) for c in (sigma, sigma_next, std))
         return (
             f"FlowSDE draws noise of std {drawn:.2f} from sigma {at:.4g} to {after:.4g}, more than the latents hold: take more steps, a "
             f"noise_level below {self.noise_level}, or FlowCPS"
@@ -370,7 +358,7 @@ class FlowODE:
         levels, levels_next = _levels("sigma", sigma, latents), _levels("sigma_next", sigma_next, latents)
         _check_shapes(latents, velocity, next_latents)
         _check_levels(levels, levels_next)
-        dt = (levels_next - levels).to(device=latents.device, dtype=torch.float32)
+        dt = (levels_next - levels).to(device=latents.device, dtype=torch.float32).expand(len(latents))
         mean = torch.addcmul(latents.float(), velocity.float(), wide(dt, latents))
         _require_finite(mean.detach().sum(), velocity=velocity, latents=latents)
         drawn = mean.to(latents.dtype) if next_latents is None else next_latents
