@@ -25,7 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from multicrafter.files import write_whole
-from multicrafter.models.binding import BindingConfig, IdentityFinder
+from multicrafter.models.binding import BindingConfig
+from multicrafter.models.finding import IdentityFinder
 from multicrafter.pipeline import MultiCrafterPipeline
 from multicrafter.scoring.evaluate import (
     EvaluateConfig,

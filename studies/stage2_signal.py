@@ -28,7 +28,8 @@ from gspo.score import rescore
 from id_reward import match
 from idar import box_masks
 from multicrafter.files import write_json
-from multicrafter.models.binding import BindingConfig, IdentityFinder, bind_by_draft, separable
+from multicrafter.models.binding import BindingConfig, bind_by_draft, separable
+from multicrafter.models.finding import IdentityFinder
 from multicrafter.pipeline import MultiCrafterPipeline
 from multicrafter.scoring.evaluate import WorldJudges, score_attributes
 from multicrafter.training.scenes import EncodedScenes, encode_scenes

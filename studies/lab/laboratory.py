@@ -28,7 +28,7 @@ import torch
 from multicrafter.config.settings import to_dict
 from multicrafter.files import write_json, write_whole
 from multicrafter.models.adapters import fingerprint
-from multicrafter.models.binding import IdentityFinder
+from multicrafter.models.finding import IdentityFinder
 from multicrafter.models.loading import load_flux
 from multicrafter.pipeline import MultiCrafterPipeline
 from multicrafter.scoring.evaluate import EvaluateConfig, WorldJudges, draw_cases, score_pictures

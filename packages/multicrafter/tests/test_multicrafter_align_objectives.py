@@ -12,7 +12,8 @@ import torch
 from gspo import AdvantageWeightedMatching, DiffusionNFT, NoiseLevels, OnlineConfig, PolicyConfig, SlidingWindow
 from multicrafter import UserError
 from multicrafter.models.adapters import AdapterConfig, Adapters
-from multicrafter.models.binding import BindingConfig, Places
+from multicrafter.models.binding import BindingConfig
+from multicrafter.models.finding import Places
 from multicrafter.training import loop
 from multicrafter.training.align import Align, online_config
 from multicrafter.training.align_config import AlignConfig

@@ -13,16 +13,8 @@ from id_reward import Faces
 from idar import owner_masks
 from idar.integrations.diffusers import capture_subject_attention
 from multicrafter.models.backbones import backbone_of
-from multicrafter.models.binding import (
-    BindingConfig,
-    BoxFinder,
-    IdentityFinder,
-    MapFinder,
-    Places,
-    masks_of_places,
-    sample_bound,
-    separable,
-)
+from multicrafter.models.binding import BindingConfig, masks_of_places, sample_bound, separable
+from multicrafter.models.finding import BoxFinder, IdentityFinder, MapFinder, Places
 from multicrafter.models.flux.model import sample, sigma_schedule
 from multicrafter.pipeline import MultiCrafterPipeline, load_flux, to_image
 from multicrafter.scoring.evaluate import EvaluateConfig, case_noise, cases, draw_cases

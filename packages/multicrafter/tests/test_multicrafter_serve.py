@@ -34,7 +34,7 @@ from multicrafter.demo.serve.drawing import (
     read_upload,
 )
 from multicrafter.demo.serve.server import CLOSED, Guard, listening
-from multicrafter.models.binding import IdentityFinder, MapFinder, Places
+from multicrafter.models.finding import IdentityFinder, MapFinder, Places
 from multicrafter.pipeline import MultiCrafterPipeline
 from multicrafter.world.strangers import strangers
 from multicrafter.world.tiny_backbones import (

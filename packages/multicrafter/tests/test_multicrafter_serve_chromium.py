@@ -20,7 +20,7 @@ from multicrafter.demo.serve import desk as desks
 from multicrafter.demo.serve.desk import Desk
 from multicrafter.demo.serve.drawing import Limits
 from multicrafter.demo.serve.server import application, listening, uploads
-from multicrafter.models.binding import IdentityFinder
+from multicrafter.models.finding import IdentityFinder
 from multicrafter.pipeline import MultiCrafterPipeline
 from multicrafter.world import judges, shipped_adapter
 from multicrafter.world.judges.people import PeopleBackend

@@ -18,7 +18,8 @@ from multicrafter.cli import main
 from multicrafter.config.recipes import resolve
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.backbones import backbone_of
-from multicrafter.models.binding import BindingConfig, IdentityFinder, Places, by_subject, masks_of_places
+from multicrafter.models.binding import BindingConfig, by_subject, masks_of_places
+from multicrafter.models.finding import IdentityFinder, Places
 from multicrafter.models.loaded import LoadedModel
 from multicrafter.pipeline import MultiCrafterPipeline, to_image
 from multicrafter.plan.estimate import shape_of

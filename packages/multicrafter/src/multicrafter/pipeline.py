@@ -21,18 +21,10 @@ from multicrafter import UserError
 from multicrafter.models import foreign_loras
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.backbones import Backbone, ReferenceCache
-from multicrafter.models.binding import (
-    Binding,
-    BindingConfig,
-    Finder,
-    MapFinder,
-    Mode,
-    Places,
-    sample_bound,
-    separable,
-)
+from multicrafter.models.binding import Binding, BindingConfig, Mode, sample_bound, separable
 from multicrafter.models.checks import finite, whole
 from multicrafter.models.export import check_base
+from multicrafter.models.finding import Finder, MapFinder, Places
 from multicrafter.models.flux.model import Text
 from multicrafter.models.flux.packing import Grid
 from multicrafter.models.loaded import LoadedModel

@@ -184,7 +184,7 @@ def binding(arguments: argparse.Namespace, notes: Any) -> Any:
 
 def finder(name: str, model: str | None) -> Any:
     """What finds subjects in a draft."""
-    from multicrafter.models.binding import MapFinder
+    from multicrafter.models.finding import MapFinder
     from multicrafter.photos.people import people_finder
 
     if name == "auto":

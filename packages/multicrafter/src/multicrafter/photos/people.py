@@ -17,7 +17,7 @@ from multicrafter import UserError, user_input
 if TYPE_CHECKING:
     from PIL import Image
 
-    from multicrafter.models.binding import IdentityFinder
+    from multicrafter.models.finding import IdentityFinder
 
 Box = tuple[float, float, float, float]
 
@@ -51,7 +51,7 @@ FACE_OF_A_PERSON = (1.5, 0.8, 1.5, 5.0)
 
 def people_finder(name: str) -> IdentityFinder:
     """Finds the people of a draft by the faces of `face_backend`; those of the drawn world are boxed whole."""
-    from multicrafter.models.binding import IdentityFinder
+    from multicrafter.models.finding import IdentityFinder
 
     return IdentityFinder(backend=face_backend(name), grow=(0.0,) * 4 if name == "tiny" else FACE_OF_A_PERSON)
 

@@ -15,8 +15,9 @@ from idar import owner_masks
 from torch import Tensor
 
 from multicrafter import UserError, renamed
-from multicrafter.models.binding import BindingConfig, Finder, IdentityFinder, sample_bound, separable
+from multicrafter.models.binding import BindingConfig, sample_bound, separable
 from multicrafter.models.checks import check_finite
+from multicrafter.models.finding import Finder, IdentityFinder
 from multicrafter.models.loaded import LoadedModel
 from multicrafter.scoring.statistics import bootstrap_interval
 from multicrafter.training.attention import measure_leakage

@@ -37,7 +37,8 @@ from torch import Tensor
 
 from multicrafter import UserError, user_input
 from multicrafter.models.adapters import Adapters
-from multicrafter.models.binding import BindingConfig, Finder, MapFinder, bind_by_draft, separable
+from multicrafter.models.binding import BindingConfig, bind_by_draft, separable
+from multicrafter.models.finding import Finder, MapFinder
 from multicrafter.models.flux.model import Text
 from multicrafter.models.loaded import LoadedModel
 from multicrafter.training.align_config import AlignConfig as AlignConfig

@@ -13,8 +13,8 @@ from id_reward import CompositeReward, IdentityScorer, Scorer
 from jaxtyping import Float
 
 from multicrafter import UserError
-from multicrafter.models.binding import Finder
 from multicrafter.models.checks import check_finite
+from multicrafter.models.finding import Finder
 from multicrafter.photos.people import face_backend, people_finder
 from multicrafter.world.judges.aesthetics import aesthetics_scorer
 from multicrafter.world.rewards import PHOTO_FREE, RewardConfig, composite

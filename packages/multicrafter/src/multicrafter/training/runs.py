@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from multicrafter import UserError
 from multicrafter.files import read_json
 from multicrafter.models.adapters import Adapters
-from multicrafter.models.binding import Finder, IdentityFinder
+from multicrafter.models.finding import Finder, IdentityFinder
 from multicrafter.models.loaded import LoadedModel
 from multicrafter.training import loop
 from multicrafter.training.align import Align, Watcher

@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from multicrafter import UserError, user_input
-from multicrafter.models.binding import Mode, Places, by_subject
+from multicrafter.models.binding import Mode, by_subject
 from multicrafter.models.checks import finite, whole
+from multicrafter.models.finding import Places
 from multicrafter.models.flux.packing import Grid
 from multicrafter.pipeline import MultiCrafterPipeline, to_image, to_tensor
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from multicrafter.demo.serve.desk import Desk, Job, Visitor
 from multicrafter.demo.serve.drawing import Drawing, Drawn
-from multicrafter.models.binding import IdentityFinder, Places
+from multicrafter.models.finding import IdentityFinder, Places
 from multicrafter.models.pictures import shared
 from multicrafter.pages import embedded, render
 
