@@ -7,13 +7,12 @@ Every method starts from the same adapter of stage 1 and spends the same number 
 transformer, drafts, drawing and updates alike. Learning rates are chosen on validation cases and one seed, over the same three values for every
 method; five other seeds are then drawn once on the test split. Criterion of *moves the reward*, written before the test: the 95 % interval of the
 difference in the composite reward lies above 0. Criterion of *games it*: the reward rises, and attributes or count fall or swaps rise, beyond
-their interval. Results: benchmarks/results/objectives_world.json.
+their interval. Results: benchmarks/results/objectives_world.parquet.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,9 +36,9 @@ from gspo.rollout import VelocityFunction
 from id_reward import IdentityScorer
 from id_reward.matching import match_with_penalties
 from multicrafter.config.recipes import tiny_align
-from multicrafter.files import write_whole
 from multicrafter.models.adapters import Adapters
-from multicrafter.models.binding import BindingConfig, IdentityFinder
+from multicrafter.models.binding import BindingConfig
+from multicrafter.models.finding import IdentityFinder
 from multicrafter.models.loading import load_model
 from multicrafter.scoring.evaluate import EvaluateConfig, WorldJudges, cases, draw_cases, score_pictures
 from multicrafter.scoring.watcher import drawn_watcher
@@ -55,9 +54,10 @@ from multicrafter.world.rewards import RewardConfig, tiny_reward
 from torch import Tensor
 
 from benchmarks.run import ROOT, circumstances
-from studies.objectives_world_page import LEARNING_RATES, SHOWN, TUNING_SEED, best_rate, name_of
+from studies.lab.records import encode, read_table, write_table
+from studies.objectives_world_page import LEARNING_RATES, SHOWN, TUNING_SEED, best_rate, name_of, read_runs
 
-OUT = ROOT / "benchmarks" / "results" / "objectives_world.json"
+OUT = ROOT / "benchmarks" / "results" / "objectives_world.parquet"
 METHODS = ("gspo", "grpo", "guarded", "dppo", "nft", "awm", "refl")
 SEEDS = (0, 1, 2, 3, 4)
 BUDGET, PROMPTS, MEMBERS, SOLVER_STEPS, EPOCHS = 12_000, 8, 8, 8, 2
@@ -198,7 +198,7 @@ class World:
         self.finder = IdentityFinder(backend=self.judges.people)
 
     def train(
-        self, method: str, lr: float, seed: int, budget: int, *, num_scenes: int = 512, **sizes: int
+        self, method: str, lr: float, seed: int, budget: int, *, num_scenes: int = 512, **sizes: Any
     ) -> dict[str, Any]:
         """One run; leaves the averaged weights in the adapter. The rate falls linearly to 0 over the budget."""
         self.adapters.load_state_dict(self.start)
@@ -229,35 +229,29 @@ class World:
         return {name: np.asarray(found[name], float) for name in SHOWN}
 
 
-class Records:
-    """Runs by name in a JSON file that several processes share."""
+def add(path: Path, name: str, record: dict[str, Any]) -> None:
+    """One more row of the table; nobody else writes meanwhile."""
+    with filelock.FileLock(path.with_suffix(".lock")):
+        rows = read_table(path) if path.exists() else {}
+        write_table(path, {**rows, name: encode({**record, "circumstances": circumstances()})})
 
-    def __init__(self, path: Path) -> None:
-        """Of a file that need not be there."""
-        self.path, self.lock = path, filelock.FileLock(path.with_suffix(".lock"))
 
-    def all(self) -> dict[str, dict[str, Any]]:
-        """Everything that is recorded."""
-        return json.loads(self.path.read_text())["runs"] if self.path.exists() else {}
-
-    def add(self, name: str, record: dict[str, Any]) -> None:
-        """One more."""
-        with self.lock:
-            runs = {**self.all(), name: record}
-            write_whole(self.path, json.dumps({"circumstances": circumstances(), "runs": runs}))
+def by_case(measured: dict[str, np.ndarray]) -> dict[str, list[float | None]]:
+    """Metrics as they are recorded; None is NaN."""
+    return {k: [float(x) if np.isfinite(x) else None for x in np.round(v, 4)] for k, v in measured.items()}
 
 
 def run(adapter: Path, start: str, out: Path, methods: Sequence[str], seeds: Sequence[int], budget: int) -> None:
     """What of the grid and of the comparison is not recorded yet, for some methods and seeds."""
-    records, world = Records(out), World(adapter)
+    world = World(adapter)
 
     def one(method: str, lr: float, seed: int, config: EvaluateConfig) -> None:
         name = name_of(start, method, lr, seed, budget)
-        if name in records.all():
+        if name in read_runs(out):
             return
         found = world.train(method, lr, seed, budget)
         measured = world.measure(config)
-        records.add(name, {**found, "cases": {k: np.round(v, 4).tolist() for k, v in measured.items()}})
+        add(out, name, {**found, "cases": by_case(measured)})
         means = ", ".join(f"{k} {np.nanmean(v):.3f}" for k, v in measured.items())
         print(
             f"{name}: {len(found['curve'])} iterations, {found['curve'][-1][1]:.0f} s of processor time; {means}",
@@ -265,13 +259,13 @@ def run(adapter: Path, start: str, out: Path, methods: Sequence[str], seeds: Seq
         )
 
     for config, name in ((VALIDATION, f"{start}, before, validation"), (TEST, f"{start}, before, test")):
-        if name not in records.all():
+        if name not in read_runs(out):
             measured = world.measure(config)
-            records.add(name, {"cases": {k: np.round(v, 4).tolist() for k, v in measured.items()}})
+            add(out, name, {"cases": by_case(measured)})
     for method in methods:
         for lr in LEARNING_RATES:
             one(method, lr, TUNING_SEED, VALIDATION)
-        rate = best_rate(records.all(), start, method, budget)
+        rate = best_rate(read_runs(out), start, method, budget)
         assert rate is not None
         for seed in seeds:
             one(method, rate, seed, TEST)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from gspo.plot import pyplot
 from multicrafter.scoring.evaluate import Interval, difference
 
+from studies.lab.records import decode, read_table
 from studies.objectives_page import COLORS, NAMES, origin
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
@@ -21,9 +21,18 @@ UNSEEN = ("attributes", "count", "swaps")
 Runs = Mapping[str, Mapping[str, Any]]
 
 
+def read_runs(path: Path) -> dict[str, dict[str, Any]]:
+    """What is recorded, by name."""
+    return {name: decode(row) for name, row in read_table(path).items()} if path.exists() else {}
+
+
 def name_of(start: str, method: str, lr: float, seed: int, budget: int) -> str:
     """What decides a run."""
     return f"{start}, {method}, lr {lr:g}, seed {seed}, {budget} evaluations"
+
+
+def _mean(run: Mapping[str, Any], name: str = "reward") -> float:
+    return float(np.nanmean(np.asarray(run["cases"][name], float)))
 
 
 def best_rate(runs: Runs, start: str, method: str, budget: int) -> float | None:
@@ -31,7 +40,7 @@ def best_rate(runs: Runs, start: str, method: str, budget: int) -> float | None:
     names = {lr: name_of(start, method, lr, TUNING_SEED, budget) for lr in LEARNING_RATES}
     if any(name not in runs for name in names.values()):
         return None
-    return max(names, key=lambda lr: float(np.mean(runs[names[lr]]["cases"]["reward"])))
+    return max(names, key=lambda lr: _mean(runs[names[lr]]))
 
 
 def found_of(runs: Runs, start: str, method: str, budget: int) -> list[Mapping[str, Any]]:
@@ -73,8 +82,7 @@ def table(runs: Runs, start: str, methods: list[str], budget: int) -> str:
         "| method | learning rate | pictures | seconds | " + " | ".join(SHOWN) + " |",
         "|" + " --- |" * (4 + len(SHOWN)),
     ]
-    before = runs[f"{start}, before, test"]["cases"]
-    cells = " | ".join(f"{np.nanmean(np.asarray(before[name], float)):.3f}" for name in SHOWN)
+    cells = " | ".join(f"{_mean(runs[f'{start}, before, test'], name):.3f}" for name in SHOWN)
     lines.append(f"| before | | | | {cells} |")
     for method in methods:
         found = found_of(runs, start, method, budget)
@@ -93,9 +101,7 @@ def grid(runs: Runs, start: str, methods: list[str], budget: int) -> str:
         "|" + " --- |" * (1 + len(LEARNING_RATES)),
     ]
     for method in methods:
-        rewards = [
-            np.mean(runs[name_of(start, method, lr, TUNING_SEED, budget)]["cases"]["reward"]) for lr in LEARNING_RATES
-        ]
+        rewards = [_mean(runs[name_of(start, method, lr, TUNING_SEED, budget)]) for lr in LEARNING_RATES]
         lines.append(f"| {NAMES[method]} | " + " | ".join(f"{r:.3f}" for r in rewards) + " |")
     return "\n".join(lines)
 
@@ -154,12 +160,11 @@ def conclusions(runs: Runs, start: str, methods: list[str], budget: int) -> str:
 
 def section(source: Path, docs: Path) -> str:
     """Its part of the page, and the plot; nothing where no method is complete."""
-    data = json.loads(source.read_text())
-    runs: Runs = data["runs"]
+    runs: Runs = read_runs(source)
     budget = min((int(n.rsplit(", ", 1)[1].split()[0]) for n in runs if n.endswith(" evaluations")), default=0)
     starts = list(dict.fromkeys(n.removesuffix(", before, test") for n in runs if n.endswith(", before, test")))
     complete = {s: [m for m in NAMES if len(found_of(runs, s, m, budget)) >= 2] for s in starts}
-    parts = []
+    parts: list[str] = []
     for start in starts:
         if not (methods := complete[start]):
             continue
@@ -184,5 +189,5 @@ The reward of stage 2 is learned judges' opinion of text, aesthetics and identit
 ReFL follows the composite reward's own gradient: who was found and who is whom is held, and the cosines are differentiated. Ratio methods draw as the recipe does (a window at the first two of 16 steps), with two inner epochs, without which GSPO, GRPO and GRPO-Guard are one method. The others draw in 8 steps of a solver. An iteration has 8 groups of 8 pictures. The rate falls linearly to 0, and averaged weights are tested, bound by a draft, on {cases} test cases.
 
 {chr(10).join(parts)}
-{origin(data, "studies.objectives_world run")}
+{origin(dict(runs[f"{starts[0]}, before, test"]), "studies.objectives_world run")}
 """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ from multicrafter.scoring.evaluate import EvaluateConfig, cases
 from multicrafter.world import shipped_adapter
 
 from studies import objectives, objectives_world, objectives_world_page
+from studies.lab.records import encode, read_table, write_table
 from studies.objectives_world import METHODS, DrawnReward, World
 
 
@@ -102,9 +101,9 @@ def recorded(tmp_path):
             runs[objectives_world_page.name_of("x", method, 1e-3, seed, 10)] = record(
                 9.0
             )  # not the rate that was chosen
-    path = tmp_path / "world.json"
+    path = tmp_path / "world.parquet"
     about = {"commit": "0" * 12, "modified": False, "versions": {}, "device": "cpu", "threads": 1}
-    path.write_text(json.dumps({"circumstances": about, "runs": runs}))
+    write_table(path, {name: encode({**run, "circumstances": about}) for name, run in runs.items()})
     return path
 
 
@@ -117,10 +116,19 @@ def test_the_page_names_who_moves_and_who_games(recorded, tmp_path):
 
 
 def test_a_method_that_is_not_complete_is_not_on_the_page(recorded, tmp_path):
-    data = json.loads(recorded.read_text())
-    del data["runs"][objectives_world_page.name_of("x", "nft", 1e-2, 100, 10)]
-    recorded.write_text(json.dumps(data))
+    rows = read_table(recorded)
+    del rows[objectives_world_page.name_of("x", "nft", 1e-2, 100, 10)]
+    write_table(recorded, rows)
     assert "DiffusionNFT |" not in objectives_world_page.section(recorded, tmp_path)
+
+
+def test_what_is_not_a_number_comes_back_so_and_rows_join_those_that_are_there(recorded):
+    before = objectives_world_page.read_runs(recorded)
+    cases = objectives_world.by_case({"reward": np.array([1.0, np.nan])})
+    objectives_world.add(recorded, "one more", {"cases": cases})
+    after = objectives_world_page.read_runs(recorded)
+    assert cases == {"reward": [1.0, None]} and after["one more"]["cases"] == cases
+    assert {n: r for n, r in after.items() if n != "one more"} == before
 
 
 def test_what_is_recorded_is_not_done_again(recorded, monkeypatch):
