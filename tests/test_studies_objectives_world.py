@@ -57,6 +57,7 @@ def test_its_gradient_is_that_of_the_exact_reward(pictures, part):
     reward = DrawnReward(RewardConfig(**{"text": 0.0, "aesthetics": 0.0, "multi_id": 0.0, part: 1.0}))
     shown = (0.05 + 0.9 * drawn).requires_grad_()  # inside, so that no pixel is clipped
     reward(shown, captions, references).sum().backward()
+    assert shown.grad.norm() > 1e-3  # somebody is found, and the reward depends on the picture
     direction = shown.grad / shown.grad.norm()
     ends = [
         reward.exact(list((shown + s * direction).detach()), captions, references).totals.sum() for s in (-3e-3, 3e-3)
