@@ -18,7 +18,7 @@ from multicrafter.models.flux.model import Text
 from multicrafter.training import distributed
 from multicrafter.training.checkpoint import Section
 from multicrafter.training.optimization import AdamWConfig
-from multicrafter.training.precision import ExecutionConfig, configure_transformer, make_optimizer
+from multicrafter.training.precision import ExecutionConfig, make_optimizer
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -80,9 +80,8 @@ class Trainee:
         seed: int,
         sync_in_backward: bool = True,
     ) -> None:
-        """Takes attached adapters; distributes the transformer (see `distributed.distribute`), then makes the optimizer."""
+        """Takes adapters on a prepared transformer; distributes it (see `distributed.distribute`), then makes the optimizer."""
         self.adapters, self.execution = adapters, execution
-        configure_transformer(adapters.transformer, execution)
         for parameter in adapters.parameters():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)  # somebody may have frozen the whole transformer meanwhile
