@@ -106,21 +106,26 @@ def grid(runs: Runs, start: str, methods: list[str], budget: int) -> str:
     return "\n".join(lines)
 
 
-def plot(runs: Runs, start: str, methods: list[str], budget: int, path: Path) -> None:
-    """Left what the reward sees, then what it does not; right what the same evaluations took in seconds."""
+def plot(runs: Runs, complete: Mapping[str, list[str]], budget: int, path: Path) -> None:
+    """Left what the reward sees, then what it does not; right what the same evaluations took in seconds. A start is a marker."""
     plt = pyplot()
     shown = ("reward", *UNSEEN)
-    figure, axes = plt.subplots(
-        1, len(shown) + 1, figsize=(12, 0.42 * len(methods) + 1.6), sharey=True, constrained_layout=True
-    )
-    for row, method in enumerate(methods):
-        found = found_of(runs, start, method, budget)
-        gained = differences(runs, start, found)
-        for name, ax in zip(shown, axes, strict=False):
-            value = gained[name]
-            ax.plot([value.low, value.high], [row, row], color=COLORS[method], linewidth=2)
-            ax.plot([value.mean], [row], "o", color=COLORS[method])
-        axes[-1].barh(row, _seconds(found), color=COLORS[method], height=0.5)
+    methods = [m for m in NAMES if any(m in found for found in complete.values())]
+    size = (12, (0.3 + 0.15 * len(complete)) * len(methods) + 1.6)
+    figure, axes = plt.subplots(1, len(shown) + 1, figsize=size, sharey=True, constrained_layout=True)
+    for number, (start, those) in enumerate(complete.items()):
+        filled, marker = "full" if number == 0 else "none", "osD^"[number % 4]
+        axes[0].plot([], [], marker=marker, fillstyle=filled, linestyle="", color="0.3", label=f"stage 1 {start}")
+        for method in those:
+            row = methods.index(method) + (number - (len(complete) - 1) / 2) * 0.7 / len(complete)
+            found, color = found_of(runs, start, method, budget), COLORS[method]
+            gained = differences(runs, start, found)
+            for name, ax in zip(shown, axes, strict=False):
+                value = gained[name]
+                ax.plot([value.low, value.high], [row, row], color=color, linewidth=2, alpha=1 if number == 0 else 0.5)
+                ax.plot([value.mean], [row], marker=marker, fillstyle=filled, color=color)
+            height = 0.5 / len(complete)
+            axes[-1].barh(row, _seconds(found), color=color if number == 0 else "none", edgecolor=color, height=height)
     for name, ax in zip(shown, axes, strict=False):
         ax.axvline(0, color="0.6", linewidth=1)
         better = "less is better" if name == "swaps" else "more is better"
@@ -128,6 +133,8 @@ def plot(runs: Runs, start: str, methods: list[str], budget: int, path: Path) ->
     axes[0].set(yticks=range(len(methods)), yticklabels=[NAMES[m] for m in methods])
     axes[0].invert_yaxis()
     axes[-1].set_title("processor seconds", fontsize=10)
+    if len(complete) > 1:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     figure.supxlabel("difference to the adapter before, 95 % intervals", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -163,14 +170,11 @@ def section(source: Path, docs: Path) -> str:
     runs: Runs = read_runs(source)
     budget = min((int(n.rsplit(", ", 1)[1].split()[0]) for n in runs if n.endswith(" evaluations")), default=0)
     starts = list(dict.fromkeys(n.removesuffix(", before, test") for n in runs if n.endswith(", before, test")))
-    complete = {s: [m for m in NAMES if len(found_of(runs, s, m, budget)) >= 2] for s in starts}
+    every = {s: [m for m in NAMES if len(found_of(runs, s, m, budget)) >= 2] for s in starts}
+    complete = {s: methods for s, methods in every.items() if methods}
     parts: list[str] = []
-    for start in starts:
-        if not (methods := complete[start]):
-            continue
+    for start, methods in complete.items():
         seeds = sorted({len(found_of(runs, start, m, budget)) for m in methods})
-        if not parts:
-            plot(runs, start, methods, budget, docs / "objectives_world.png")
         parts.append(
             f"### Stage 1 {start}\n\n{conclusions(runs, start, methods, budget)}\n\n{table(runs, start, methods, budget)}\n\n"
             f"Differences to the row *before*, {' or '.join(map(str, seeds))} training seeds; bold where the interval excludes 0. "
@@ -178,6 +182,7 @@ def section(source: Path, docs: Path) -> str:
         )
     if not parts:
         return ""
+    plot(runs, complete, budget, docs / "objectives_world.png")
     cases = len(runs[f"{starts[0]}, before, test"]["cases"]["reward"])
     return f"""
 ## The drawn world, and its composite reward

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from gspo.inputs import check_real, require_tensor
 
@@ -36,11 +37,12 @@ class MovingAverage:
         check_real("decay", decay)
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must be in [0, 1], got {decay}")
-        for value, parameter in zip(self.values, self.parameters, strict=True):
-            if decay == 0:
+        if decay == 0:
+            for value, parameter in zip(self.values, self.parameters, strict=True):
                 value.copy_(parameter)  # exactly
-            else:
-                value.lerp_(parameter.float(), 1 - decay)
+        elif self.values:
+            now = [p.detach().float() for p in self.parameters]
+            get_ema_multi_avg_fn(decay)(self.values, now, 0)  # type: ignore[no-untyped-call]
 
     @property
     def is_current(self) -> bool:

@@ -7,20 +7,21 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from gspo.signal_estimators import random_walk_length, samples_needed
 
 
-def flat_gradient(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
-    """All gradients in one fp32 vector; 0 where a parameter has none."""
+def flat_gradient(parameters: Sequence[torch.nn.Parameter], *, out: Tensor | None = None) -> Tensor:
+    """All gradients in one fp32 vector, which is ``out`` where that is given; 0 where a parameter has none."""
     parts = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad.float() for p in parameters]
-    return torch.cat([part.reshape(-1) for part in parts])
+    return torch.cat([part.reshape(-1) for part in parts], out=out)
 
 
 class SignalLog:
     """Running estimates of `gradient_signal` from successive iterations, whose batches are independent and whose weights hardly differ.
 
-    It keeps one gradient (and, with ``walk_window``, two copies of the trained weights), and takes two inner products an iteration.
+    It keeps room for two gradients (and, with ``walk_window``, two copies of the trained weights), and takes two inner products an iteration.
     """
 
     def __init__(self, *, rate: float = 0.1, walk_window: int = 0, momentum: float = 0.0) -> None:
@@ -43,6 +44,7 @@ class SignalLog:
         self.means: dict[str, float] = {}
         self.counts: dict[str, float] = {}
         self._previous: Tensor | None = None
+        self._spare: Tensor | None = None  # where the next gradient goes: new memory takes longer than copying into old
         self._previous_length = self._previous_norm = 0.0  # of the gradient that is kept, and before it was clipped
         self._before: list[Tensor] = []
         self._anchor: list[Tensor] = []
@@ -74,9 +76,10 @@ class SignalLog:
         Returns:
             `summary`.
         """
-        gradient = flat_gradient(parameters)
+        gradient = flat_gradient(parameters, out=self._room(parameters))
         length = float(gradient.norm())
         if not math.isfinite(length) or length == 0:
+            self._spare = gradient
             return self.summary()
         norm = length if grad_norm is None else grad_norm
         if self._previous is not None and self._previous.shape == gradient.shape:
@@ -88,10 +91,17 @@ class SignalLog:
         if max_grad_norm is not None:
             self._average("clipped", float(norm > max_grad_norm))
             self._average("relative_norm", norm / max_grad_norm)
+        self._spare = self._previous
         self._previous, self._previous_length, self._previous_norm = gradient, length, norm
         if self.walk_window:
             self._walk(parameters)
         return self.summary()
+
+    def _room(self, parameters: Sequence[torch.nn.Parameter]) -> Tensor | None:
+        """The spare vector, if it holds these gradients."""
+        spare, size = self._spare, sum(p.numel() for p in parameters)
+        fits = type(spare) is Tensor and len(spare) == size and spare.device == parameters[0].device
+        return spare if fits else None
 
     def _walk(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         now = [p.detach() for p in parameters]
@@ -163,5 +173,5 @@ def _numbered(state: Mapping[str, Tensor], name: str) -> list[str]:
 
 def _squared_distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     """Of all tensors together; what a checkpoint brought may be on another device."""
-    gaps = [(a.float() - b.to(a.device).float()).square().sum() for a, b in zip(one, other, strict=True)]
-    return float(torch.stack(gaps).sum())
+    pairs = ((a.float(), b.to(a.device).float()) for a, b in zip(one, other, strict=True))
+    return float(torch.stack([mse_loss(a, b, reduction="sum") for a, b in pairs]).sum())
