@@ -21,6 +21,7 @@ from studies import (
     ablation,
     ablation_objects,
     bleeding,
+    bleeding_objects,
     claims,
     copy_paste,
     experts,
@@ -30,6 +31,7 @@ from studies import (
     reward_hacking,
     scaling,
     subjects,
+    text_only_base,
 )  # fmt: skip
 from studies.lab import results_index
 from studies.lab.experiment import FULL, SMOKE, Budget
@@ -41,6 +43,8 @@ STUDIES = tuple(
     for module in (
         ablation,
         bleeding,
+        bleeding_objects,
+        text_only_base,
         claims,
         experts,
         copy_paste,

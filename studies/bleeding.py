@@ -57,18 +57,19 @@ NUMBERS = (1, 3, 4)
 """Of people in a picture that a model drawn from training on two has never seen."""
 
 
+def tests(test: EvaluateConfig, *ways: BindingConfig | None) -> tuple[EvaluateConfig, ...]:
+    """The same cases, drawn in several ways."""
+    return tuple(replace(test, separation=way) for way in ways)
+
+
 def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
     """Plain LoRA, the attention loss, mask dropout, and routing by attention; the first and the third on other numbers of people too."""
     found: dict[str, dict[int, Experiment]] = {}
     for seed in budget.seeds:
-        plain, apart = budget.rows(seed)["baseline"][0], budget.rows(seed)["separation"][0]
+        plain, apart = (
+            with_execution(budget.rows(seed)[n][0], compile_blocks=False) for n in ("baseline", "separation")
+        )
         test = budget.test(guidance=GUIDANCE)
-
-        plain, apart = (with_execution(c, compile_blocks=False) for c in (plain, apart))
-
-        def tests(base: EvaluateConfig, *ways: BindingConfig | None) -> tuple[EvaluateConfig, ...]:
-            return tuple(replace(base, separation=way) for way in ways)
-
         doses = [BindingConfig(mode="masks", strength=dose) for dose in DOSES]
         found.setdefault(PLAIN, {})[seed] = Experiment(pretrain=plain, tests=tests(test, *WAYS.values()))
         causes = tests(test, None, BindingConfig(mode="masks"), *MEDIATION.values(), *doses)
@@ -176,7 +177,8 @@ def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
             found["gain"] = gain
             recorded = next(iter(pairs[PLAIN].values()))["experiment"]["tests"][0]
             found["likeness"] = _by_likeness(pairs, from_dict(EvaluateConfig, recorded))
-            found["captured"] = {way: g["mean"] / gain["true masks"]["mean"] for way, g in gain.items()}
+            oracle = gain["true masks"]["mean"]
+            found["captured"] = {way: g["mean"] / oracle if oracle > 0 else None for way, g in gain.items()}
     if all(label in records for label in THREE.values()):
         first, second = (records[label] for label in THREE.values())
         seeds = first.keys() & second.keys()
@@ -192,33 +194,42 @@ def _paired(pairs: dict[str, dict[int, Record]], index: int, name: str) -> dict[
     return {"mean": interval.mean, "low": interval.low, "high": interval.high}
 
 
+HEAD = ("", "", *NAMES, "swaps above chance")
+MEANING = """Attention is *separated* when the image tokens of one subject cannot look at the other subject's reference, nor the other way round, references not at each other, and tokens of nobody at no reference. *Bound* means that the model's own draft of three steps says who stands where: a detector finds subjects in it, and a match by identity says who is who. The reader of truth only scores."""
+
+
+def model_rows(models: dict[str, Any]) -> list[list[str]]:
+    """Every model in every way of drawing, under `HEAD`."""
+    return [
+        [label if i == 0 else "", way, *(cell(m.get(n)) for n in NAMES), cell(m["above"], "+.3f")]
+        for label, by in models.items()
+        for i, (way, m) in enumerate(by.items())
+    ]
+
+
+def gains(content: dict[str, Any]) -> str:
+    """What mask dropout gives in every way of drawing, and the share of what the oracle gives."""
+    captured = content.get("captured", {})
+    shares = {way: "" if share is None else f"{share:.2f}" for way, share in captured.items()}
+    rows = [[way, cell(g, "+.3f"), shares[way]] for way, g in content.get("gain", {}).items()]
+    return markdown_table(["drawn", "attributes, minus plain LoRA as it is", "share of the oracle's gain"], rows)
+
+
+def likeness(content: dict[str, Any]) -> str:
+    """Alike and unlike pairs."""
+    rows = [
+        [half if i == 0 else "", label, str(m["pairs"]), cell(m["attributes"]), cell(m["identity"]), cell(m["above"], "+.3f")]
+        for half, by in content.get("likeness", {}).items()
+        for i, (label, m) in enumerate(by.items())
+    ]  # fmt: skip
+    return markdown_table(["pairs", "model", "number of pairs", "attributes", "identity", "swaps above chance"], rows)
+
+
 def page(content: dict[str, Any], folder: Path) -> str:
     """The answer first, then the figure, then tables."""
-    head = ["", "", *NAMES, "swaps above chance"]
-
-    def rows(models: dict[str, Any]) -> list[list[str]]:
-        return [
-            [label if i == 0 else "", way, *(cell(m.get(n)) for n in NAMES), cell(m["above"], "+.3f")]
-            for label, by in models.items()
-            for i, (way, m) in enumerate(by.items())
-        ]
-
     causes = [
         [label, cell(m["swaps"]), cell(m["attributes"]), cell(m["identity"]), f"{m['share']:.2f}"]
         for label, m in content.get("causes", {}).items()
-    ]
-    gains = [[way, cell(g, "+.3f"), f"{content['captured'][way]:.2f}"] for way, g in content.get("gain", {}).items()]
-    likeness = [
-        [
-            half if i == 0 else "",
-            label,
-            str(m["pairs"]),
-            cell(m["attributes"]),
-            cell(m["identity"]),
-            cell(m["above"], "+.3f"),
-        ]
-        for half, by in content.get("likeness", {}).items()
-        for i, (label, m) in enumerate(by.items())
     ]
     figure(content, folder / "bleeding.png")
     three = ""
@@ -228,7 +239,7 @@ def page(content: dict[str, Any], folder: Path) -> str:
             f"Mask dropout, bound by its own draft, minus the plain LoRA as it is: attributes {cell(g['attributes'], '+.3f')}, "
             f"pictures with everyone {cell(g['count'], '+.3f')}."
         )
-    return f"""Two people in one picture exchange hats and hair. This page asks which attention carries them over, and how much of that can be stopped without anybody drawing a layout. Attention is *separated* when the image tokens of one person cannot look at the other person's reference, nor the other way round, references not at each other, and tokens of nobody at no reference. *Bound* means that the model's own draft of three steps says who stands where: a detector finds people in it, and a match by identity says who is who. The reader of truth only scores.
+    return f"""Two people in one picture exchange hats and hair. This page asks which attention carries them over, and how much of that can be stopped without anybody drawing a layout. {MEANING}
 
 ![What each remedy captures, and which attention carries attributes](bleeding.png)
 
@@ -236,13 +247,13 @@ def page(content: dict[str, Any], folder: Path) -> str:
 
 All models are trained for the demo's 320 steps. "True masks" is an oracle that nobody has.
 
-{markdown_table(head, rows(content["models"]))}
+{markdown_table(HEAD, model_rows(content["models"]))}
 
 ## What mask dropout gives over a plain LoRA
 
 Attributes, case by case, and the share of what the oracle gives.
 
-{markdown_table(["drawn", "attributes, minus plain LoRA as it is", "share of the oracle's gain"], gains)}
+{gains(content)}
 
 ## Which attention carries attributes
 
@@ -254,13 +265,13 @@ A plain LoRA, never trained with separation; each row forbids one kind of attent
 
 The same pairs as above, parted by how many visible attributes the two differ in.
 
-{markdown_table(["pairs", "model", "number of pairs", "attributes", "identity", "swaps above chance"], likeness)}
+{likeness(content)}
 
 ## Three people
 
 Trained on three people and drawn with three.
 
-{markdown_table(head, rows(content["three"]))}
+{markdown_table(HEAD, model_rows(content["three"]))}
 
 {three}
 
@@ -268,15 +279,16 @@ Trained on three people and drawn with three.
 
 Trained on two people.
 
-{markdown_table(head, rows(content["numbers"]))}"""
+{markdown_table(HEAD, model_rows(content["numbers"]))}"""
 
 
 def figure(content: dict[str, Any], path: Path) -> None:
-    """Left: attributes and swaps above chance of each model and way. Right: share of the bleeding that each attention carries."""
+    """Left: attributes and swaps above chance of each model and way. Right, if it is known: share of the bleeding that each attention carries."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = made.subplots(1, 2, width_ratios=[1, 1])
+    causes = content.get("causes", {})
+    made = Figure(figsize=(11 if causes else 6.5, 4.2), layout="constrained")
+    left, *rest = made.subplots(1, 2 if causes else 1, squeeze=False)[0]
     marks = {"as it is": "o", "true masks": "*", "bound by its own draft": "D", "bound in flight": "^"}
     colours = {PLAIN: "tab:gray", LOSS: "tab:orange", APART: "tab:blue", ROUTED: "tab:green"}
     for label, by in content["models"].items():
@@ -288,16 +300,16 @@ def figure(content: dict[str, Any], path: Path) -> None:
                 color=colours.get(label, "k"), capsize=2, linestyle="none", label=f"{label}, {way}",
             )  # fmt: skip
     left.axvline(0, color="0.7", linestyle=":")
-    left.set_xlabel("attributes of the other person, above chance")
+    left.set_xlabel("attributes of the other subject, above chance")
     left.set_ylabel("right attributes")
     left.legend(fontsize=7)
-    causes = content.get("causes", {})
-    names = [name for name in reversed(causes) if not name.startswith("weighed")]
-    right.barh(names, [causes[name]["share"] for name in names], color="tab:red")
-    right.axvline(0, color="0.3", linewidth=0.8)
-    right.axvline(1, color="0.7", linestyle=":")
-    right.set_xlabel("share of the bleeding that goes when it is forbidden")
-    right.tick_params(labelsize=8)
+    for right in rest:
+        names = [name for name in reversed(causes) if not name.startswith("weighed")]
+        right.barh(names, [causes[name]["share"] for name in names], color="tab:red")
+        right.axvline(0, color="0.3", linewidth=0.8)
+        right.axvline(1, color="0.7", linestyle=":")
+        right.set_xlabel("share of the bleeding that goes when it is forbidden")
+        right.tick_params(labelsize=8)
     save_plot(made, path)
 
 

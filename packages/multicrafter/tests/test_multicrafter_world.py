@@ -16,6 +16,7 @@ from multicrafter.world import (
     make_references,
     make_scenes,
 )
+from multicrafter.world.judges.network import STRIDE, Maps, find
 
 
 def seeded(seed=0):
@@ -146,3 +147,22 @@ def test_wrong_worlds_are_refused(wrong):
 def test_both_families_have_at_least_eight_attributes():
     assert all(len(f.attributes) >= 8 for f in FAMILIES.values())
     assert OBJECTS.sizes != PEOPLE.sizes
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_no_box_of_the_detector_ends_before_it_begins_whatever_its_network_says(seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return 4 * torch.randn(shape, generator=generator)
+
+    offsets = drawn(2, 4, 8, 8)
+    found = find(Maps(drawn(2, 8, 8), offsets, drawn(2, 3, 8, 8), drawn(2, 5)))
+    assert len(found.boxes) and bool((found.boxes[:, 2:] >= found.boxes[:, :2]).all())
+    straight = torch.cat([-offsets[:, :2].abs(), offsets[:, 2:].abs()], 1)
+    maps = Maps(torch.full((2, 8, 8), -9.0), straight, drawn(2, 3, 8, 8), drawn(2, 5))
+    maps.heat[1, 2, 3] = 9.0
+    (box,) = find(maps).boxes
+    expected = (straight[1, :, 2, 3] + torch.tensor([3.5, 2.5, 3.5, 2.5])) * STRIDE
+    assert torch.equal(box, expected), "edges on the right sides stay where they are"

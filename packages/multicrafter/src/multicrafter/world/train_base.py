@@ -28,6 +28,7 @@ from multicrafter.models.checks import check_finite
 from multicrafter.models.flux.model import add_noise, encode_images, encode_prompts, predict_velocity
 from multicrafter.models.flux.packing import pack_latents
 from multicrafter.world import FAMILIES, WorldConfig, make_scenes
+from multicrafter.world.precision import fast_autocast
 from multicrafter.world.tiny_flux import TinyFluxConfig, build_pipeline
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class LatentPool:
     def add(self, count: int) -> None:
         """Draws and encodes ``count`` new samples; the oldest give way."""
         scenes = make_scenes(count, self.config, self.generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with fast_autocast():
             images = pack_latents(encode_images(self.vae, scenes.images)).to(torch.bfloat16)
             references = pack_latents(encode_images(self.vae, scenes.references[:, 0])).to(torch.bfloat16)
         covers = torch.stack([scenes.masks, upper_half(scenes.masks)], 2).sum(1).clamp(0, 1)

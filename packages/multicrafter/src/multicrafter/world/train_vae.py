@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from multicrafter.world import WorldConfig, make_scenes
+from multicrafter.world.precision import fast_autocast
 from multicrafter.world.tiny_flux import TinyFluxConfig, build_vae
 
 KL_COEF = 1e-4  # nats per latent element; keeps the latents near unit scale and smooth
@@ -54,7 +55,7 @@ def train(
             group["lr"] = lr * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         loss = torch.zeros(())
         for pictures, share in zip(draw_pictures(batch, generator), (1.0, 0.3), strict=True):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with fast_autocast():
                 posterior = vae.encode(pictures).latent_dist
                 reconstruction = vae.decode(posterior.sample(generator)).sample
             loss = loss + share * vae_loss(

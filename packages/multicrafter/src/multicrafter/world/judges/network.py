@@ -97,15 +97,18 @@ class Detections(NamedTuple):
 
 
 def find(maps: Maps, *, threshold: float = 0.5) -> Detections:
-    """Peaks of the heat map above ``threshold`` (probability) that are the largest in their 3x3 neighbourhood."""
+    """Peaks of the heat map above ``threshold`` (probability) that are the largest in their 3x3 neighbourhood.
+
+    An edge that a network puts on the wrong side changes places with the opposite one, so that no box ends before it begins.
+    """
     heat = maps.heat.float().sigmoid()
     peak = heat == nn.functional.max_pool2d(heat[:, None], 3, stride=1, padding=1)[:, 0]
     picture, row, column = torch.where(peak & (heat > threshold))
     offsets = maps.boxes.float()[picture, :, row, column]
     cells = torch.stack([column, row, column, row], 1) + 0.5
-    return Detections(
-        picture, (cells + offsets) * STRIDE, heat[picture, row, column], maps.features.float()[picture, :, row, column]
-    )
+    one, other = ((cells + offsets) * STRIDE).split(2, 1)
+    boxes = torch.cat([torch.minimum(one, other), torch.maximum(one, other)], 1)
+    return Detections(picture, boxes, heat[picture, row, column], maps.features.float()[picture, :, row, column])
 
 
 def centre_cells(boxes: Float[Tensor, "b m 4"], size: int) -> tuple[Tensor, Tensor]:

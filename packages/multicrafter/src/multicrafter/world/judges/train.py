@@ -24,6 +24,7 @@ from multicrafter.world.judges.clip import MEAN, STD, ClipScorer, build_clip
 from multicrafter.world.judges.network import centre_cells, detection_loss
 from multicrafter.world.judges.people import PeopleBackend, build_people
 from multicrafter.world.judges.reader import Reader, build_reader
+from multicrafter.world.precision import fast_autocast
 
 
 def soften(pictures: Tensor, generator: torch.Generator) -> Tensor:
@@ -87,7 +88,7 @@ def train_reader(out: Path, *, minutes: float, seed: int, family: Family = PEOPL
 
     def loss_fn() -> Tensor:
         scenes = _scenes(family, generator, batch)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with fast_autocast():
             maps = network(soften(scenes.images, generator))
         present = scenes.identities[:, :, 0] >= 0
         loss = detection_loss(maps, scenes.boxes, present, 64)
@@ -119,7 +120,7 @@ def train_people(out: Path, *, minutes: float, seed: int, family: Family = PEOPL
     def loss_fn() -> Tensor:
         scenes = _scenes(family, generator, batch)
         present = scenes.identities[:, :, 0] >= 0
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with fast_autocast():
             maps = network(soften(scenes.images, generator))
             portraits = network(soften(scenes.references[present], generator))
         loss = detection_loss(maps, scenes.boxes, present, 64)
