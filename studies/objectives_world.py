@@ -5,7 +5,7 @@
 
 Every method starts from the same adapter of stage 1 and spends the same number of function evaluations: rows of every forward pass of the
 transformer, drafts, drawing and updates alike. Learning rates are chosen on validation cases and one seed, over the same three values for every
-method; five other seeds are then drawn once on the test split. Criterion of *moves the reward*, written before the test: the 95 % interval of the
+method; five other seeds are then drawn once on the test split. With ``--no-tuning`` a second start takes the rates of the first. Criterion of *moves the reward*, written before the test: the 95 % interval of the
 difference in the composite reward lies above 0. Criterion of *games it*: the reward rises, and attributes or count fall or swaps rise, beyond
 their interval. Results: benchmarks/results/objectives_world.parquet.
 """
@@ -167,7 +167,7 @@ class Contender(Align):
 
 
 def configured(
-    method: str, lr: float, seed: int, *, prompts: int = PROMPTS, members: int = MEMBERS, compile_blocks: bool = True
+    method: str, lr: float, seed: int, *, prompts: int = PROMPTS, members: int = MEMBERS, compile_blocks: bool = False
 ) -> AlignConfig:
     """The recipe of stage 2 with a method's update, in batches that this study can pay."""
     recipe = tiny_align(seed=seed)
@@ -241,8 +241,17 @@ def by_case(measured: dict[str, np.ndarray]) -> dict[str, list[float | None]]:
     return {k: [float(x) if np.isfinite(x) else None for x in np.round(v, 4)] for k, v in measured.items()}
 
 
-def run(adapter: Path, start: str, out: Path, methods: Sequence[str], seeds: Sequence[int], budget: int) -> None:
-    """What of the grid and of the comparison is not recorded yet, for some methods and seeds."""
+def run(
+    adapter: Path,
+    start: str,
+    out: Path,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    budget: int,
+    *,
+    tune: bool = True,
+) -> None:
+    """What of the grid and of the comparison is not recorded yet, for some methods and seeds; without tuning, at the rates of the first start."""
     world = World(adapter)
 
     def one(method: str, lr: float, seed: int, config: EvaluateConfig) -> None:
@@ -263,7 +272,7 @@ def run(adapter: Path, start: str, out: Path, methods: Sequence[str], seeds: Seq
             measured = world.measure(config)
             add(out, name, {"cases": by_case(measured)})
     for method in methods:
-        for lr in LEARNING_RATES:
+        for lr in LEARNING_RATES if tune else ():
             one(method, lr, TUNING_SEED, VALIDATION)
         rate = best_rate(read_runs(out), start, method, budget)
         assert rate is not None
@@ -283,10 +292,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     go.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     go.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     go.add_argument("--budget", type=int, default=BUDGET, help=f"function evaluations of a run (default {BUDGET})")
+    go.add_argument("--no-tuning", action="store_true", help="take the rates that were chosen for the first start")
     go.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args(arguments)
+    known = read_runs(given.out)
+    untuned = [m for m in given.methods if given.no_tuning and best_rate(known, given.start, m, given.budget) is None]
+    if untuned:
+        parser.error(f"--no-tuning takes the rates of a start that was tuned, got none for {', '.join(untuned)}")
     torch.set_num_threads(1)
-    run(given.adapter, given.start, given.out, given.methods, given.seeds, given.budget)
+    run(given.adapter, given.start, given.out, given.methods, given.seeds, given.budget, tune=not given.no_tuning)
     return 0
 
 

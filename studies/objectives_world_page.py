@@ -35,9 +35,16 @@ def _mean(run: Mapping[str, Any], name: str = "reward") -> float:
     return float(np.nanmean(np.asarray(run["cases"][name], float)))
 
 
+def tuned_on(runs: Runs, start: str) -> str:
+    """The start whose validation runs chose the rates: this one, or the first of all where this one has none."""
+    tuned = [name.partition(", ")[0] for name in runs if f"seed {TUNING_SEED}," in name]
+    return start if start in tuned or not tuned else tuned[0]
+
+
 def best_rate(runs: Runs, start: str, method: str, budget: int) -> float | None:
     """The rate with the best reward on validation cases; None while one is missing."""
-    names = {lr: name_of(start, method, lr, TUNING_SEED, budget) for lr in LEARNING_RATES}
+    tuned = tuned_on(runs, start)
+    names = {lr: name_of(tuned, method, lr, TUNING_SEED, budget) for lr in LEARNING_RATES}
     if any(name not in runs for name in names.values()):
         return None
     return max(names, key=lambda lr: _mean(runs[names[lr]]))
@@ -175,10 +182,14 @@ def section(source: Path, docs: Path) -> str:
     parts: list[str] = []
     for start, methods in complete.items():
         seeds = sorted({len(found_of(runs, start, m, budget)) for m in methods})
+        tuned = tuned_on(runs, start)
+        rates = f"Learning rates are those that were chosen {tuned}."
+        if tuned == start:
+            rates = f"Rewards on 64 validation cases by learning rate, from which the rates were chosen:\n\n{grid(runs, start, methods, budget)}"
         parts.append(
             f"### Stage 1 {start}\n\n{conclusions(runs, start, methods, budget)}\n\n{table(runs, start, methods, budget)}\n\n"
-            f"Differences to the row *before*, {' or '.join(map(str, seeds))} training seeds; bold where the interval excludes 0. "
-            f"Rewards on 64 validation cases by learning rate, from which the rates were chosen:\n\n{grid(runs, start, methods, budget)}\n"
+            f"Differences to the row *before*, {' or '.join(map(str, seeds))} training seeds; bold where the interval excludes 0. {rates}\n\n"
+            f"{origin(dict(runs[f'{start}, before, test']), 'studies.objectives_world run')}\n"
         )
     if not parts:
         return ""
@@ -193,6 +204,4 @@ The reward of stage 2 is learned judges' opinion of text, aesthetics and identit
 
 ReFL follows the composite reward's own gradient: who was found and who is whom is held, and the cosines are differentiated. Ratio methods draw as the recipe does (a window at the first two of 16 steps), with two inner epochs, without which GSPO, GRPO and GRPO-Guard are one method. The others draw in 8 steps of a solver. An iteration has 8 groups of 8 pictures. The rate falls linearly to 0, and averaged weights are tested, bound by a draft, on {cases} test cases.
 
-{chr(10).join(parts)}
-{origin(dict(runs[f"{starts[0]}, before, test"]), "studies.objectives_world run")}
-"""
+{chr(10).join(parts)}"""
