@@ -125,6 +125,28 @@ def test_a_method_that_is_not_complete_is_not_on_the_page(recorded, tmp_path):
     assert "DiffusionNFT |" not in objectives_world_page.section(recorded, tmp_path)
 
 
+def test_a_start_that_was_not_tuned_takes_the_rates_of_the_first(recorded, tmp_path):
+    rows = read_table(recorded)
+    name_of = objectives_world_page.name_of
+    first = rows[name_of("x", "nft", 3e-3, 0, 10)]
+    more = {f"y, before, {split}": rows[f"x, before, {split}"] for split in ("test", "validation")}
+    more |= {name_of("y", "nft", 3e-3, seed, 10): first for seed in (0, 1)}
+    more[name_of("y", "nft", 1e-3, 0, 10)] = first  # not the rate that was chosen
+    write_table(recorded, rows | more)
+    runs = objectives_world_page.read_runs(recorded)
+    assert objectives_world_page.best_rate(runs, "y", "nft", 10) == 3e-3
+    assert len(objectives_world_page.found_of(runs, "y", "nft", 10)) == 2
+    _, other = objectives_world_page.section(recorded, tmp_path).split("### Stage 1 y")
+    assert "Learning rates are those that were chosen x." in other and "| DiffusionNFT | 0.003 | 4 |" in other
+
+
+def test_without_tuning_nothing_runs_where_no_rate_is_known(tmp_path, capsys):
+    arguments = ["run", str(tmp_path), "--start", "y", "--methods", "gspo", "--no-tuning", "--out", str(tmp_path / "t")]
+    with pytest.raises(SystemExit) as stopped:
+        objectives_world.main(arguments)
+    assert stopped.value.code == 2 and "got none for gspo" in capsys.readouterr().err
+
+
 def test_what_is_not_a_number_comes_back_so_and_rows_join_those_that_are_there(recorded):
     before = objectives_world_page.read_runs(recorded)
     cases = objectives_world.by_case({"reward": np.array([1.0, np.nan])})
