@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from multicrafter.models.checks import check_finite
 from multicrafter.models.flux.model import add_noise, encode_images, encode_prompts, predict_velocity
 from multicrafter.models.flux.packing import pack_latents
 from multicrafter.world import FAMILIES, WorldConfig, make_scenes
-from multicrafter.world.precision import fast_autocast
+from multicrafter.world.precision import fast_autocast, has_bfloat16
 from multicrafter.world.tiny_flux import TinyFluxConfig, build_pipeline
 
 if TYPE_CHECKING:
@@ -168,6 +169,11 @@ def _optimizers(pipe: FluxPipeline, config: BaseConfig) -> list[tuple[torch.opti
         (torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True), config.lr)
     ]
     if hidden:
+        if not has_bfloat16():
+            warnings.warn(
+                "torch's Muon computes in bfloat16, which this processor emulates: expect a quarter of the steps in the same time",
+                stacklevel=2,
+            )
         muon = torch.optim.Muon(
             hidden, lr=config.lr_matrix, weight_decay=0.01, ns_steps=4, adjust_lr_fn="match_rms_adamw"
         )
