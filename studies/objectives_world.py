@@ -3,11 +3,14 @@
     python -m studies.objectives_world run     # about two hours of one core; goes on where it was interrupted, several processes share the work
     python -m studies.objectives page    # its part of docs/results/objectives.md
 
+The start with experts lies in studies/results/start_with_experts, so that runs made later, or elsewhere, join those that are there. It was made by
+``multicrafter pretrain --row full --set pretrain.idar.coef=0 --steps 320 --scenes 2500``, the start without by ``--row separation``.
+
 Every method starts from the same adapter of stage 1 and spends the same number of function evaluations: rows of every forward pass of the
 transformer, drafts, drawing and updates alike. Learning rates are chosen on validation cases and one seed, over the same three values for every
-method; five other seeds are then drawn once on the test split. With ``--no-tuning`` a second start takes the rates of the first. Criterion of *moves the reward*, written before the test: the 95 % interval of the
-difference in the composite reward lies above 0. Criterion of *games it*: the reward rises, and attributes or count fall or swaps rise, beyond
-their interval. Results: benchmarks/results/objectives_world.parquet.
+method; five other seeds are then drawn once on the test split. With ``--no-tuning`` a second start takes the rates of the first. Criterion of
+*moves the reward*, written before the test: the 95 % interval of the difference in the composite reward lies above 0. Criterion of *games it*: the
+reward rises, and attributes or count fall or swaps rise, beyond their interval. Results: benchmarks/results/objectives_world.parquet.
 """
 
 from __future__ import annotations

@@ -86,17 +86,17 @@ def _seconds(found: list[Mapping[str, Any]]) -> float:
 def table(runs: Runs, start: str, methods: list[str], budget: int) -> str:
     """A method a row."""
     lines = [
-        "| method | learning rate | pictures | seconds | " + " | ".join(SHOWN) + " |",
-        "|" + " --- |" * (4 + len(SHOWN)),
+        "| method | learning rate | runs | pictures | seconds | " + " | ".join(SHOWN) + " |",
+        "|" + " --- |" * (5 + len(SHOWN)),
     ]
     cells = " | ".join(f"{_mean(runs[f'{start}, before, test'], name):.3f}" for name in SHOWN)
-    lines.append(f"| before | | | | {cells} |")
+    lines.append(f"| before | | | | | {cells} |")
     for method in methods:
         found = found_of(runs, start, method, budget)
         cells = " | ".join(_signed(differences(runs, start, found)[name]) for name in SHOWN)
         pictures = np.mean([r["pictures"] for r in found])
         lines.append(
-            f"| {NAMES[method]} | {best_rate(runs, start, method, budget):g} | {pictures:,.0f} | {_seconds(found):.0f} | {cells} |"
+            f"| {NAMES[method]} | {best_rate(runs, start, method, budget):g} | {len(found)} | {pictures:,.0f} | {_seconds(found):.0f} | {cells} |"
         )
     return "\n".join(lines)
 
@@ -114,7 +114,7 @@ def grid(runs: Runs, start: str, methods: list[str], budget: int) -> str:
 
 
 def plot(runs: Runs, complete: Mapping[str, list[str]], budget: int, path: Path) -> None:
-    """Left what the reward sees, then what it does not; right what the same evaluations took in seconds. A start is a marker."""
+    """Left what the reward sees, then what it does not; right what the same evaluations took, the first method's time being 1. A start is a marker."""
     plt = pyplot()
     shown = ("reward", *UNSEEN)
     methods = [m for m in NAMES if any(m in found for found in complete.values())]
@@ -132,14 +132,15 @@ def plot(runs: Runs, complete: Mapping[str, list[str]], budget: int, path: Path)
                 ax.plot([value.low, value.high], [row, row], color=color, linewidth=2, alpha=1 if number == 0 else 0.5)
                 ax.plot([value.mean], [row], marker=marker, fillstyle=filled, color=color)
             height = 0.5 / len(complete)
-            axes[-1].barh(row, _seconds(found), color=color if number == 0 else "none", edgecolor=color, height=height)
+            took = _seconds(found) / _seconds(found_of(runs, start, those[0], budget))
+            axes[-1].barh(row, took, color=color if number == 0 else "none", edgecolor=color, height=height)
     for name, ax in zip(shown, axes, strict=False):
         ax.axvline(0, color="0.6", linewidth=1)
         better = "less is better" if name == "swaps" else "more is better"
         ax.set_title(f"{name}\n({better})", fontsize=10)
     axes[0].set(yticks=range(len(methods)), yticklabels=[NAMES[m] for m in methods])
     axes[0].invert_yaxis()
-    axes[-1].set_title("processor seconds", fontsize=10)
+    axes[-1].set_title(f"processor time\n({NAMES[methods[0]]} = 1)", fontsize=10)
     if len(complete) > 1:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     figure.supxlabel("difference to the adapter before, 95 % intervals", fontsize=9)
@@ -176,19 +177,19 @@ def section(source: Path, docs: Path) -> str:
     """Its part of the page, and the plot; nothing where no method is complete."""
     runs: Runs = read_runs(source)
     budget = min((int(n.rsplit(", ", 1)[1].split()[0]) for n in runs if n.endswith(" evaluations")), default=0)
-    starts = list(dict.fromkeys(n.removesuffix(", before, test") for n in runs if n.endswith(", before, test")))
+    starts = [n.removesuffix(", before, test") for n in runs if n.endswith(", before, test")]
+    starts.sort(key=lambda start: tuned_on(runs, start) != start)
     every = {s: [m for m in NAMES if len(found_of(runs, s, m, budget)) >= 2] for s in starts}
     complete = {s: methods for s, methods in every.items() if methods}
     parts: list[str] = []
     for start, methods in complete.items():
-        seeds = sorted({len(found_of(runs, start, m, budget)) for m in methods})
         tuned = tuned_on(runs, start)
         rates = f"Learning rates are those that were chosen {tuned}."
         if tuned == start:
             rates = f"Rewards on 64 validation cases by learning rate, from which the rates were chosen:\n\n{grid(runs, start, methods, budget)}"
         parts.append(
             f"### Stage 1 {start}\n\n{conclusions(runs, start, methods, budget)}\n\n{table(runs, start, methods, budget)}\n\n"
-            f"Differences to the row *before*, {' or '.join(map(str, seeds))} training seeds; bold where the interval excludes 0. {rates}\n\n"
+            f"Differences to the row *before*, over the runs, each with a training seed of its own; bold where the interval excludes 0. {rates}\n\n"
             f"{origin(dict(runs[f'{start}, before, test']), 'studies.objectives_world run')}\n"
         )
     if not parts:
@@ -198,10 +199,10 @@ def section(source: Path, docs: Path) -> str:
     return f"""
 ## The drawn world, and its composite reward
 
-The reward of stage 2 is learned judges' opinion of text, aesthetics and identity, and can be gamed. Each method starts from an adapter of 320 steps of stage 1 and spends {budget:,} function evaluations, some 2 minutes of a core. Evaluations are rows of every forward pass of the transformer, drafts, drawing and updates alike. The reader of truth then counts what the reward does not see: attributes, people, and swaps.
+The reward of stage 2 is learned judges' opinion of text, aesthetics and identity, and can be gamed. Each method starts from an adapter of 320 steps of stage 1 and spends {budget:,} function evaluations, 2 to 6 minutes of a core. Evaluations are rows of every forward pass of the transformer, drafts, drawing and updates alike. The reader of truth then counts what the reward does not see: attributes, people, and swaps.
 
 ![Reward, and what it does not see](objectives_world.png)
 
-ReFL follows the composite reward's own gradient: who was found and who is whom is held, and the cosines are differentiated. Ratio methods draw as the recipe does (a window at the first two of 16 steps), with two inner epochs, without which GSPO, GRPO and GRPO-Guard are one method. The others draw in 8 steps of a solver. An iteration has 8 groups of 8 pictures. The rate falls linearly to 0, and averaged weights are tested, bound by a draft, on {cases} test cases.
+ReFL follows the composite reward's own gradient: who was found and who is whom is held, and the cosines are differentiated. Ratio methods draw as the recipe does (a window at the first two of 16 steps), with two inner epochs, without which GSPO, GRPO and GRPO-Guard are one method. The others draw in 8 steps of a solver. An iteration has 8 groups of 8 pictures. The rate falls linearly to 0, and averaged weights are tested, bound by a draft, on {cases} test cases. Seconds compare the methods of one table; two tables may come from different machines.
 
 {chr(10).join(parts)}"""
