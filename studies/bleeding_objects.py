@@ -63,7 +63,6 @@ STUDY = Study(
     arms=arms,
     summarise=bleeding.summarise,
     page=page,
-    seeds=2,
 )
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from multicrafter.models.loading import load_model
 from multicrafter.scoring.evaluate import EvaluateConfig, WorldJudges, cases, draw_cases, score_pictures
 from multicrafter.scoring.watcher import drawn_watcher
 from multicrafter.training.align import Align, AlignConfig
-from multicrafter.training.runs import prompt_scenes, with_execution
+from multicrafter.training.runs import prompt_scenes
 from multicrafter.world import WorldConfig
 from multicrafter.world.judges import shipped
 from multicrafter.world.judges.aesthetics import aesthetics
@@ -169,9 +169,7 @@ class Contender(Align):
         return float(self.ascent.step(velocity, noise, self.sigmas, reward, index=self.starts).rewards.nanmean())
 
 
-def configured(
-    method: str, lr: float, seed: int, *, prompts: int = PROMPTS, members: int = MEMBERS, compile_blocks: bool = False
-) -> AlignConfig:
+def configured(method: str, lr: float, seed: int, *, prompts: int = PROMPTS, members: int = MEMBERS) -> AlignConfig:
     """The recipe of stage 2 with a method's update, in batches that this study can pay."""
     recipe = tiny_align(seed=seed)
     ratio: Any = RATIOS.get(method, "sequence")
@@ -182,11 +180,10 @@ def configured(
     )  # fmt: skip
     if method in ("nft", "awm", "refl"):
         online = replace(online, own_noise=True, window=replace(online.window, num_steps=SOLVER_STEPS))
-    config = replace(
+    return replace(
         recipe, objective=objective, online=online, prompts=prompts, lr=lr,
         schedule=replace(recipe.schedule, warmup_steps=0, decay="constant"), watch=replace(recipe.watch, action="none"),
     )  # fmt: skip
-    return with_execution(config, compile_blocks=compile_blocks)  # type: ignore[no-any-return]
 
 
 class World:

@@ -67,7 +67,7 @@ def test_its_gradient_is_that_of_the_exact_reward(pictures, part):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_moves_the_adapter_and_counts_its_passes(world, method):
-    found = world.train(method, 1e-3, 0, 1, prompts=2, members=2, num_scenes=4, compile_blocks=False)
+    found = world.train(method, 1e-3, 0, 1, prompts=2, members=2, num_scenes=4)
     evaluations, _, reward = found["curve"][-1]
     assert len(found["curve"]) == 1 and found["pictures"] == 4 and np.isfinite(reward)
     ratio = 3 * 2 + 4 * 7 + 4 * 2 * objectives_world.EPOCHS  # drafts, the window with its tail, two steps of two epochs
