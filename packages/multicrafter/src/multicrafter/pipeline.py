@@ -11,19 +11,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from idar import Separation
 from PIL import Image
 from torch import Tensor
 
 from multicrafter import UserError
 from multicrafter.models import foreign_loras
 from multicrafter.models.adapters import Adapters
-from multicrafter.models.backbones import Backbone, ReferenceCache
-from multicrafter.models.binding import Binding, BindingConfig, Mode, sample_bound, separable
+from multicrafter.models.backbones import Backbone
+from multicrafter.models.binding import Binding, BindingConfig, Mode
 from multicrafter.models.checks import finite, whole
 from multicrafter.models.export import check_base
-from multicrafter.models.finding import Finder, MapFinder, Places
-from multicrafter.models.flux.model import Text
+from multicrafter.models.finding import Finder, MapFinder
 from multicrafter.models.flux.packing import Grid
 from multicrafter.models.loaded import LoadedModel
 from multicrafter.models.loading import get_device, load_flux, load_model, resolve_adapter
@@ -40,9 +38,9 @@ from multicrafter.models.request import (
     seed_list,
     text_list,
     to_image,
-    to_shape,
     to_tensor,
 )
+from multicrafter.models.sampler import After, Sampler, per_prompt
 
 MAX_STEPS = 10_000
 
@@ -364,26 +362,38 @@ class MultiCrafterPipeline:
         for i, own in enumerate(shapes):
             together.setdefault((len(own), own, i if self.backbone.padding_moves_picture else 0), []).append(i)
         for (_, grids, _), rows in sorted(together.items()):
-            sampler = _Sampler(
-                self, grid, grids, own_shapes=reference_shape == "own", counts=references_per_subject,
+            sampler = Sampler(
+                self.model, self.device, self.finder, grid, grids, own_shapes=reference_shape == "own", counts=references_per_subject,
                 num_images=num_images, num_steps=num_steps, guidance=guidance, scale=scale, keep=keep,
                 negative_prompts=[negatives[i] for i in rows], binding=binding,
                 masks=None if places is None else torch.stack([places[i] for i in rows]),
             )  # fmt: skip
             tokens = sampler.run(
-                rows,
                 [prompts[i] for i in rows],
                 [lists[i] for i in rows],
                 [seeds[i] for i in rows],
-                progress,
-                callback_on_step_end,
+                self._after(rows, progress, callback_on_step_end),
             )
             for i, group in zip(rows, tokens.unflatten(0, (len(rows), num_images)), strict=True):
                 results[i] = self._finish(group, grid, output_type)
-            bound.update(zip(rows, _per_prompt(sampler.bound, len(rows)), strict=True))
+            bound.update(zip(rows, per_prompt(sampler.bound, len(rows)), strict=True))
         self.bindings = [bound[i] for i in range(len(prompts))]
         _say_missing(self.bindings)
         return [picture for i in range(len(prompts)) for picture in results[i]]
+
+    def _after(
+        self, rows: list[int], progress: Callable[[int], object] | None, callback: Callable[..., Any] | None
+    ) -> After:
+        """What happens after a step: the caller is told, may change the latents, and may have asked to stop."""
+
+        def after(step: int, sigma: float, x: Tensor) -> Tensor | None:
+            if progress is not None:
+                progress(step + 1)
+            if callback is not None:
+                x = _changed(callback(self, step, 1000 * sigma, {"latents": x, "rows": rows}), x)
+            return None if self.interrupt else x
+
+        return after
 
     def _reference_grids(self, lists: list[list[Image.Image]], square: Grid, shape: str) -> list[tuple[Grid, ...]]:
         """Token rows and columns of every reference of every prompt."""
@@ -459,23 +469,6 @@ class MultiCrafterPipeline:
         return value
 
 
-def _per_prompt(binding: Binding, count: int) -> list[Binding]:
-    """The rows of each prompt."""
-
-    def rows(value: Tensor | None) -> list[Any]:
-        return [None] * count if value is None else list(value.chunk(count))
-
-    places = (
-        [None] * count
-        if binding.places is None
-        else [Places(*pair) for pair in zip(*(x.chunk(count) for x in binding.places), strict=True)]
-    )
-    return [
-        Binding(m, p, c, binding.num_function_evaluations)
-        for m, p, c in zip(rows(binding.masks), places, rows(binding.complete), strict=True)
-    ]
-
-
 def _say_untrained(given: int, trained: int) -> None:
     if given > trained:
         warnings.warn(
@@ -507,129 +500,6 @@ def _changed(answer: Any, latents: Tensor) -> Tensor:
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise UserError(f"callback_on_step_end must return latents of shape {tuple(latents.shape)}, got {got}")
     return found
-
-
-class _Sampler:
-    """One group of prompts with references of the same shapes."""
-
-    def __init__(
-        self, owner: MultiCrafterPipeline, grid: Grid, reference_grids: tuple[Grid, ...], *, own_shapes: bool,
-        counts: Sequence[int] | None, num_images: int, num_steps: int,
-        guidance: float, scale: float, keep: bool, negative_prompts: list[str], binding: BindingConfig, masks: Tensor | None,
-    ) -> None:  # fmt: skip
-        self.owner, self.backbone, self.pipe = owner, owner.backbone, owner.pipe
-        self.grid, self.num_images, self.num_steps = grid, num_images, num_steps
-        self.reference_grids, self.own_shapes, self.counts = list(reference_grids), own_shapes, counts
-        self.guidance, self.scale, self.negative_prompts = guidance, scale, negative_prompts
-        self.binding, self.masks = binding, masks
-        # what is kept holds for one separation: at noise levels of its own it would be another at every step
-        self.keep = keep and (binding.mode == "none" or binding.sigmas == (0.0, 1.0))
-        self.separation: Separation | None = None
-        self.kept_under: Any = None
-        self.caches = self._new_caches()
-        self.bound, self.passes = Binding(None, None, torch.ones(0, dtype=torch.bool), 0), 0
-
-    def run(
-        self, rows: list[int], prompts: list[str], lists: list[list[Image.Image]], seeds: list[int],
-        progress: Callable[[int], object] | None, callback: Callable[..., Any] | None,
-    ) -> Tensor:  # fmt: skip
-        """Tokens (prompts x num_images, n, d)."""
-        owner, device, dtype = self.owner, self.owner.device, self.pipe.transformer.dtype
-        seen = [self._pictures(references) for references in lists]
-        self.references = [
-            r.repeat_interleave(self.num_images, 0) if len(prompts) > 1 else r.expand(self.num_images, -1, -1)
-            for r in self._encode_references(seen)
-        ]
-        self.text = self._encode(prompts, seen, dtype)
-        self.negative = self._encode(self.negative_prompts, seen, dtype) if self.scale != 1 else None
-        shape = (self.num_images, self.grid[0] * self.grid[1], self.references[0].shape[-1])
-        noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
-
-        def schedule(steps: int) -> Tensor:
-            return self.backbone.sigmas(self.pipe, steps, shape[1])
-
-        sigmas = schedule(self.num_steps)
-
-        def after(step: int, x: Tensor) -> Tensor | None:
-            if progress is not None:
-                progress(step + 1)
-            if callback is not None:
-                changed = callback(owner, step, 1000 * float(sigmas[step]), {"latents": x, "rows": rows})
-                x = _changed(changed, x)
-            return None if owner.interrupt else x
-
-        shown = first_of_each(
-            self.counts, [[p.cpu() for p in row] for row in seen]
-        )  # a finder sees references as the model does
-        grids = self.reference_grids
-        masks = None if self.masks is None else self.masks.repeat_interleave(self.num_images, 0).to(device)
-        with separable(
-            self.pipe.transformer, self.backbone, self.grid, grids, self.binding, counts=self.counts
-        ) as separation:
-            self.separation = separation
-            tokens, bound = sample_bound(
-                self._velocity, noise, schedule, self.num_steps, config=self.binding, separation=separation, masks=masks,
-                decode=lambda x: self.backbone.decode_pictures(self.pipe, x, self.grid), finder=owner.finder, grid=self.grid,
-                references=[row for row in shown for _ in range(self.num_images)], counts=self.counts,
-                watch=(self.pipe.transformer, self.backbone, grids), after=after,
-            )  # fmt: skip
-        self.bound = bound._replace(num_function_evaluations=self.passes)
-        return tokens
-
-    def _pictures(self, references: list[Image.Image]) -> list[Tensor]:
-        """One prompt's references as the model sees them."""
-        side, device = self.backbone.token_side(self.pipe), self.owner.device
-        if not self.own_shapes:
-            return [to_tensor(p, self.reference_grids[0][0] * side).to(device) for p in references]
-        return [
-            to_shape(p, (rows * side, columns * side)).to(device)
-            for p, (rows, columns) in zip(references, self.reference_grids, strict=True)
-        ]
-
-    def _encode_references(self, seen: list[list[Tensor]]) -> list[Tensor]:
-        """Tokens (prompts, n, d) of each reference; all at once where all have one shape."""
-        dtype = self.pipe.transformer.dtype
-        if len(set(self.reference_grids)) == 1:
-            pictures = torch.stack([p for row in seen for p in row])
-            encoded = self.backbone.encode_pictures(self.pipe, pictures).to(dtype).unflatten(0, (len(seen), -1))
-            return list(encoded.unbind(1))
-        return [
-            self.backbone.encode_pictures(self.pipe, torch.stack(column)).to(dtype)
-            for column in map(list, zip(*seen, strict=True))
-        ]
-
-    def _encode(self, prompts: list[str], references: list[list[Tensor]], dtype: torch.dtype) -> Text:
-        """One row per picture."""
-        rows = torch.arange(len(prompts)).repeat_interleave(self.num_images)
-        if self.backbone.text_sees_references:  # one prompt at a time, so that repeating it is for free
-            text = self.owner.model.encode_prompts_with(prompts, references).rows(rows)
-        else:
-            text = self.owner.model.encode_prompts([prompts[row] for row in rows.tolist()])
-        return text.to(self.owner.device, dtype)
-
-    def _new_caches(self) -> list[ReferenceCache | None]:
-        """For the passes with the prompt, and with the negative one."""
-        return [ReferenceCache(), ReferenceCache()] if self.keep else [None, None]
-
-    def _velocity(self, x: Tensor, sigma: Tensor) -> Tensor:
-        masks = None if self.separation is None else self.separation.masks
-        if masks is not self.kept_under:  # a draft's references attended to each other
-            self.kept_under, self.caches = masks, self._new_caches()
-        positive = self._pass(x, sigma, self.text, self.caches[0])
-        if self.negative is None:
-            return positive
-        negative = self._pass(x, sigma, self.negative, self.caches[1])
-        return self.backbone.guide(positive, negative, self.scale)
-
-    def _pass(self, x: Tensor, sigma: Tensor, text: Text, cache: ReferenceCache | None) -> Tensor:
-        """The model works in its dtype, the sampler in fp32."""
-        self.passes += 1
-        velocity = self.backbone.velocity(
-            self.pipe.transformer, x.to(self.pipe.transformer.dtype), sigma.to(x.device), text, image_grid=self.grid,
-            references=self.references, reference_grids=self.reference_grids, guidance=self.guidance,
-            cache=cache,
-        )  # fmt: skip
-        return velocity.to(x.dtype)
 
 
 __all__ = ["MultiCrafterPipeline", "load_flux", "to_image", "to_tensor"]
