@@ -4,7 +4,7 @@
     python -m studies.objectives page    # docs/results/objectives.md
 
 Two worlds (`gspo.examples.closed_form`): a Gaussian, and a mixture in the plane. Every method is tuned with the same budget on seeds that the
-tables do not show. Results: benchmarks/results/objectives.json.
+tables do not show. Results: benchmarks/results/objectives.parquet.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 from gspo.examples.closed_form import METHODS, NUM_STEPS, TASKS, Setting, train
-from multicrafter.files import write_whole
 
-from benchmarks.run import ROOT, circumstances
+from benchmarks.run import ROOT
 from studies import objectives_flux, objectives_page, objectives_world, objectives_world_page
+from studies.objectives_runs import add, read_runs
 
-OUT = ROOT / "benchmarks" / "results" / "objectives.json"
+OUT = ROOT / "benchmarks" / "results" / "objectives.parquet"
 
 LEARNING_RATES = (0.01, 0.03, 0.1)
 CHOICES: dict[str, list[dict[str, object]]] = {
@@ -73,17 +73,13 @@ def key(task: str, setting: dict, seed: int, budget: int) -> str:
 
 def measure(out: Path, budget: int, seeds: tuple[int, ...]) -> None:
     """Tunes every method, then runs its best setting on five other seeds; writes after every run."""
-    runs: dict[str, dict] = {}
-    if out.exists():
-        runs = {key(r["task"], r["setting"], r["seed"], r["budget"]): r for r in json.loads(out.read_text())["runs"]}
-
-    here = circumstances()
+    runs = read_runs(out)
 
     def get(task: str, setting: Setting, seed: int, budget: int = budget) -> dict:
         name = key(task, asdict(setting), seed, budget)
         if name not in runs:
             runs[name] = record(task, setting, seed, budget)
-            write_whole(out, json.dumps({"circumstances": here, "runs": list(runs.values())}))
+            add(out, name, runs[name])
             print(
                 f"{task} {setting.method} lr {setting.lr:g} seed {seed}: {runs[name]['score']:.2e}, "
                 f"{runs[name]['seconds']:.1f} s of processor time",

@@ -3,7 +3,7 @@
     python -m studies.objectives_flux    # some minutes of one core; goes on where it was interrupted
 
 The base is `gspo.examples.tiny_flux`, taught to paint stripes of any colour; all its weights are trained. The reward is how much redder than
-green and blue a picture is on average. Results: benchmarks/results/objectives_flux.json, shown by `studies.objectives`.
+green and blue a picture is on average. Results: benchmarks/results/objectives_flux.parquet, shown by `studies.objectives`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from gspo import draw
 from gspo.examples.closed_form import NUM_STEPS, Setting, Task, train
 from gspo.examples.tiny_flux import teach, tiny_flux
 from gspo.plot import pyplot
-from multicrafter.files import write_whole
 from torch import Tensor
 
-from benchmarks.run import ROOT, circumstances
+from benchmarks.run import ROOT
 from studies import objectives_page
+from studies.objectives_runs import add, read_runs
 
-OUT = ROOT / "benchmarks" / "results" / "objectives_flux.json"
+OUT = ROOT / "benchmarks" / "results" / "objectives_flux.parquet"
 SETTINGS: dict[str, dict[str, Any]] = {
     "gspo": {},
     "grpo": {},
@@ -129,19 +129,13 @@ def cost(found: Sequence[dict]) -> float:
 
 def measure(out: Path, budget: int, teaching_steps: int) -> None:
     """Tunes the learning rate on one seed, then runs the best on others; writes after every run."""
-    runs: dict[str, dict] = {}
-    if out.exists():
-        runs = {
-            json.dumps([r["setting"], r["seed"], r["budget"]], sort_keys=True): r
-            for r in json.loads(out.read_text())["runs"]
-        }
-    here = circumstances()
+    runs = read_runs(out)
 
     def get(setting: Setting, seed: int) -> dict:
         name = json.dumps([asdict(setting), seed, budget], sort_keys=True)
         if name not in runs:
             runs[name] = record(setting, seed, budget, teaching_steps)
-            write_whole(out, json.dumps({"circumstances": here, "runs": list(runs.values())}))
+            add(out, name, runs[name])
             last = runs[name]
             print(
                 f"{setting.method} lr {setting.lr:g} seed {seed}: level after {last['to_level']}, {last['rewards'][-1]:.3f} at last, "
@@ -187,8 +181,7 @@ def fell_back(r: dict) -> bool:
 
 def section(source: Path, docs: Path) -> str:
     """Its part of the page, and the plot."""
-    data = json.loads(source.read_text())
-    runs, names = data["runs"], objectives_page.NAMES
+    runs, names = list(read_runs(source).values()), objectives_page.NAMES
     methods = [
         m for m in SETTINGS if any(r["setting"]["method"] == m for r in runs) and len(chosen(runs, m)[1]) == len(SEEDS)
     ]
@@ -258,7 +251,7 @@ The level is the mean reward of the base and four of its standard deviations, {r
 
 An iteration draws {BATCH[0]} groups of {BATCH[1]} samples in {NUM_STEPS} steps; a run has {runs[0]["budget"]:,} evaluations. The reward is measured every second iteration, which is as fine as the counts are. Learning rates were tuned on one seed over the same three values for every method, and {len(SEEDS)} other seeds are shown; the plot has their median and range. Factors are of the means over the seeds. Seconds are of one processor, training only.
 
-{objectives_page.origin(data, "studies.objectives_flux")}
+{objectives_page.origin(runs[0], "studies.objectives_flux")}
 """
 
 

@@ -23,7 +23,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import torch
 from gspo import (
@@ -56,9 +55,9 @@ from multicrafter.world.judges.people import PeopleBackend
 from multicrafter.world.rewards import RewardConfig, tiny_reward
 from torch import Tensor
 
-from benchmarks.run import ROOT, circumstances
-from studies.lab.records import encode, read_table, write_table
-from studies.objectives_world_page import LEARNING_RATES, SHOWN, TUNING_SEED, best_rate, name_of, read_runs
+from benchmarks.run import ROOT
+from studies.objectives_runs import add, read_runs
+from studies.objectives_world_page import LEARNING_RATES, SHOWN, TUNING_SEED, best_rate, name_of
 
 OUT = ROOT / "benchmarks" / "results" / "objectives_world.parquet"
 METHODS = ("gspo", "grpo", "guarded", "dppo", "nft", "awm", "refl")
@@ -227,13 +226,6 @@ class World:
         found["reward"] = self.reward.exact(pictures, scenes.captions, references).totals
         found["identity_watched"] = self.watcher(pictures, scenes.captions, references)
         return {name: np.asarray(found[name], float) for name in SHOWN}
-
-
-def add(path: Path, name: str, record: dict[str, Any]) -> None:
-    """One more row of the table; nobody else writes meanwhile."""
-    with filelock.FileLock(path.with_suffix(".lock")):
-        rows = read_table(path) if path.exists() else {}
-        write_table(path, {**rows, name: encode({**record, "circumstances": circumstances()})})
 
 
 def by_case(measured: dict[str, np.ndarray]) -> dict[str, list[float | None]]:

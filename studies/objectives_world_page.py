@@ -10,8 +10,8 @@ import numpy as np
 from gspo.plot import pyplot
 from multicrafter.scoring.evaluate import Interval, difference
 
-from studies.lab.records import decode, read_table
 from studies.objectives_page import COLORS, NAMES, origin
+from studies.objectives_runs import read_runs
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 TUNING_SEED = 100
@@ -19,11 +19,6 @@ SHOWN = ("reward", "text", "aesthetics", "identity", "identity_watched", "attrib
 UNSEEN = ("attributes", "count", "swaps")
 """What the reward does not look at: the reader of truth says it."""
 Runs = Mapping[str, Mapping[str, Any]]
-
-
-def read_runs(path: Path) -> dict[str, dict[str, Any]]:
-    """What is recorded, by name."""
-    return {name: decode(row) for name, row in read_table(path).items()} if path.exists() else {}
 
 
 def name_of(start: str, method: str, lr: float, seed: int, budget: int) -> str:

@@ -11,11 +11,12 @@ import torch
 from gspo.examples.closed_form import METHODS, TASKS
 
 from studies import objectives, objectives_flux, objectives_page
+from studies.objectives_runs import add, read_runs
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    out = tmp_path_factory.mktemp("objectives") / "objectives.json"
+    out = tmp_path_factory.mktemp("objectives") / "objectives.parquet"
     before = objectives.LEARNING_RATES
     objectives.LEARNING_RATES = (0.03, 0.1)
     try:
@@ -28,7 +29,7 @@ def recorded(tmp_path_factory):
 
 
 def test_every_method_is_tuned_alike_on_another_seed(recorded):
-    runs = json.loads(recorded.read_text())["runs"]
+    runs = list(read_runs(recorded).values())
     for task in TASKS:
         for method in METHODS:
             mine = [r for r in runs if (r["task"], r["setting"]["method"]) == (task, method)]
@@ -48,6 +49,15 @@ def test_what_is_recorded_is_not_done_again(recorded, monkeypatch):
     before = recorded.read_bytes()
     objectives.measure(recorded, 2100, (0, 1))
     assert recorded.read_bytes() == before
+
+
+def test_numbers_that_are_not_finite_come_back(tmp_path):
+    score = {"score": math.inf, "regrets": [1.0, -math.inf], "setting": {"method": "nft"}, "to_tenth": None}
+    add(tmp_path / "runs.parquet", "a", score)
+    add(tmp_path / "runs.parquet", "b", {"score": math.nan})
+    found = read_runs(tmp_path / "runs.parquet")
+    assert found["a"].pop("circumstances")["threads"] and found["a"] == score
+    assert math.isnan(found["b"]["score"]) and read_runs(tmp_path / "none.parquet") == {}
 
 
 def test_page_says_what_the_records_say(recorded, tmp_path):
@@ -91,7 +101,7 @@ def test_a_method_that_has_not_arrived_is_told_from_one_that_is_off(longer, word
 
 
 @pytest.mark.parametrize(
-    "arguments", [["run", "--budget", "0"], ["run", "--seeds", "1"], ["page", "--out", "/nowhere/x.json"]]
+    "arguments", [["run", "--budget", "0"], ["run", "--seeds", "1"], ["page", "--out", "/nowhere/x.parquet"]]
 )
 def test_wrong_arguments_end_with_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -106,10 +116,10 @@ def test_a_tiny_flux_is_tuned_run_and_shown(tmp_path, recorded, monkeypatch):
     monkeypatch.setattr(objectives_flux, "BATCH", (2, 2))
     monkeypatch.setattr(objectives_flux, "CASES", 4)
     monkeypatch.setattr(objectives_flux, "SEEDS", (0, 1))
-    out, threads = tmp_path / "flux.json", torch.get_num_threads()
+    out, threads = tmp_path / "flux.parquet", torch.get_num_threads()
     command = ["--out", str(out), "--budget", "60", "--teaching-steps", "2"]
     assert objectives_flux.main(command) == 0
-    runs = json.loads(out.read_text())["runs"]
+    runs = list(read_runs(out).values())
     assert len(runs) == 2 * (2 + 2) and all(math.isfinite(r["rewards"][-1]) for r in runs)
     assert len({r["level"] for r in runs}) == 1 and all(r["rewards"][0] == runs[0]["rewards"][0] for r in runs)
     arguments = ["page", "--out", str(recorded), "--flux", str(out), "--world", "none", "--docs", str(tmp_path)]

@@ -11,6 +11,7 @@ from multicrafter.world.rewards import RewardConfig
 
 from studies import objectives, objectives_world, objectives_world_page
 from studies.lab.records import encode, read_table, write_table
+from studies.objectives_runs import add, read_runs
 from studies.objectives_world import METHODS, DrawnReward, World
 
 
@@ -133,7 +134,7 @@ def test_a_start_that_was_not_tuned_takes_the_rates_of_the_first(recorded, tmp_p
     more |= {name_of("y", "nft", 3e-3, seed, 10): first for seed in (0, 1)}
     more[name_of("y", "nft", 1e-3, 0, 10)] = first  # not the rate that was chosen
     write_table(recorded, rows | more)
-    runs = objectives_world_page.read_runs(recorded)
+    runs = read_runs(recorded)
     assert objectives_world_page.best_rate(runs, "y", "nft", 10) == 3e-3
     assert len(objectives_world_page.found_of(runs, "y", "nft", 10)) == 2
     _, other = objectives_world_page.section(recorded, tmp_path).split("### Stage 1 y")
@@ -148,10 +149,10 @@ def test_without_tuning_nothing_runs_where_no_rate_is_known(tmp_path, capsys):
 
 
 def test_what_is_not_a_number_comes_back_so_and_rows_join_those_that_are_there(recorded):
-    before = objectives_world_page.read_runs(recorded)
+    before = read_runs(recorded)
     cases = objectives_world.by_case({"reward": np.array([1.0, np.nan])})
-    objectives_world.add(recorded, "one more", {"cases": cases})
-    after = objectives_world_page.read_runs(recorded)
+    add(recorded, "one more", {"cases": cases})
+    after = read_runs(recorded)
     assert cases == {"reward": [1.0, None]} and after["one more"]["cases"] == cases
     assert {n: r for n, r in after.items() if n != "one more"} == before
 
