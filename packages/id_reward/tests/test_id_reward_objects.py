@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,7 +145,9 @@ def test_the_reward_on_objects_takes_whole_references(seeing, pictures, monkeypa
     (score,) = scorer.score([pictures[0]], [[pictures[1]]])  # the reference comes from the cache
     assert score is not None and score.reward == pytest.approx(max(first @ row, second @ row, 0), abs=1e-5)
     with pytest.raises(ValueError, match="embed_whole"):
-        IdentityScorer(seeing.locator, no_face="whole")
+        IdentityScorer(SimpleNamespace(detect_and_embed=list), no_face="whole")
+    with pytest.raises(ValueError, match="backend must be an object with detect_and_embed"):
+        IdentityScorer(seeing.locator)
 
 
 def test_folders_that_are_missing_or_wrong_are_named(folders, tmp_path) -> None:

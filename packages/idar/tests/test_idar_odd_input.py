@@ -89,7 +89,10 @@ def test_numbers_of_numpy_and_torch(options: dict[str, Any]) -> None:
         ({"heads": [0.0]}, "heads must be"),
         ({"heads": "0"}, "heads must be"), ({"heads": 0}, "heads must be"), ({"heads": [True]}, "heads must be"),
         ({"heads": [NAN]}, "heads must"),
-        ({"arrows": None}, "arrows a sequence"), ({"layout": None}, "layout must be"), ({"modules": {}}, "modules must hold"),
+        ({"arrows": None}, "arrows must be"), ({"arrows": "image_to_reference"}, "arrows must be"), ({"arrows": [1]}, "arrows must be"),
+        ({"background": "some"}, "background must be"), ({"background": "some", "masks": None}, "background must be"),
+        ({"layout": "first"}, "layout must be"), ({"layout": [1], "masks": None}, "layout must be"), ({"strength": True}, "strength must be"),
+        ({"layout": None}, "layout must be"), ({"modules": {}}, "modules must hold"),
         ({"model": 3}, "model must be a module"),
     ],
 )  # fmt: skip

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gspo.forward import ForwardPoint, NoiseLevels, Weighting, forward_points, level_weight
-from gspo.inputs import require_real
+from gspo.inputs import require_kind, require_real
 from gspo.points import RowLosses, check_velocities, mean_of_rest, reduce_rows
 from gspo.rollout import Rollout
 
@@ -106,6 +106,7 @@ class AdvantageWeightedMatching:
 
     def __post_init__(self) -> None:
         require_real(self, "clip_range", "old_coef")
+        require_kind(self, levels=NoiseLevels)
         if self.clip_range is not None and not self.clip_range > 0:
             raise ValueError(f"clip_range must be positive or None, got {self.clip_range}")
         if not self.old_coef >= 0:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gspo.credit import token_log_ratio
-from gspo.inputs import require_real
+from gspo.inputs import require_kind, require_real
 from gspo.objective import gaussian_kl
 from gspo.points import RowLosses, mean_of_rest, reduce_rows
 from gspo.ratio import gaussian_log_ratio
@@ -150,6 +150,8 @@ class FlowDPPO:
 
     def __post_init__(self) -> None:
         require_real(self, "threshold")
+        if self.kernel is not None:
+            require_kind(self, kernel=Kernel)
         if not self.threshold >= 0:
             raise ValueError(f"threshold must not be negative, got {self.threshold}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -89,15 +88,13 @@ class NoiseLevels:
 
     def __post_init__(self) -> None:
         require_whole(self, 1, "count")
-        require_real(self, "low", "high")
+        require_real(self, "low", "high", "mean", "std", "shift")
         if self.sampling not in ("uniform", "logit_normal"):
             raise ValueError(f"sampling must be 'uniform' or 'logit_normal', got {self.sampling!r}")
         if not 0 <= self.low < self.high <= 1:
             raise ValueError(f"low and high must be 0 <= low < high <= 1, got {self.low} and {self.high}")
-        if not math.isfinite(self.mean):
-            raise ValueError(f"mean must be finite, got {self.mean}")
         for name in ("std", "shift"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     def draw(self, num_samples: int, generator: torch.Generator | None = None) -> Float[Tensor, "t b"]:

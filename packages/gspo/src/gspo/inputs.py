@@ -76,6 +76,17 @@ def require_bool(owner: object, *names: str) -> None:
             raise ValueError(f"{name} must be True or False, got {getattr(owner, name)!r}")
 
 
+def require_kind(owner: object, **kinds: type) -> None:
+    """Refuses settings of a dataclass that are no instances of a class.
+
+    Raises:
+        ValueError: Naming the setting.
+    """
+    for name, kind in kinds.items():
+        if not isinstance(getattr(owner, name), kind):
+            raise ValueError(f"{name} must be a {kind.__name__}, got {getattr(owner, name)!r}"[:300])
+
+
 def check_whole(low: int, **values: Any) -> None:
     """Refuses what is no whole number of at least ``low``; None is left to the caller.
 
@@ -119,6 +130,19 @@ def require_real(owner: object, *names: str) -> None:
         if value is None and not _optional(owner, name):
             raise ValueError(f"{name} must be a finite number, got None")
         check_real(name, value)
+
+
+def require_positive(owner: object, *names: str) -> None:
+    """Refuses settings of a dataclass that are no numbers above 0; infinity is one, where it means no limit.
+
+    Raises:
+        ValueError: Naming the setting.
+    """
+    for name in names:
+        value = getattr(owner, name)
+        good = isinstance(value, numbers.Real) and not isinstance(value, bool) and value > 0  # type: ignore[operator]
+        if not good and not (value is None and _optional(owner, name)):
+            raise ValueError(f"{name} must be positive, got {value!r}"[:300])
 
 
 def check_real(name: str, value: Any, *, least: float = -math.inf) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gspo.forward import ForwardPoint, NoiseLevels, forward_points, level_weight
-from gspo.inputs import require_real, require_tensor
+from gspo.inputs import require_kind, require_real, require_tensor, require_whole
 from gspo.points import RowLosses, check_velocities, mean_of_rest, reduce_rows
 from gspo.rollout import Rollout
 from gspo.sde import wide
@@ -122,9 +122,8 @@ class DecaySchedule:
     cap: float = 0.5
 
     def __post_init__(self) -> None:
-        require_real(self, "flat", "rate")
-        if self.flat < 0:
-            raise ValueError(f"flat must not be negative, got {self.flat}")
+        require_whole(self, 0, "flat")
+        require_real(self, "rate", "cap")
         if not self.rate >= 0:
             raise ValueError(f"rate must not be negative, got {self.rate}")
         if not 0 <= self.cap <= 1:
@@ -163,6 +162,7 @@ class DiffusionNFT:
 
     def __post_init__(self) -> None:
         require_real(self, "beta", "advantage_clip")
+        require_kind(self, levels=NoiseLevels, schedule=DecaySchedule)
         for name in ("beta", "advantage_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

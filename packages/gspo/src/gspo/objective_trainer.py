@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gspo.distributed import ProcessGroup, resolve, sum_gradients, total, world_size
-from gspo.inputs import Numbers, as_numbers, check_seed, require_bool, require_real, require_whole
+from gspo.inputs import Numbers, as_numbers, check_seed, require_bool, require_positive, require_real, require_whole
 from gspo.moving_average import MovingAverage
 from gspo.points import Objective
 from gspo.rollout import Hook, Rollout, VelocityFunction
@@ -47,18 +46,14 @@ class ObjectiveConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_inner_epochs", "micro_batch_size"):
-            value = getattr(self, name)
-            if value is not None:
-                require_whole(self, 1, name)
+        require_whole(self, 1, "num_inner_epochs", "micro_batch_size")
         require_real(self, "kl_coef")
         if not self.kl_coef >= 0:
             raise ValueError(f"kl_coef must not be negative, got {self.kl_coef}")
         require_bool(self, "drop_silent_rows", "reduce_gradients")
         check_seed(self.seed)
         require_whole(self, 0, "walk_window")
-        if not isinstance(self.max_grad_norm, numbers.Real) or not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be positive, got {self.max_grad_norm!r}")
+        require_positive(self, "max_grad_norm")
 
 
 class ObjectiveStatistics(NamedTuple):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gspo.advantage import Scale
-from gspo.inputs import check_real, check_seed, require_bool, require_whole
+from gspo.inputs import check_real, check_seed, require_bool, require_kind, require_whole
 from gspo.policy_config import PolicyConfig
 from gspo.sde import FlowSDE, Kernel
 from gspo.window import SlidingWindow
@@ -56,15 +56,14 @@ class OnlineConfig:
 
     def __post_init__(self) -> None:
         require_whole(self, 1, "group_size", "tail_steps", "micro_batch_size")
+        require_whole(self, 0, "advantage_ddof")
         check_seed(self.seed)
         if not isinstance(self.reward_weights, Mapping):
             raise ValueError(f"reward_weights must be a dictionary by name, got {self.reward_weights!r}")
         for name, weight in self.reward_weights.items():
             check_real(f"reward_weights[{name!r}]", weight)
         require_bool(self, "share_prefix", "own_noise", "offload", "split_batch")
-        for name, kind in (("window", SlidingWindow), ("kernel", Kernel), ("policy", PolicyConfig)):
-            if not isinstance(getattr(self, name), kind):
-                raise ValueError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
+        require_kind(self, window=SlidingWindow, kernel=Kernel, policy=PolicyConfig)
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2 (a group of one has no advantage), got {self.group_size}")
         for name, choices in (

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import dataclass
 from typing import Literal
 
-from gspo.inputs import is_real, require_bool, require_real, require_whole
+from gspo.inputs import is_real, require_bool, require_positive, require_real, require_whole
 from gspo.objective import clip_bounds
 from gspo.ratio import RatioKind
 
@@ -65,13 +64,8 @@ class PolicyConfig:
             raise ValueError(f"clip_range_rate must be in (0, 1], got {self.clip_range_rate}")
         if not (is_real(self.kl_coef) and self.kl_coef >= 0):
             raise ValueError(f"kl_coef must be a number that is not negative, got {self.kl_coef!r}"[:300])
-        for name in ("max_grad_norm", "max_advantage"):
-            value = getattr(self, name)
-            limit = isinstance(value, numbers.Real) and float(value) > 0  # infinity is no limit
-            if not limit and not (value is None and name == "max_advantage"):
-                raise ValueError(f"{name} must be positive, got {value!r}")
-        for name in ("num_inner_epochs", "micro_batch_size"):
-            require_whole(self, 1, name)
+        require_positive(self, "max_grad_norm", "max_advantage")
+        require_whole(self, 1, "num_inner_epochs", "micro_batch_size")
         if self.off_policy not in ("warn", "raise", "allow"):
             raise ValueError(f"off_policy must be 'warn', 'raise' or 'allow', got {self.off_policy!r}")
         if self.on_nonfinite not in ("raise", "skip"):

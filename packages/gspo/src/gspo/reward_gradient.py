@@ -6,7 +6,6 @@ The upper baseline of every other method: it says how far a reward can be pushed
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -18,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gspo.distributed import ProcessGroup, resolve, sum_gradients, total, world_size
 from gspo.draw import check_levels
-from gspo.inputs import check_seed, require_bool, require_real, require_whole
+from gspo.inputs import check_seed, require_bool, require_positive, require_real, require_whole
 from gspo.rollout import VelocityFunction
 from gspo.sde import wide
 from gspo.signal_log import SignalLog
@@ -157,8 +156,7 @@ class RewardGradientConfig:
         require_bool(self, "recompute", "reduce_gradients")
         check_seed(self.seed)
         require_whole(self, 0, "walk_window")
-        if not isinstance(self.max_grad_norm, numbers.Real) or not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be positive, got {self.max_grad_norm!r}")
+        require_positive(self, "max_grad_norm")
 
 
 class RewardGradientStatistics(NamedTuple):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
-from gspo.inputs import require_real, require_whole
+from gspo.inputs import check_seed, require_real, require_whole
 
 MAX_STEPS = 100_000
 Strategy = Literal["progressive", "random", "exp_decay", "fixed"]
@@ -57,14 +57,13 @@ class SlidingWindow:
     def __post_init__(self) -> None:
         require_whole(self, 1, "num_steps", "size", "stride", "interval")
         require_whole(self, 0, "start")
+        require_whole(self, -MAX_STEPS, "decay_from")
         require_real(self, "decay_rate")
+        check_seed(self.seed)
         if not 2 <= self.num_steps <= MAX_STEPS:
             raise ValueError(f"num_steps must be at least 2 and at most {MAX_STEPS}, got {self.num_steps}")
         if not 1 <= self.size <= self.num_steps - 1:
             raise ValueError(f"size must be in [1, num_steps - 1 = {self.num_steps - 1}], got {self.size}")
-        for name in ("stride", "interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.strategy not in ("progressive", "random", "exp_decay", "fixed"):
             raise ValueError(f"strategy must be 'progressive', 'random', 'exp_decay' or 'fixed', got {self.strategy!r}")
         last = self.num_steps - 1 - self.size if self.strategy == "fixed" else 0

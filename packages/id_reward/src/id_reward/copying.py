@@ -136,6 +136,8 @@ class CopyPaste:
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.identity, IdentityScorer):
+            raise InputError(f"identity must be an IdentityScorer, got {self.identity!r}"[:300])
         if finite("free", self.free, least=-1.0) >= 1:
             raise InputError(f"free must be in [-1, 1), got {self.free}")
         whole("cache_size", self.cache_size, least=1)

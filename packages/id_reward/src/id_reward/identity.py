@@ -86,6 +86,12 @@ class IdentityScorer:
     off_pair_penalty: float = 0.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.backend, FaceBackend) or isinstance(self.backend, type):
+            raise InputError(
+                f"backend must be an object with detect_and_embed, such as those of id_reward.backends, got {self.backend!r}"[
+                    :300
+                ]
+            )
         check_options(
             convention=self.convention,
             missing_penalty=self.missing_penalty,

@@ -34,7 +34,13 @@ class SubjectLayout:
     causal: bool = False
 
     def __post_init__(self) -> None:
-        places = [self.num_text, *self.image_span, *(end for span in self.subject_spans for end in span)]
+        try:
+            places = [self.num_text, *self.image_span, *(end for span in self.subject_spans for end in span)]
+        except TypeError as error:
+            given = f"{self.image_span!r} and {self.subject_spans!r}"
+            raise ValueError(f"image_span must be (start, stop), and subject_spans such pairs, got {given}") from error
+        if not isinstance(self.causal, bool):
+            raise ValueError(f"causal must be True or False, got {self.causal!r}")
         if self.length is not None:
             places.append(self.length)
         if wrong := [n for n in places if not isinstance(n, numbers.Integral) or isinstance(n, bool)]:

@@ -21,6 +21,8 @@ from idar.separation import (
     Arrow,
     Background,
     TokenRoles,
+    as_layouts,
+    check_rules,
     check_separation,
     separates_nothing,
     separation_bias,
@@ -66,9 +68,9 @@ def as_strength(strength: Any) -> Any:
     Raises:
         ValueError: It is none of these.
     """
-    if isinstance(strength, (int, float, Tensor)) or callable(strength):
+    if isinstance(strength, Tensor) or callable(strength):
         return strength
-    if isinstance(strength, numbers.Real):
+    if isinstance(strength, numbers.Real) and not isinstance(strength, bool):
         return float(strength)
     raise ValueError(f"strength must be a number, a tensor (b,) or a function of noise levels, got {strength!r}")
 
@@ -110,6 +112,9 @@ class Separation:
             if not heads or not all(_is_whole(head) and head >= 0 for head in heads):
                 raise ValueError(f"heads must be at least one whole number from 0 on, got {self.heads!r}")
             self.heads = [int(head) for head in heads]
+        if isinstance(self.arrows, Iterable) and not isinstance(self.arrows, str):
+            self.arrows = tuple(self.arrows)
+        check_rules(self.background, self.arrows)
         self.masks, self.strength = as_masks(self.masks), as_strength(self.strength)
 
     @property
@@ -128,7 +133,7 @@ class Separation:
         Raises:
             ValueError: Masks, strength or layout do not fit, or the strength depends on noise levels that are unknown.
         """
-        self.layout = layout if isinstance(layout, SubjectLayout) else list(layout)
+        self.layout = layout if isinstance(layout, SubjectLayout) else as_layouts(layout)
         if self.masks is None:
             self._active = False
             return
@@ -340,15 +345,15 @@ def separate_attention(
     Raises:
         ValueError: Something does not fit; at entry where it can be known, else in the pass.
     """
-    if arrows is None or not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a module and arrows a sequence, got {type(model).__name__} and {arrows!r}")
-    if layout is None:
-        raise ValueError("layout must be a SubjectLayout, one per row, or a function of the arguments, got None")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a module, got {type(model).__name__}")
+    if not callable(layout):
+        as_layouts(layout)
     if not modules:
         raise ValueError("modules must hold at least one module of the model, got none")
     masks = as_masks(masks)
     state = Separation(
-        masks=masks, strength=strength, background=background, arrows=tuple(arrows), heads=heads, backend=backend,
+        masks=masks, strength=strength, background=background, arrows=arrows, heads=heads, backend=backend,
         layout=SubjectLayout.in_order(0, 1, [1]),
     )  # fmt: skip
     if not callable(layout) and isinstance(masks, Tensor):

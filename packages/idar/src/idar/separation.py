@@ -6,7 +6,7 @@ person. What one person's image tokens read from the other person's reference is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -100,7 +100,7 @@ def check_separation(
     arrows: Sequence[str],
 ) -> list[SubjectLayout]:
     """The layouts, one for all rows or one per row; raises ValueError where something does not fit."""
-    layouts = [layout] if isinstance(layout, SubjectLayout) else list(layout)
+    layouts = as_layouts(layout)
     require_tensor(masks=masks)
     if masks.dim() != 3 or not len(masks):
         raise ValueError(f"masks must be (b, s, m) and of at least one row, got {tuple(masks.shape)}")
@@ -121,12 +121,24 @@ def check_separation(
         raise ValueError(f"strength must be one number or one per row ({len(masks)}), got {tuple(given.shape)}")
     if not bool(((given >= 0) & (given <= 1)).all()):
         raise ValueError(f"strength must lie in [0, 1], got {strength}")
-    if background not in ("none", "all"):
-        raise ValueError(f"background must be 'none' or 'all', got {background!r}")
-    unknown = [arrow for arrow in arrows if arrow not in ARROWS]
-    if isinstance(arrows, str) or unknown:
-        raise ValueError(f"arrows must be chosen from {ARROWS}, got {arrows!r}")
+    check_rules(background, arrows)
     return layouts
+
+
+def as_layouts(layout: SubjectLayout | Sequence[SubjectLayout]) -> list[SubjectLayout]:
+    """One layout, or one per row, as a list; raises ValueError where it is neither."""
+    layouts = [layout] if isinstance(layout, SubjectLayout) else list(layout) if isinstance(layout, Iterable) else []
+    if not layouts or not all(isinstance(one, SubjectLayout) for one in layouts):
+        raise ValueError(f"layout must be a SubjectLayout, or one per row, got {layout!r}"[:300])
+    return layouts
+
+
+def check_rules(background: str, arrows: Sequence[str]) -> None:
+    """Raises ValueError where there is no such rule for the background, or no such arrow."""
+    if not isinstance(background, str) or background not in ("none", "all"):
+        raise ValueError(f"background must be 'none' or 'all', got {background!r}")
+    if isinstance(arrows, str) or not isinstance(arrows, Iterable) or [a for a in arrows if a not in ARROWS]:
+        raise ValueError(f"arrows must be chosen from {ARROWS}, got {arrows!r}")
 
 
 def _allow(

@@ -86,7 +86,7 @@ class RemoteScorer:
     retries: int = 2
     backoff: float = 0.5
     batch_size: int = 32
-    releases_gil: bool = True
+    releases_gil: bool = field(default=True, init=False)
     _turn: Any = field(default_factory=itertools.count, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from idar import (
-    ARROWS,
     SUBJECT_ARROWS,
     Arrow,
     Background,
@@ -42,7 +41,6 @@ from multicrafter.models.flux.packing import Grid
 
 Mode = Literal["none", "draft", "in-flight", "attention", "masks"]
 MODES: tuple[Mode, ...] = ("none", "draft", "in-flight", "attention", "masks")
-BLOCKS = ("all", "double", "single")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +72,9 @@ class BindingConfig:
     sigmas: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        check_finite(self)
         if self.mode not in MODES:
             raise UserError(f"separation must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
+        check_finite(self)
         if not 1 <= self.draft_steps <= 10_000:
             raise UserError(f"draft_steps must be at least 1 and at most 10,000, got {self.draft_steps}")
         if not 0 < self.bind_at < 1:
@@ -85,12 +83,6 @@ class BindingConfig:
             raise UserError(f"margin must be in [0, 1), got {self.margin}")
         if not 0 <= self.strength <= 1:
             raise UserError(f"strength must be in [0, 1], got {self.strength}")
-        if self.background not in ("none", "all"):
-            raise UserError(f"background must be 'none' or 'all', got {self.background!r}")
-        if isinstance(self.arrows, str) or not set(self.arrows) <= set(ARROWS):
-            raise UserError(f"arrows must be chosen from {ARROWS}, got {self.arrows}")
-        if self.blocks not in BLOCKS:
-            raise UserError(f"blocks must be one of {BLOCKS}, got {self.blocks!r}")
         low, high = self.sigmas
         if not 0 <= low < high <= 1:
             raise UserError(f"sigmas must be (from, to) with 0 <= from < to <= 1, got {self.sigmas}")

@@ -58,7 +58,7 @@ def whole(name: str, value: Any, *, least: int | None = None) -> int:
 
 
 def check_finite(config: Any) -> None:
-    """For ``__post_init__``: every value of a dataclass is of its field's type, and every float, wherever it stands, is finite.
+    """For ``__post_init__``: every value of a dataclass is of its field's type, or one of its choices, and every float is finite.
 
     Numbers of NumPy and torch become Python's, lists tuples and paths texts, so that a run writes down what it was told.
 
@@ -80,7 +80,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _of_type(name: str, hint: Any, value: Any) -> Any:
-    """``value`` as a field of the type ``hint`` holds it; choices and mappings are left to their class."""
+    """``value`` as a field of the type ``hint`` holds it; unions and mappings are left to their class."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         others = [a for a in arguments if a is not type(None)]
@@ -102,10 +102,15 @@ def _of_type(name: str, hint: Any, value: Any) -> Any:
         if not isinstance(value, (str, os.PathLike)):
             raise UserError(f"{name} must be a text, got {value!r}"[:300])
         return os.fspath(value)
+    if origin is typing.Literal:
+        if not isinstance(value, str) or value not in arguments:
+            raise UserError(f"{name} must be one of {', '.join(map(repr, arguments))}, got {value!r}"[:300])
+        return value
     if origin is tuple:
-        if not isinstance(value, (tuple, list)) or (arguments[-1] is not Ellipsis and len(value) != len(arguments)):
-            raise UserError(f"{name} must be a list of {len(arguments)} values, got {value!r}"[:300])
-        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        length = None if arguments[-1] is Ellipsis else len(arguments)
+        if not isinstance(value, (tuple, list)) or (length is not None and len(value) != length):
+            raise UserError(f"{name} must be a list{f' of {length} values' if length else ''}, got {value!r}"[:300])
+        kinds = [arguments[0]] * len(value) if length is None else arguments
         found = tuple(_of_type(f"{name}[{i}]", kind, x) for i, (kind, x) in enumerate(zip(kinds, value, strict=True)))
         same = type(value) is tuple and all(a is b for a, b in zip(found, value, strict=True))
         return value if same else found

@@ -13,6 +13,7 @@ from idar import box_masks, map_boxes
 from jaxtyping import Float
 from torch import Tensor
 
+from multicrafter import UserError
 from multicrafter.models.checks import check_finite
 from multicrafter.models.flux.packing import Grid
 
@@ -62,6 +63,8 @@ class IdentityFinder:
 
     def __post_init__(self) -> None:
         check_finite(self)
+        if not isinstance(self.backend, FaceBackend) or isinstance(self.backend, type):
+            raise UserError(f"backend must be an object with detect_and_embed, got {self.backend!r}"[:300])
 
     def __call__(
         self,

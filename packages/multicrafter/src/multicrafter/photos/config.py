@@ -66,7 +66,6 @@ class FilterConfig:
         _at_least(self, 1, "min_side", "min_people", "min_face_pixels")
         _at_least(self, 0, "min_sharpness")
         _at_least(self, -1, "duplicate_distance")
-        _one_of("strangers", self.strangers, ("drop", "keep"))
         _fraction(self, "min_face", "min_face_score")
         if not self.min_people <= self.max_people <= MAX_SUBJECTS:
             raise UserError(
@@ -90,7 +89,6 @@ class PrivacyConfig:
 
     def __post_init__(self) -> None:
         check_finite(self)
-        _one_of("minors", self.minors, ("keep", "drop", "drop_unknown"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +137,6 @@ class WriteConfig:
 
     def __post_init__(self) -> None:
         check_finite(self)
-        _one_of("format", self.format, ("parquet", "jsonl", "webdataset"))
         _at_least(self, 32, "max_side")
         _at_least(self, 1, "shard_size")
         _fraction(self, "test_fraction")

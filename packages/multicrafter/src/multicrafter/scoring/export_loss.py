@@ -15,7 +15,7 @@ from torch import Tensor
 from multicrafter.models import flux
 from multicrafter.models.adapters import Adapters
 from multicrafter.models.backbones import Backbone
-from multicrafter.models.checks import whole
+from multicrafter.models.checks import check_finite, whole
 from multicrafter.models.export import PlainLoRA, ordinary_layers
 from multicrafter.models.fitting import Way, applied, distil, plain_of
 from multicrafter.models.loaded import LoadedModel
@@ -49,6 +49,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         for name, least in (("fit_cases", 1), ("test_cases", 1), ("distil_steps", 0), ("batch", 1)):
             whole(name, getattr(self, name), least=least)
+        check_finite(self)
         if self.rank is not None:
             whole("rank", self.rank, least=1)
 

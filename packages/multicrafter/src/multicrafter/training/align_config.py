@@ -204,13 +204,6 @@ class AlignConfig:
         for name in ("reward_retries", "reward_wait_s"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name, choices in (
-            ("objective", ("ratio", "nft", "awm")),
-            ("reward_normalization", ("sum", "each")),
-            ("keep", ("last", "average")),
-        ):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if self.reward_normalization == "sum" and self.online.reward_weights:
             raise UserError(
                 f"online.reward_weights must be empty (weights of the parts are those of reward), got {dict(self.online.reward_weights)}"

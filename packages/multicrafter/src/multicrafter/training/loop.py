@@ -99,8 +99,6 @@ class LoopConfig:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.picture_every < 0:
             raise UserError(f"picture_every must not be negative, got {self.picture_every}")
-        if self.best_is not in ("lowest", "highest"):
-            raise UserError(f"best_is must be 'lowest' or 'highest', got {self.best_is!r}")
 
     def score(self, history: list[dict[str, float]]) -> float | None:
         """Mean of the chosen metric over these steps, higher is better; None where it has no finite value."""

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from multicrafter import UserError
+from multicrafter.models.checks import check_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +29,13 @@ class AdamWConfig:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"betas must be in [0, 1), got {self.betas}")
-        if not 0 < self.eps < math.inf:
-            raise UserError(f"eps must be positive and finite, got {self.eps}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"weight_decay must not be negative and be finite, got {self.weight_decay}")
+        if not self.eps > 0:
+            raise UserError(f"eps must be positive, got {self.eps}")
+        if not self.weight_decay >= 0:
+            raise UserError(f"weight_decay must not be negative, got {self.weight_decay}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +51,9 @@ class ScheduleConfig:
     decay: Literal["linear", "cosine", "constant"] = "linear"
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.warmup_steps < 0:
             raise UserError(f"warmup_steps must not be negative, got {self.warmup_steps}")
-        if self.decay not in ("linear", "cosine", "constant"):
-            raise UserError(f"decay must be 'linear', 'cosine' or 'constant', got {self.decay!r}")
 
 
 def learning_rate(config: ScheduleConfig, peak: float, index: int, num_steps: int) -> float:
@@ -84,11 +85,10 @@ class SigmaSamplingConfig:
     shift: float = 1.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.mean):
-            raise UserError(f"mean must be finite, got {self.mean}")
+        check_finite(self)
         for name in ("std", "shift"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} must be positive and finite, got {getattr(self, name)}")
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 def sample_sigma(config: SigmaSamplingConfig, count: int, generator: torch.Generator) -> Float[Tensor, " b"]:

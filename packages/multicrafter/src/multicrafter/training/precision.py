@@ -52,14 +52,6 @@ class ExecutionConfig:
 
     def __post_init__(self) -> None:
         check_finite(self)
-        for name, allowed in (
-            ("dtype", ("float32", "bfloat16")),
-            ("quantization", ("none", "int8", "fp8", "nf4")),
-            ("optimizer", ("adamw", "adamw8bit")),
-            ("parallel", ("ddp", "fsdp")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise UserError(f"micro_batch must be at least 1, got {self.micro_batch}")
         if not 0 <= self.ema_decay < 1:

@@ -89,8 +89,6 @@ class SeparationConfig:
         for name in ("share", "strength"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.background not in ("none", "all"):
-            raise UserError(f"background must be 'none' or 'all', got {self.background!r}")
         if not 0 < self.threshold <= 1:
             raise UserError(f"threshold must be in (0, 1], got {self.threshold}")
         if not 0 <= self.sigma_min < 1:

@@ -39,8 +39,6 @@ class WatchConfig:
 
     def __post_init__(self) -> None:
         check_finite(self)
-        if self.action not in ("none", "warn", "stop"):
-            raise UserError(f"action must be 'none', 'warn' or 'stop', got {self.action!r}")
         if self.window < 2:
             raise UserError(f"window must be at least 2 (a mean of one has no error), got {self.window}")
         if self.pictures < 1:

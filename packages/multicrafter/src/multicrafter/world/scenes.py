@@ -74,8 +74,6 @@ class WorldConfig:
         check_finite(self)
         if self.family not in FAMILIES:
             raise UserError(f"family must be one of {tuple(FAMILIES)}, got {self.family!r}")
-        if self.split not in ("train", "validation", "test"):
-            raise UserError(f"split must be 'train', 'validation' or 'test', got {self.split!r}")
         if not self.numbers or any(n not in ARRANGEMENTS for n in self.numbers):
             raise UserError(f"numbers must be chosen from 1 to 4, got {self.numbers}")
         if self.weights and len(self.weights) != len(self.numbers):
