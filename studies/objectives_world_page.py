@@ -78,6 +78,12 @@ def _seconds(found: list[Mapping[str, Any]]) -> float:
     return float(np.mean([r["curve"][-1][1] for r in found]))
 
 
+def one_machine(runs: Runs, start: str, methods: list[str], budget: int) -> bool:
+    """Whether all runs of a start were made on one kind of processor, as far as they say; those that do not, at one commit."""
+    made = [run["circumstances"] for method in methods for run in found_of(runs, start, method, budget)]
+    return len({where.get("processor", where["commit"]) for where in made}) == 1
+
+
 def table(runs: Runs, start: str, methods: list[str], budget: int) -> str:
     """A method a row."""
     lines = [
@@ -86,12 +92,13 @@ def table(runs: Runs, start: str, methods: list[str], budget: int) -> str:
     ]
     cells = " | ".join(f"{_mean(runs[f'{start}, before, test'], name):.3f}" for name in SHOWN)
     lines.append(f"| before | | | | | {cells} |")
+    timed = one_machine(runs, start, methods, budget)
     for method in methods:
         found = found_of(runs, start, method, budget)
         cells = " | ".join(_signed(differences(runs, start, found)[name]) for name in SHOWN)
         pictures = np.mean([r["pictures"] for r in found])
         lines.append(
-            f"| {NAMES[method]} | {best_rate(runs, start, method, budget):g} | {len(found)} | {pictures:,.0f} | {_seconds(found):.0f} | {cells} |"
+            f"| {NAMES[method]} | {best_rate(runs, start, method, budget):g} | {len(found)} | {pictures:,.0f} | {f'{_seconds(found):.0f}' if timed else '-'} | {cells} |"
         )
     return "\n".join(lines)
 
@@ -109,7 +116,9 @@ def grid(runs: Runs, start: str, methods: list[str], budget: int) -> str:
 
 
 def plot(runs: Runs, complete: Mapping[str, list[str]], budget: int, path: Path) -> None:
-    """Left what the reward sees, then what it does not; right what the same evaluations took, the first method's time being 1. A start is a marker."""
+    """Left what the reward sees, then what it does not; right what the same evaluations took, the first method's time being 1, where
+    one machine made them all. A start is a marker.
+    """
     plt = pyplot()
     shown = ("reward", *UNSEEN)
     methods = [m for m in NAMES if any(m in found for found in complete.values())]
@@ -126,9 +135,10 @@ def plot(runs: Runs, complete: Mapping[str, list[str]], budget: int, path: Path)
                 value = gained[name]
                 ax.plot([value.low, value.high], [row, row], color=color, linewidth=2, alpha=1 if number == 0 else 0.5)
                 ax.plot([value.mean], [row], marker=marker, fillstyle=filled, color=color)
-            height = 0.5 / len(complete)
-            took = _seconds(found) / _seconds(found_of(runs, start, those[0], budget))
-            axes[-1].barh(row, took, color=color if number == 0 else "none", edgecolor=color, height=height)
+            if one_machine(runs, start, those, budget):
+                height = 0.5 / len(complete)
+                took = _seconds(found) / _seconds(found_of(runs, start, those[0], budget))
+                axes[-1].barh(row, took, color=color if number == 0 else "none", edgecolor=color, height=height)
     for name, ax in zip(shown, axes, strict=False):
         ax.axvline(0, color="0.6", linewidth=1)
         better = "less is better" if name == "swaps" else "more is better"
@@ -182,6 +192,8 @@ def section(source: Path, docs: Path) -> str:
         rates = f"Learning rates are those that were chosen {tuned}."
         if tuned == start:
             rates = f"Rewards on 64 validation cases by learning rate, from which the rates were chosen:\n\n{grid(runs, start, methods, budget)}"
+        if not one_machine(runs, start, methods, budget):
+            rates = f"These runs were made on more than one kind of machine, so their seconds are not compared. {rates}"
         parts.append(
             f"### Stage 1 {start}\n\n{conclusions(runs, start, methods, budget)}\n\n{table(runs, start, methods, budget)}\n\n"
             f"Differences to the row *before*, over the runs, each with a training seed of its own; bold where the interval excludes 0. {rates}\n\n"

@@ -119,6 +119,16 @@ def test_the_page_names_who_moves_and_who_games(recorded, tmp_path):
     assert (tmp_path / "objectives_world.png").stat().st_size > 5_000
 
 
+def test_seconds_of_unlike_machines_are_not_compared(recorded, tmp_path):
+    assert "| DiffusionNFT | 0.003 | 2 | 4 | 1 |" in objectives_world_page.section(recorded, tmp_path)
+    rows, name = read_table(recorded), objectives_world_page.name_of("x", "nft", 3e-3, 0, 10)
+    elsewhere = {"commit": "0" * 12, "versions": {}, "device": "cpu", "threads": 1, "processor": "another"}
+    rows[name] = encode({**read_runs(recorded)[name], "circumstances": elsewhere})
+    write_table(recorded, rows)
+    text = objectives_world_page.section(recorded, tmp_path)
+    assert "| DiffusionNFT | 0.003 | 2 | 4 | - |" in text and "so their seconds are not compared" in text
+
+
 def test_a_method_that_is_not_complete_is_not_on_the_page(recorded, tmp_path):
     rows = read_table(recorded)
     del rows[objectives_world_page.name_of("x", "nft", 1e-2, 100, 10)]
