@@ -10,7 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from moe_lora import MoELoRAConfig, collect, inject, inject_saved, save_peft_lora
+from moe_lora import (
+    MoELoRAConfig,
+    collect,
+    experts,
+    inject,
+    inject_saved,
+    load_balance_loss,
+    load_by_kind,
+    mutual_information,
+    route,
+    router_z_loss,
+    save_peft_lora,
+    specialisation,
+)
 from safetensors.torch import save_file
 from torch import nn
 
@@ -183,3 +196,40 @@ def test_kinds_and_masks_in_lists_arrays_and_under_names() -> None:
 def test_what_is_no_model_and_no_config(model: Any, config: Any) -> None:
     with pytest.raises(ValueError, match="model must be a torch module and config a MoELoRAConfig"):
         inject(model, config, ["0"])
+
+
+TOKENS, DOWN, UP, ONES = torch.ones(6, 4), torch.ones(3, 2, 4), torch.ones(3, 5, 2), torch.ones(6, 1)
+
+
+@pytest.mark.parametrize("dispatch", ["grouped", "loop", "dense"])
+@pytest.mark.parametrize("index", [3, -2, 7])
+def test_an_expert_that_is_not_there_is_no_silent_zero(dispatch: Any, index: int) -> None:
+    with pytest.raises(ValueError, match=r"expert_index must be in \[-1, 3\), got"):
+        experts(TOKENS, DOWN, UP, ONES, torch.full((6, 1), index), dispatch)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: experts(TOKENS, DOWN, UP, ONES, torch.zeros(6, 1).long(), "dens"), "dispatch must be one of"),
+        (lambda: experts(TOKENS, DOWN, UP, torch.ones(6, 2), torch.zeros(6, 1).long()), "expert_index must have the shape"),
+        (lambda: route(torch.rand(6, 3), 1, "topk"), "gating must be one of"),
+        (lambda: route(torch.rand(6, 3), 0, "softmax_then_topk"), r"top_k must be a whole number in \[1, 3\]"),
+        (lambda: route(torch.rand(6, 3), 1, "softmax_then_topk", token_mask=torch.ones(1).bool()), "token_mask must have the shape"),
+        (
+            lambda: route(torch.rand(6, 3), 1, "softmax_then_topk", expert_index=torch.zeros(6, 2).long()),
+            "expert_index must have the shape .* k = 1",
+        ),
+        (lambda: router_z_loss(torch.rand(6, 3), torch.rand(6)), "mask must hold boolean values"),
+        (lambda: load_balance_loss(torch.rand(6, 3), torch.full((6, 1), 3)), "expert_index must be in"),
+        (lambda: load_by_kind(torch.tensor([[2], [0]]), torch.tensor([0, 1]), 2), "expert_index must be in"),
+        (lambda: load_by_kind(torch.tensor([[1], [0]]), torch.tensor([1]), 2), "kinds must have the shape"),
+        (lambda: mutual_information(torch.tensor([[NAN, 1.0]])), "joint must be finite"),
+        (lambda: mutual_information(torch.tensor([[-1.0, 2.0]])), "joint must be finite and at least 0"),
+        (lambda: specialisation(torch.ones(2, 2), torch.tensor([0.0, 0.7])), "labels must hold whole values"),
+        (lambda: specialisation(torch.ones(2, 2), torch.tensor([0, 1]), permutations=10**30), "permutations must be"),
+    ],
+)  # fmt: skip
+def test_what_gave_a_wrong_number_in_silence(call: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gspo.forward import ForwardPoint, NoiseLevels, Weighting, forward_points, level_weight
-from gspo.inputs import require_kind, require_real
+from gspo.inputs import is_real, one_line, require_kind, require_real
 from gspo.points import RowLosses, check_velocities, mean_of_rest, reduce_rows
 from gspo.rollout import Rollout
 
@@ -78,13 +78,13 @@ def awm_loss(
     -8.0
     """
     check_velocities(advantages, "advantages", velocity, old_velocity=old_velocity, target=target)
-    if clip_range is not None and not clip_range > 0:
-        raise ValueError(f"clip_range must be positive or None, got {clip_range}")
+    if clip_range is not None and not (is_real(clip_range) and clip_range > 0):
+        raise ValueError(f"clip_range must be positive or None, got {one_line(clip_range)}")
     gain = torch.nan_to_num(advantages.detach().float())
     ratio = matching_log_ratio(velocity, old_velocity, target, gain, sigma=sigma, weighting=weighting).exp()
     terms = ratio * gain
     if clip_range is not None:
-        terms = torch.minimum(terms, ratio.clamp(1 - clip_range, 1 + clip_range) * gain)
+        terms = torch.minimum(terms, ratio.clamp(1 - float(clip_range), 1 + float(clip_range)) * gain)
     return reduce_rows(-terms, advantages, reduction)
 
 
@@ -112,7 +112,7 @@ class AdvantageWeightedMatching:
         if not self.old_coef >= 0:
             raise ValueError(f"old_coef must not be negative, got {self.old_coef}")
         if self.weighting not in ("none", "sigma", "sigma_squared"):
-            raise ValueError(f"weighting must be 'none', 'sigma' or 'sigma_squared', got {self.weighting!r}")
+            raise ValueError(f"weighting must be 'none', 'sigma' or 'sigma_squared', got {one_line(self.weighting)}")
 
     @property
     def needs_trajectory(self) -> bool:

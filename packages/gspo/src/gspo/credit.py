@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.inputs import require_tensor
+from gspo.inputs import one_line, require_tensor
 from gspo.ratio import gaussian_log_ratio
 
 Background = Literal["sum", "zero"]
@@ -48,7 +48,7 @@ def token_advantages(
     [[2.0, -1.0, 1.0, 0.5]]
     """
     if background not in ("sum", "zero"):
-        raise ValueError(f"background must be 'sum' or 'zero', got {background!r}")
+        raise ValueError(f"background must be 'sum' or 'zero', got {one_line(background)}")
     require_tensor(advantages=advantages, regions=regions)
     if advantages.dim() != 2 or regions.dim() != 3 or regions.shape[:2] != advantages.shape:
         raise ValueError(
@@ -86,6 +86,9 @@ def token_log_ratio(
     require_tensor(next_latents=next_latents, mean=mean, old_mean=old_mean, std=std)
     if next_latents.dim() < 2:
         raise ValueError(f"next_latents must be (b, n, ...), got shape {tuple(next_latents.shape)}")
+    if not next_latents.shape == mean.shape == old_mean.shape or std.shape != next_latents.shape[:1]:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (next_latents, mean, old_mean, std))
+        raise ValueError(f"next_latents, mean and old_mean must be alike and std (b,), got {shapes}")
     rows, tokens = next_latents.shape[:2]
     x, new, old = (t.reshape(rows * tokens, -1) for t in (next_latents, mean, old_mean))
     return gaussian_log_ratio(x, new, old, std.repeat_interleave(tokens)).reshape(rows, tokens)

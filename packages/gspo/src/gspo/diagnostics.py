@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gspo.advantage import check_weights, nan_sum
-from gspo.inputs import as_ids, as_numbers
+from gspo.inputs import as_ids, as_numbers, one_line
 from gspo.loop import OnlineConfig, RewardFunction, Rewards, as_rewards, policy_step
 from gspo.objective_loop import objective_step
 from gspo.objective_trainer import ObjectiveConfig, ObjectiveTrainer
@@ -134,9 +134,9 @@ def diagnose(
         ValueError: Fewer than 3 batches, a batch left no gradient, or weights have moved.
     """
     if not isinstance(num_batches, int) or num_batches < 3:
-        raise ValueError(f"num_batches must be at least 3 (an error bar needs them), got {num_batches!r}")
+        raise ValueError(f"num_batches must be at least 3 (an error bar needs them), got {one_line(num_batches)}")
     if not isinstance(max_grad_norm, (int, float)) or not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm!r}")
+        raise ValueError(f"max_grad_norm must be positive, got {one_line(max_grad_norm)}")
     trained = list(parameters)
     if not trained:
         raise ValueError("parameters must hold at least one parameter, got none")

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gspo.inputs import one_line
+
 if TYPE_CHECKING or dist.is_available():
     from torch.distributed import ProcessGroup as ProcessGroup
 else:  # a torch without it: one rank
@@ -29,7 +31,7 @@ def world_size(group: ProcessGroup | None) -> int:
         ValueError: It is a name; only trainers take "world".
     """
     if isinstance(group, str):
-        raise ValueError(f"process_group must be a group of torch.distributed or None, got {group!r}")
+        raise ValueError(f"process_group must be a group of torch.distributed or None, got {one_line(group)}")
     return 1 if group is None else dist.get_world_size(group)
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gspo.credit import token_log_ratio
-from gspo.inputs import require_kind, require_real
+from gspo.inputs import is_real, one_line, require_kind, require_real, require_tensor
 from gspo.objective import gaussian_kl
 from gspo.points import RowLosses, mean_of_rest, reduce_rows
 from gspo.ratio import gaussian_log_ratio
@@ -91,8 +91,9 @@ def kl_mask(
     >>> kl_mask(torch.tensor([0.1, -0.1, 0.1]), new, old, std, torch.tensor([1.0, 1.0, -1.0]), threshold=1e-3).tolist()
     [False, True, True]
     """
-    if not threshold >= 0:
-        raise ValueError(f"threshold must not be negative, got {threshold}")
+    if not (is_real(threshold) and threshold >= 0):
+        raise ValueError(f"threshold must not be negative, got {one_line(threshold)}")
+    require_tensor(log_ratio=log_ratio, mean=mean, old_mean=old_mean, std=std, advantages=advantages)
     shape = log_ratio.shape
     if log_ratio.dim() not in (1, 2) or mean.shape != old_mean.shape or mean.shape[: len(shape)] != shape:
         raise ValueError(
@@ -105,7 +106,7 @@ def kl_mask(
     squares = mean_of_rest((mean.detach() - old_mean.detach()).float().square(), log_ratio)
     divergence = squares / _beside(2 * std.float().square(), squares)
     away = torch.nan_to_num(_beside(advantages, log_ratio)) * log_ratio.detach() > 0
-    return ~(away & (divergence > threshold))
+    return ~(away & (divergence > float(threshold)))
 
 
 def masked_surrogate_loss(
@@ -126,6 +127,9 @@ def masked_surrogate_loss(
     >>> masked_surrogate_loss(torch.zeros(2), torch.tensor([1.0, 3.0]), torch.tensor([True, False])).item()
     -0.5
     """
+    require_tensor(log_ratio=log_ratio, advantages=advantages, keep=keep)
+    if keep.dtype != torch.bool:
+        raise ValueError(f"keep must be boolean, as kl_mask returns it, got {keep.dtype}")
     if keep.shape != log_ratio.shape or advantages.shape not in (log_ratio.shape, log_ratio.shape[:1]):
         raise ValueError(
             f"keep must have the shape of log_ratio {tuple(log_ratio.shape)} and advantages be (b,) or that shape, "

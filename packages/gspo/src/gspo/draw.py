@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.inputs import Ids, as_ids, as_numbers, check_whole, require_floating
+from gspo.inputs import Ids, as_ids, as_numbers, check_function, check_whole, one_line, require_floating
 from gspo.rollout import Rollout, VelocityFunction
 from gspo.sde import FlowODE
 from gspo.solver import solve_tail
@@ -31,6 +31,7 @@ def finished_samples(latents: Float[Tensor, "b ..."], index: Ids, *, num_functio
     ()
     """
     require_floating(latents=latents)
+    check_whole(0, num_function_evaluations=num_function_evaluations)
     index = as_ids("index", index).to(latents.device)
     if latents.dim() < 2 or len(latents) == 0 or index.shape != latents.shape[:1]:
         raise ValueError(
@@ -91,12 +92,15 @@ def draw(
     levels = check_levels(sigmas)
     require_floating(noise=noise)
     check_whole(1, group_size=group_size, micro_batch_size=micro_batch_size)
+    check_function(velocity_fn=velocity_fn)
+    if group_size is None:
+        raise ValueError("group_size must be at least 1, as a whole number, got None")
     if noise.dim() < 2 or len(noise) == 0:
         raise ValueError(f"noise must be (b, ...) with b at least 1, got shape {tuple(noise.shape)}")
     if len(noise) % group_size:
         raise ValueError(f"group_size must divide the {len(noise)} rows of noise, got {group_size}")
     if solver not in ("dpm_solver_2m", "euler"):
-        raise ValueError(f"solver must be 'dpm_solver_2m' or 'euler', got {solver!r}")
+        raise ValueError(f"solver must be 'dpm_solver_2m' or 'euler', got {one_line(solver)}")
     size, steps = micro_batch_size or len(noise), len(levels) - 1
     index = torch.arange(len(noise) // group_size, device=noise.device).repeat_interleave(group_size)
     parts = []

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.inputs import require_real, require_whole
+from gspo.inputs import one_line, require_real, require_tensor, require_whole
 from gspo.rollout import Rollout
 from gspo.sde import wide
 
@@ -90,7 +90,7 @@ class NoiseLevels:
         require_whole(self, 1, "count")
         require_real(self, "low", "high", "mean", "std", "shift")
         if self.sampling not in ("uniform", "logit_normal"):
-            raise ValueError(f"sampling must be 'uniform' or 'logit_normal', got {self.sampling!r}")
+            raise ValueError(f"sampling must be 'uniform' or 'logit_normal', got {one_line(self.sampling)}")
         if not 0 <= self.low < self.high <= 1:
             raise ValueError(f"low and high must be 0 <= low < high <= 1, got {self.low} and {self.high}")
         for name in ("std", "shift"):
@@ -137,9 +137,12 @@ def level_weight(sigma: Float[Tensor, " b"] | None, weighting: str, like: Tensor
     if weighting == "none":
         return torch.ones((), device=like.device)
     if weighting not in ("sigma", "sigma_squared"):
-        raise ValueError(f"weighting must be one of 'none', 'sigma' and 'sigma_squared', got {weighting!r}")
-    if sigma is None or sigma.shape != like.shape[:1]:
-        got = None if sigma is None else tuple(sigma.shape)
+        raise ValueError(f"weighting must be one of 'none', 'sigma' and 'sigma_squared', got {one_line(weighting)}")
+    if not isinstance(sigma, Tensor) or sigma.shape != like.shape[:1]:
+        got = tuple(sigma.shape) if isinstance(sigma, Tensor) else one_line(sigma)
         raise ValueError(f"sigma must be ({len(like)},) for weighting {weighting!r}, got {got}")
+    require_tensor(sigma=sigma)
+    if not bool((sigma >= 0).all()):
+        raise ValueError("sigma must hold noise levels of at least 0, got NaN or a negative one")
     level = wide(sigma.float(), like)
     return level if weighting == "sigma" else level.square()

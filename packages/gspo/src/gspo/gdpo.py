@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gspo.advantage import Scale, multi_reward_advantages
 from gspo.distributed import ProcessGroup, total
-from gspo.inputs import Numbers, as_numbers, check_real, floating_dtype
+from gspo.inputs import Numbers, as_numbers, check_flag, check_real, floating_dtype
 
 
 def whiten(
@@ -35,6 +35,10 @@ def whiten(
     [1.0, -1.0, nan]
     """
     check_real("eps", eps, least=0.0)
+    check_flag(center=center)
+    if eps is None:
+        raise ValueError("eps must be a finite number of at least 0, got None")
+    eps = float(eps)
     given, device = floating_dtype(advantages), advantages.device if isinstance(advantages, Tensor) else None
     advantages = as_numbers("advantages", advantages)
     if advantages.dim() != 1 or advantages.numel() == 0:

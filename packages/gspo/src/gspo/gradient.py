@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.inputs import Numbers, require_tensor
+from gspo.inputs import Numbers, one_line, require_tensor
 from gspo.objective import ClipRange, Reduction, clipped_surrogate_loss
 from gspo.ratio import RatioKind, importance_ratio
 
@@ -49,7 +49,7 @@ def surrogate_gradient(
     """
     require_tensor(log_ratio=log_ratio)
     if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum' (a gradient needs one loss), got {reduction!r}")
+        raise ValueError(f"reduction must be 'mean' or 'sum' (a gradient needs one loss), got {one_line(reduction)}")
     with torch.enable_grad():
         leaf = log_ratio.detach().requires_grad_(True)
         surrogate = clipped_surrogate_loss(

@@ -32,6 +32,11 @@ Ids = Shaped[Tensor, " b"] | Sequence[Any] | SupportsArray
 """One whole number per sample."""
 
 
+def one_line(value: object) -> str:
+    """How a sentence shows what came: on one line, and not all of it where it is long."""
+    return " ".join(repr(value).split())[:200]
+
+
 def require_tensor(**values: object) -> None:
     """Refuses what is no tensor of real numbers, where lists cannot be meant (gradients flow through it).
 
@@ -73,7 +78,7 @@ def require_bool(owner: object, *names: str) -> None:
     """
     for name in names:
         if not isinstance(getattr(owner, name), bool):
-            raise ValueError(f"{name} must be True or False, got {getattr(owner, name)!r}")
+            raise ValueError(f"{name} must be True or False, got {one_line(getattr(owner, name))}")
 
 
 def require_kind(owner: object, **kinds: type) -> None:
@@ -84,7 +89,7 @@ def require_kind(owner: object, **kinds: type) -> None:
     """
     for name, kind in kinds.items():
         if not isinstance(getattr(owner, name), kind):
-            raise ValueError(f"{name} must be a {kind.__name__}, got {getattr(owner, name)!r}"[:300])
+            raise ValueError(f"{name} must be a {kind.__name__}, got {one_line(getattr(owner, name))}"[:300])
 
 
 def check_whole(low: int, **values: Any) -> None:
@@ -96,7 +101,7 @@ def check_whole(low: int, **values: Any) -> None:
     for name, value in values.items():
         good = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= low  # type: ignore[operator]
         if value is not None and not good:
-            raise ValueError(f"{name} must be at least {low}, as a whole number, got {value!r}")
+            raise ValueError(f"{name} must be at least {low}, as a whole number, got {one_line(value)}")
 
 
 def _optional(owner: object, name: str) -> bool:
@@ -115,7 +120,7 @@ def require_whole(owner: object, low: int, *names: str) -> None:
         good = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= low  # type: ignore[operator]
         if not good and not (value is None and optional):
             raise ValueError(
-                f"{name} must be at least {low}{' or None' if optional else ''}, as a whole number, got {value!r}"
+                f"{name} must be at least {low}{' or None' if optional else ''}, as a whole number, got {one_line(value)}"
             )
 
 
@@ -142,7 +147,40 @@ def require_positive(owner: object, *names: str) -> None:
         value = getattr(owner, name)
         good = isinstance(value, numbers.Real) and not isinstance(value, bool) and value > 0  # type: ignore[operator]
         if not good and not (value is None and _optional(owner, name)):
-            raise ValueError(f"{name} must be positive, got {value!r}"[:300])
+            raise ValueError(f"{name} must be positive, got {one_line(value)}"[:300])
+
+
+def check_positive(**values: Any) -> None:
+    """Refuses what is no finite number above 0.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    for name, value in values.items():
+        if not (is_real(value) and value > 0):
+            raise ValueError(f"{name} must be positive, got {one_line(value)}")
+
+
+def check_function(**values: Any) -> None:
+    """Refuses what cannot be called.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    for name, value in values.items():
+        if not callable(value):
+            raise ValueError(f"{name} must be a function, got {one_line(value)}")
+
+
+def check_flag(**values: Any) -> None:
+    """Refuses what is not True or False.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {one_line(value)}")
 
 
 def check_real(name: str, value: Any, *, least: float = -math.inf) -> None:
@@ -153,7 +191,7 @@ def check_real(name: str, value: Any, *, least: float = -math.inf) -> None:
     """
     if value is not None and (not is_real(value) or value < least):
         limit = "" if least == -math.inf else f" of at least {least:g}"
-        raise ValueError(f"{name} must be a finite number{limit}, got {value!r}"[:300])
+        raise ValueError(f"{name} must be a finite number{limit}, got {one_line(value)}"[:300])
 
 
 def is_real(value: Any) -> bool:
@@ -173,7 +211,7 @@ def check_seed(seed: Any) -> None:
         ValueError: It is no whole number of 64 bits.
     """
     if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not -(2**63) <= int(seed) < 2**63:
-        raise ValueError(f"seed must be a whole number of 64 bits, got {seed!r}")
+        raise ValueError(f"seed must be a whole number of 64 bits, got {one_line(seed)}")
 
 
 def one_by_one(name: str, values: Any) -> list[Any]:
@@ -247,7 +285,9 @@ def _number(name: str, value: Any) -> float:
             raise TypeError
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name} must be numbers (or None), one per sample, got {value!r} among them"[:300]) from None
+        raise ValueError(
+            f"{name} must be numbers (or None), one per sample, got {one_line(value)} among them"[:300]
+        ) from None
     if isinstance(value, numbers.Integral) and abs(int(value)) > EXACT:
         raise ValueError(f"{name} must be at most 2^53 as whole numbers, got {value}")
     return number

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gspo.forward import ForwardPoint, NoiseLevels, forward_points, level_weight
-from gspo.inputs import require_kind, require_real, require_tensor, require_whole
+from gspo.inputs import check_positive, one_line, require_kind, require_real, require_tensor, require_whole
 from gspo.points import RowLosses, check_velocities, mean_of_rest, reduce_rows
 from gspo.rollout import Rollout
 from gspo.sde import wide
@@ -34,10 +33,9 @@ def optimality(advantages: Float[Tensor, "b ..."], *, advantage_clip: float = 5.
     >>> optimality(torch.tensor([-9.0, 0.0, 2.5]), advantage_clip=5.0).tolist()
     [0.0, 0.5, 0.75]
     """
-    if not 0 < advantage_clip < math.inf:
-        raise ValueError(f"advantage_clip must be positive, got {advantage_clip}")
+    check_positive(advantage_clip=advantage_clip)
     require_tensor(advantages=advantages)
-    return 0.5 + 0.5 * (advantages / advantage_clip).clamp(-1, 1)
+    return 0.5 + 0.5 * (advantages / float(advantage_clip)).clamp(-1, 1)
 
 
 def nft_loss(
@@ -82,13 +80,12 @@ def nft_loss(
     [2.25, 4.25, 6.25]
     """
     check_velocities(reward, "reward", velocity, old_velocity=old_velocity, target=target)
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, got {beta}")
+    check_positive(beta=beta)
     known = torch.nan_to_num(reward.detach(), nan=0.5)
     if not bool(((known >= 0) & (known <= 1)).all()):
         raise ValueError(f"reward must be in [0, 1], got {float(known.min()):g} to {float(known.max()):g}")
     old = old_velocity.detach().float()
-    step, back = beta * (velocity.float() - old), old - target.float()
+    step, back = float(beta) * (velocity.float() - old), old - target.float()
     plain = weighting != "self_normalized"
     weight = level_weight(sigma, weighting if plain else "sigma_squared", known)
 
@@ -168,7 +165,7 @@ class DiffusionNFT:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.weighting not in ("none", "sigma", "sigma_squared", "self_normalized"):
             raise ValueError(
-                f"weighting must be 'none', 'sigma', 'sigma_squared' or 'self_normalized', got {self.weighting!r}"
+                f"weighting must be 'none', 'sigma', 'sigma_squared' or 'self_normalized', got {one_line(self.weighting)}"
             )
 
     @property

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.inputs import Numbers, as_numbers, is_real, require_tensor
+from gspo.inputs import Numbers, as_numbers, is_real, one_line, require_tensor
 
 ClipRange = float | tuple[float, float]
 """How far a ratio may go from 1: the same both ways, or (below, above)."""
@@ -46,7 +46,9 @@ def clip_bounds(clip_range: ClipRange) -> tuple[float, float]:
     pair = tuple(clip_range) if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
     found = [float(x) for x in pair if is_real(x) and x > 0]
     if len(pair) != 2 or len(found) != 2:
-        raise ValueError(f"clip_range must be a positive number or two (below, above), got {clip_range!r}"[:300])
+        raise ValueError(
+            f"clip_range must be a positive number or two (below, above), got {one_line(clip_range)}"[:300]
+        )
     return 1 - found[0], 1 + found[1]
 
 
@@ -124,17 +126,21 @@ def _check(
         require_tensor(step_weights=step_weights)
         if ratio.dim() != 2 or step_weights.shape != ratio.shape[1:] or not _are_weights(step_weights):
             raise ValueError(
-                f"step_weights must be (t,) for step ratios (b, t), finite and not negative, got {step_weights} for {tuple(ratio.shape)}"
+                f"step_weights must be (t,) for step ratios (b, t), finite and not negative, "
+                f"got {one_line(step_weights)} for {tuple(ratio.shape)}"
             )
     weights = None if sample_weights is None else as_numbers("sample_weights", sample_weights).to(ratio)
     if weights is not None and (weights.shape != gains.shape or not _are_weights(weights)):
-        raise ValueError(f"sample_weights must be (b,) = {tuple(gains.shape)}, finite and not negative, got {weights}")
+        raise ValueError(
+            f"sample_weights must be (b,) = {tuple(gains.shape)}, finite and not negative, got {one_line(weights)}"
+        )
     if max_advantage is not None:
-        if isinstance(max_advantage, str) or not max_advantage > 0:
-            raise ValueError(f"max_advantage must be positive or None, got {max_advantage}")
-        gains = torch.where(torch.isfinite(gains), gains.clamp(-max_advantage, max_advantage), gains)
+        if not (is_real(max_advantage) and max_advantage > 0):
+            raise ValueError(f"max_advantage must be positive or None, got {one_line(max_advantage)}")
+        most = float(max_advantage)
+        gains = torch.where(torch.isfinite(gains), gains.clamp(-most, most), gains)
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {one_line(reduction)}")
     return gains, weights
 
 

@@ -15,7 +15,7 @@ from gspo.distributed import total
 from gspo.draw import Solver, draw
 from gspo.finite import FiniteVelocity
 from gspo.gdpo import whiten
-from gspo.inputs import Ids, as_ids, require_tensor
+from gspo.inputs import Ids, as_ids, one_line, require_tensor
 from gspo.loop import RewardFunction, as_rewards
 from gspo.objective_trainer import ObjectiveStatistics, ObjectiveTrainer, Reference
 from gspo.reward import TotalsAndParts
@@ -118,7 +118,7 @@ def objective_step(
         ValueError: Sizes do not fit, or see the functions it calls.
     """
     if not isinstance(group_size, int) or isinstance(group_size, bool):
-        raise ValueError(f"group_size must be a whole number of at least 2, got {group_size!r}")
+        raise ValueError(f"group_size must be a whole number of at least 2, got {one_line(group_size)}")
     if group_size < 2 and group_ids is None:
         raise ValueError(f"group_size must be at least 2 (a group of one has no advantage), got {group_size}")
     if trainer.objective.needs_trajectory:

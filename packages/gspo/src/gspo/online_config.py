@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gspo.advantage import Scale
-from gspo.inputs import check_real, check_seed, require_bool, require_kind, require_whole
+from gspo.inputs import check_real, check_seed, one_line, require_bool, require_kind, require_whole
 from gspo.policy_config import PolicyConfig
 from gspo.sde import FlowSDE, Kernel
 from gspo.window import SlidingWindow
@@ -59,7 +59,7 @@ class OnlineConfig:
         require_whole(self, 0, "advantage_ddof")
         check_seed(self.seed)
         if not isinstance(self.reward_weights, Mapping):
-            raise ValueError(f"reward_weights must be a dictionary by name, got {self.reward_weights!r}")
+            raise ValueError(f"reward_weights must be a dictionary by name, got {one_line(self.reward_weights)}")
         for name, weight in self.reward_weights.items():
             check_real(f"reward_weights[{name!r}]", weight)
         require_bool(self, "share_prefix", "own_noise", "offload", "split_batch")
@@ -72,4 +72,4 @@ class OnlineConfig:
             ("reward_aggregation", ("normalize_then_sum", "sum_then_normalize")),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {choices}, got {one_line(getattr(self, name))}")

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.inputs import require_tensor
+from gspo.inputs import one_line, require_tensor
 from gspo.rollout import Rollout
 
 
@@ -106,7 +106,7 @@ def reduce_rows(losses: Tensor, weights: Tensor, reduction: str) -> Tensor:
         ValueError: Another reduction.
     """
     if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+        raise ValueError(f"reduction must be 'mean' or 'none', got {one_line(reduction)}")
     keep = torch.isfinite(weights)
     losses = torch.where(keep, losses, torch.zeros_like(losses))
     return losses if reduction == "none" else losses.sum() / keep.sum().clamp_min(1)

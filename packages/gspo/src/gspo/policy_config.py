@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from gspo.inputs import is_real, require_bool, require_positive, require_real, require_whole
+from gspo.inputs import is_real, one_line, require_bool, require_positive, require_real, require_whole
 from gspo.objective import clip_bounds
 from gspo.ratio import RatioKind
 
@@ -48,13 +48,13 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         if self.ratio not in ("sequence", "step", "guarded"):
-            raise ValueError(f"ratio must be 'sequence', 'step' or 'guarded', got {self.ratio!r}")
+            raise ValueError(f"ratio must be 'sequence', 'step' or 'guarded', got {one_line(self.ratio)}")
         if not isinstance(self.clip_range, str) or self.clip_range != "auto":
             try:
                 clip_bounds(self.clip_range)
             except ValueError:
                 raise ValueError(
-                    f"clip_range must be a positive number, two of them (below, above) or 'auto', got {self.clip_range!r}"
+                    f"clip_range must be a positive number, two of them (below, above) or 'auto', got {one_line(self.clip_range)}"
                 ) from None
         require_real(self, "target_clip_fraction", "clip_range_rate", "max_advantage")
         require_bool(self, "drop_zero_variance", "reduce_gradients")
@@ -63,10 +63,10 @@ class PolicyConfig:
         if not 0 < self.clip_range_rate <= 1:
             raise ValueError(f"clip_range_rate must be in (0, 1], got {self.clip_range_rate}")
         if not (is_real(self.kl_coef) and self.kl_coef >= 0):
-            raise ValueError(f"kl_coef must be a number that is not negative, got {self.kl_coef!r}"[:300])
+            raise ValueError(f"kl_coef must be a number that is not negative, got {one_line(self.kl_coef)}"[:300])
         require_positive(self, "max_grad_norm", "max_advantage")
         require_whole(self, 1, "num_inner_epochs", "micro_batch_size")
         if self.off_policy not in ("warn", "raise", "allow"):
-            raise ValueError(f"off_policy must be 'warn', 'raise' or 'allow', got {self.off_policy!r}")
+            raise ValueError(f"off_policy must be 'warn', 'raise' or 'allow', got {one_line(self.off_policy)}")
         if self.on_nonfinite not in ("raise", "skip"):
-            raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got {self.on_nonfinite!r}")
+            raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got {one_line(self.on_nonfinite)}")

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.inputs import require_tensor
+from gspo.inputs import one_line, require_tensor
 from gspo.objective import gaussian_kl
 
 RatioKind = Literal["sequence", "step", "guarded"]
@@ -28,7 +28,9 @@ def _difference(log_prob: Tensor, old_log_prob: Tensor | float) -> Tensor:
                 f"log_prob and old_log_prob must both be (b, t), got {tuple(log_prob.shape)} and {tuple(old_log_prob.shape)}"
             )
     elif not isinstance(old_log_prob, int | float) or old_log_prob != 0:
-        raise ValueError(f"old_log_prob must be (b, t), or 0.0 if log_prob is the log-ratio, got {old_log_prob!r}")
+        raise ValueError(
+            f"old_log_prob must be (b, t), or 0.0 if log_prob is the log-ratio, got {one_line(old_log_prob)}"
+        )
     if log_prob.dim() != 2:
         raise ValueError(f"log_prob must be (b, t), got {tuple(log_prob.shape)}")
     if log_prob.shape[1] == 0:
@@ -87,6 +89,7 @@ def guarded_log_ratio(
         std: Of the steps, the same for both.
     """
     log_ratio = _difference(log_prob, old_log_prob)
+    require_tensor(mean=mean, old_mean=old_mean, std=std)
     if mean.shape != old_mean.shape or mean.shape[:2] != log_prob.shape or std.shape != log_prob.shape:
         raise ValueError(
             f"mean and old_mean must be (b, t, ...) and std (b, t) for log_prob {tuple(log_prob.shape)}, "
@@ -110,7 +113,7 @@ def guarded_step_importance_ratio(
 def importance_ratio(kind: RatioKind, log_ratio: Float[Tensor, "b t"]) -> Float[Tensor, " b"] | Float[Tensor, "b t"]:
     """The ratio of that kind: (b,) for "sequence", (b, t) for "step" and "guarded" (then of a `guarded_log_ratio`)."""
     if kind not in ("sequence", "step", "guarded"):
-        raise ValueError(f"ratio must be 'sequence', 'step' or 'guarded', got {kind!r}")
+        raise ValueError(f"ratio must be 'sequence', 'step' or 'guarded', got {one_line(kind)}")
     if kind == "sequence":
         return sequence_importance_ratio(log_ratio, 0.0)
     return step_importance_ratio(log_ratio, 0.0)

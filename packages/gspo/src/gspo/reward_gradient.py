@@ -6,6 +6,7 @@ The upper baseline of every other method: it says how far a reward can be pushed
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -17,7 +18,19 @@ from torch.utils.checkpoint import checkpoint
 
 from gspo.distributed import ProcessGroup, resolve, sum_gradients, total, world_size
 from gspo.draw import check_levels
-from gspo.inputs import check_seed, require_bool, require_positive, require_real, require_whole
+from gspo.inputs import (
+    Ids,
+    as_ids,
+    check_flag,
+    check_function,
+    check_seed,
+    one_line,
+    require_bool,
+    require_floating,
+    require_positive,
+    require_real,
+    require_whole,
+)
 from gspo.rollout import VelocityFunction
 from gspo.sde import wide
 from gspo.signal_log import SignalLog
@@ -60,6 +73,17 @@ def euler_steps(
     return x
 
 
+def _check(velocity_fn: VelocityFunction, noise: Tensor, index: Ids) -> Tensor:
+    """Prompts as whole numbers beside the noise; raises ValueError where something is not what it has to be."""
+    check_function(velocity_fn=velocity_fn)
+    require_floating(noise=noise)
+    prompts = as_ids("index", index).to(noise.device)
+    if noise.dim() < 2 or not len(noise) or prompts.shape != noise.shape[:1]:
+        shapes = f"{tuple(noise.shape)} and {tuple(prompts.shape)}"
+        raise ValueError(f"noise must be (b, ...) with b at least 1 and index (b,), got {shapes}")
+    return prompts
+
+
 def draft_samples(
     velocity_fn: VelocityFunction,
     noise: Float[Tensor, "b ..."],
@@ -83,10 +107,12 @@ def draft_samples(
         ValueError: last_steps is not in [1, steps], or see `gspo.draw.check_levels`.
     """
     levels = check_levels(sigmas)
+    check_flag(recompute=recompute)
     steps = len(levels) - 1
     kept = steps if last_steps is None else last_steps
-    if not 1 <= kept <= steps:
-        raise ValueError(f"last_steps must be in [1, {steps}] or None, got {last_steps}")
+    if not isinstance(kept, numbers.Integral) or isinstance(kept, bool) or not 1 <= kept <= steps:
+        raise ValueError(f"last_steps must be in [1, {steps}] or None, got {one_line(last_steps)}")
+    index = _check(velocity_fn, noise, index)
     with torch.no_grad():
         x = euler_steps(velocity_fn, noise, levels[: steps - kept + 1], index)
     return euler_steps(velocity_fn, x, levels[steps - kept :], index, recompute=recompute)
@@ -112,8 +138,9 @@ def refl_samples(
         ValueError: There is no such step, or see `gspo.draw.check_levels`.
     """
     levels = check_levels(sigmas)
-    if not 0 <= step < len(levels) - 1:
-        raise ValueError(f"step must be in [0, {len(levels) - 2}], got {step}")
+    if not isinstance(step, numbers.Integral) or isinstance(step, bool) or not 0 <= step < len(levels) - 1:
+        raise ValueError(f"step must be in [0, {len(levels) - 2}], got {one_line(step)}")
+    index = _check(velocity_fn, noise, index)
     with torch.no_grad():
         x = euler_steps(velocity_fn, noise, levels[: step + 1], index)
     sigma = torch.full((len(x),), levels[step], device=x.device)
@@ -148,7 +175,7 @@ class RewardGradientConfig:
 
     def __post_init__(self) -> None:
         if self.method not in ("draft", "refl"):
-            raise ValueError(f"method must be 'draft' or 'refl', got {self.method!r}")
+            raise ValueError(f"method must be 'draft' or 'refl', got {one_line(self.method)}")
         require_whole(self, 1, "last_steps", "micro_batch_size")
         require_real(self, "refl_from")
         if not 0 <= self.refl_from < 1:

@@ -12,7 +12,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gspo.inputs import Ids, SupportsArray, as_ids, as_numbers, check_whole, require_floating
+from gspo.inputs import (
+    Ids,
+    SupportsArray,
+    as_ids,
+    as_numbers,
+    check_flag,
+    check_function,
+    check_whole,
+    one_line,
+    require_floating,
+)
 from gspo.sde import FlowODE, Kernel
 from gspo.solver import solve_tail
 
@@ -154,6 +164,8 @@ def rollout(
     """
     levels = check_sigmas(sigmas, window)
     _check(noise, kernel, group_size=group_size, tail_steps=tail_steps, micro_batch_size=micro_batch_size)
+    check_function(velocity_fn=velocity_fn)
+    check_flag(share_prefix=share_prefix, offload=offload)
     first, last = window[0], window[-1]
     prompts = torch.arange(len(noise)) if index is None else as_ids("index", index)
     if prompts.shape != noise.shape[:1]:
@@ -207,5 +219,7 @@ def _check(noise: Tensor, kernel: Kernel, *, group_size: int, **at_least_one: in
     if noise.dim() < 2 or len(noise) == 0:
         raise ValueError(f"noise must be (p, ...) with p at least 1, got shape {tuple(noise.shape)}")
     check_whole(1, group_size=group_size, **at_least_one)
+    if group_size is None:
+        raise ValueError("group_size must be at least 1, as a whole number, got None")
     if isinstance(kernel, FlowODE) or not isinstance(kernel, Kernel):
-        raise ValueError(f"kernel must draw noise (FlowSDE, FlowCPS, DanceSDE), got {kernel!r}")
+        raise ValueError(f"kernel must draw noise (FlowSDE, FlowCPS, DanceSDE), got {one_line(kernel)}")

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from gspo.inputs import check_whole
 from gspo.rollout import StepNoise
 
 
@@ -59,7 +60,9 @@ def share_groups(num_prompts: int, group_size: int, *, rank: int = 0, num_ranks:
     >>> share_groups(4, 6, rank=1, num_ranks=2).prompts, share_groups(1, 6, rank=1, num_ranks=2).members
     (slice(2, 4, None), slice(3, 6, None))
     """
-    if num_prompts < 1 or group_size < 1 or not 0 <= rank < num_ranks:
+    check_whole(1, num_prompts=num_prompts, group_size=group_size, num_ranks=num_ranks)
+    check_whole(0, rank=rank)
+    if None in (num_prompts, group_size, rank, num_ranks) or not rank < num_ranks:
         raise ValueError(
             f"num_prompts and group_size must be at least 1 and rank in [0, num_ranks), got {num_prompts} prompts of "
             f"{group_size} and rank {rank} of {num_ranks}"

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gspo.inputs import as_ids, as_numbers, require_tensor
+from gspo.inputs import as_ids, as_numbers, check_positive, is_real, one_line, require_tensor
 
 
 class GradientSignal(NamedTuple):
@@ -91,8 +91,7 @@ def gradient_signal(gradients: Float[Tensor, "m p"], samples_per_batch: float) -
         raise ValueError(f"gradients must be (m, p) with m at least 2, got shape {tuple(gradients.shape)}")
     if not bool(torch.isfinite(gradients).all()):
         raise ValueError("gradients must be finite, got NaN or infinity")
-    if not 0 < samples_per_batch < math.inf:
-        raise ValueError(f"samples_per_batch must be positive, got {samples_per_batch}")
+    check_positive(samples_per_batch=samples_per_batch)
     wide = gradients.cpu().double()
     products = wide @ wide.T
     lengths = products.diagonal().sqrt()
@@ -211,8 +210,8 @@ def random_walk_length(num_updates: int, momentum: float = 0.0) -> float:
     """
     if num_updates < 1:
         raise ValueError(f"num_updates must be at least 1, got {num_updates}")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+    if not (is_real(momentum) and 0 <= momentum < 1):
+        raise ValueError(f"momentum must be in [0, 1), got {one_line(momentum)}")
     b, k = momentum, num_updates
     return (1 + b) / (1 - b) - 2 * b * (1 - b**k) / (k * (1 - b) ** 2)
 
@@ -229,6 +228,7 @@ def walk_ratio(updates: Float[Tensor, "k p"], momentum: float = 0.0) -> float:
     >>> walk_ratio(torch.tensor([[1.0, 0.0], [1.0, 0.0]])), walk_ratio(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     (2.0, 1.0)
     """
+    require_tensor(updates=updates)
     if updates.dim() != 2 or len(updates) < 2:
         raise ValueError(f"updates must be (k, p) with k at least 2, got shape {tuple(updates.shape)}")
     wide = updates.cpu().double()

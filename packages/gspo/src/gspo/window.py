@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
-from gspo.inputs import check_seed, require_real, require_whole
+from gspo.inputs import check_seed, one_line, require_real, require_whole
 
 MAX_STEPS = 100_000
 Strategy = Literal["progressive", "random", "exp_decay", "fixed"]
@@ -65,7 +65,9 @@ class SlidingWindow:
         if not 1 <= self.size <= self.num_steps - 1:
             raise ValueError(f"size must be in [1, num_steps - 1 = {self.num_steps - 1}], got {self.size}")
         if self.strategy not in ("progressive", "random", "exp_decay", "fixed"):
-            raise ValueError(f"strategy must be 'progressive', 'random', 'exp_decay' or 'fixed', got {self.strategy!r}")
+            raise ValueError(
+                f"strategy must be 'progressive', 'random', 'exp_decay' or 'fixed', got {one_line(self.strategy)}"
+            )
         last = self.num_steps - 1 - self.size if self.strategy == "fixed" else 0
         if not 0 <= self.start <= last:
             raise ValueError(f"start must be in [0, {last}] for strategy {self.strategy!r}, got {self.start}")
@@ -104,7 +106,7 @@ class SlidingWindow:
         ((0, 1), (1, 2), (0, 1))
         """
         if not isinstance(iteration, numbers.Integral) or iteration < 0:
-            raise ValueError(f"iteration must be a whole number and not negative, got {iteration!r}")
+            raise ValueError(f"iteration must be a whole number and not negative, got {one_line(iteration)}")
         start = self.starts[self._position(iteration)]
         return tuple(range(start, start + self.size))
 

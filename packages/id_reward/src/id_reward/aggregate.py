@@ -238,6 +238,8 @@ def as_composite(scorer: Any, name: str = "reward") -> CompositeReward:
         return scorer
     if isinstance(scorer, Mapping):
         return CompositeReward(scorer)
+    if not isinstance(name, str):
+        raise InputError(f"name must be a text, got {name!r}"[:300])
     about = getattr(scorer, "__name__", type(scorer).__name__)
     wanted = f"a CompositeReward, a scorer(images, prompts, references), or a dictionary of name -> (scorer, weight), got {about}"
     if isinstance(scorer, type):

@@ -135,6 +135,8 @@ def score_similarity(
         off_pair_penalty=off_pair_penalty,
         min_similarity=min_similarity,
     )
+    missing_penalty, extra_penalty = float(missing_penalty), float(extra_penalty)  # they may be tensors
+    off_pair_penalty, min_similarity = float(off_pair_penalty), float(min_similarity)
     matrix = check_similarity(similarity)
     count, faces = matrix.shape
     if count == 0:
@@ -215,6 +217,8 @@ def multi_id_alignment_reward(
     >>> multi_id_alignment_reward(np.eye(2), np.eye(2)).reward
     1.0
     """
+    pushed = finite("off_pair_penalty", off_pair_penalty, least=0.0) > 0
+    among = cosine_similarity(reference_embeddings, reference_embeddings) if pushed else None
     return score_similarity(
         cosine_similarity(reference_embeddings, face_embeddings),
         missing_penalty=missing_penalty,
@@ -222,7 +226,7 @@ def multi_id_alignment_reward(
         convention=convention,
         min_similarity=min_similarity,
         off_pair_penalty=off_pair_penalty,
-        among_references=cosine_similarity(reference_embeddings, reference_embeddings) if off_pair_penalty else None,
+        among_references=among,
     )
 
 
@@ -303,8 +307,15 @@ def swap_rate(confusion: Float[np.ndarray, "r r"]) -> float:
 
 
 def box_overlap(a: Float[np.ndarray, "r 4"], b: Float[np.ndarray, "f 4"]) -> Float[np.ndarray, "r f"]:
-    """Intersection over union of boxes (left, top, right, bottom)."""
+    """Intersection over union of boxes (left, top, right, bottom).
+
+    Raises:
+        ValueError: They are no finite boxes.
+    """
     a, b = as_floats(a), as_floats(b)
+    for name, boxes in (("a", a), ("b", b)):
+        if boxes.ndim != 2 or boxes.shape[1] != 4 or not np.isfinite(boxes).all():
+            raise InputError(f"{name} must be finite boxes (n, 4), got shape {boxes.shape}")
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, 2:], b[None, :, 2:])
     both = np.clip(high - low, 0, None).prod(-1)

@@ -26,7 +26,7 @@ from id_reward.errors import InputError
 from id_reward.floats import as_floats, part_values
 from id_reward.identity import IdentityScorer
 from id_reward.inputs import listed_batch, listed_references, row_keys
-from id_reward.matching import match
+from id_reward.matching import check_similarity, match
 from id_reward.protocols import Scorer
 from id_reward.shapes import Float
 
@@ -41,8 +41,11 @@ def id_confidence(similarity: Float[np.ndarray, "r f"]) -> float:
 
     >>> round(id_confidence(np.array([[0.8, 0.4], [0.0, 0.5]])), 3)
     0.75
+
+    Raises:
+        ValueError: The matrix is none, or not finite.
     """
-    matrix = as_floats(similarity)
+    matrix = check_similarity(similarity)
     if not len(matrix) or matrix.shape[1] < 2:
         return float("nan")
     second, first = np.sort(matrix, axis=1)[:, -2:].T

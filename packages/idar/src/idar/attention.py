@@ -8,7 +8,7 @@ memory depends neither on the number of heads nor of blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from idar import streaming
-from idar.masks import require_tensor
+from idar.masks import MAX_TOKENS, one_line, require_tensor
 
 Span = tuple[int, int]
 Direction = Literal["reference_to_image", "image_to_reference"]
@@ -25,27 +25,34 @@ DIRECTIONS: tuple[Direction, ...] = ("reference_to_image", "image_to_reference")
 
 def check_spans(length: int, subject_spans: Sequence[Span], image_span: Span) -> None:
     """Raises ValueError unless all spans are non-empty, inside the sequence and apart from each other."""
+    if not isinstance(subject_spans, Sequence) or isinstance(subject_spans, str):
+        raise ValueError(f"subject_spans must be a list of (start, stop), got {one_line(subject_spans)}")
     if not subject_spans:
         raise ValueError("subject_spans must hold at least one (start, stop), got none")
     for name, span in [
         ("image_span", image_span),
         *[(f"subject_spans[{i}]", s) for i, s in enumerate(subject_spans)],
     ]:
-        if len(span) != 2 or not all(isinstance(end, Integral) for end in span):
-            raise ValueError(f"{name} must be two whole numbers (start, stop), got {span!r}")
+        pair = isinstance(span, Sequence) and len(span) == 2
+        if not pair or not all(_is_whole(end) for end in span):
+            raise ValueError(f"{name} must be two whole numbers (start, stop), got {one_line(span)}")
         start, stop = span
         if not 0 <= start < stop <= length:
             raise ValueError(f"{name} must satisfy 0 <= start < stop <= {length}, got ({start}, {stop})")
-    ordered = sorted([image_span, *subject_spans])
+    ordered = sorted([tuple(image_span), *map(tuple, subject_spans)])
     for (a, b), (c, d) in zip(ordered[:-1], ordered[1:], strict=True):
         if c < b:
             raise ValueError(f"spans must not overlap, got ({a}, {b}) and ({c}, {d})")
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_direction(direction: str) -> None:
     """Raises ValueError unless the direction is one of the two."""
     if direction not in DIRECTIONS:
-        raise ValueError(f"direction must be 'reference_to_image' or 'image_to_reference', got {direction!r}")
+        raise ValueError(f"direction must be 'reference_to_image' or 'image_to_reference', got {one_line(direction)}")
 
 
 def subject_attention(
@@ -109,10 +116,14 @@ def subject_attention(
         raise ValueError(f"query and key must be floating, got {query.dtype} and {key.dtype}")
     check_spans(query.shape[2], subject_spans, image_span)
     check_direction(direction)
-    if chunk_size is not None and (not isinstance(chunk_size, Integral) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    if scale is not None and not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be positive, got {scale}")
+    if chunk_size is not None and not (_is_whole(chunk_size) and 1 <= chunk_size < 2**63):
+        raise ValueError(f"chunk_size must be at least 1, as a whole number of 64 bits, got {one_line(chunk_size)}")
+    if scale is not None and not (isinstance(scale, Real) and not isinstance(scale, bool) and 0 < scale < float("inf")):
+        raise ValueError(f"scale must be positive, got {one_line(scale)}")
+    if key_mask is not None:
+        require_tensor(key_mask=key_mask)
+    if bias is not None:
+        require_tensor(bias=bias)
     if key_mask is not None and key_mask.shape != (query.shape[0], query.shape[2]):
         raise ValueError(f"key_mask must be (b, n) = {(query.shape[0], query.shape[2])}, got {tuple(key_mask.shape)}")
     if key_mask is not None and not bool(key_mask[:, slice(*image_span)].any(1).all()):
@@ -185,8 +196,10 @@ def stratified_subset(
     >>> stratified_subset(4, 4).tolist()
     [0, 1, 2, 3]
     """
-    if not isinstance(num_samples, Integral) or not 1 <= num_samples <= length:
-        raise ValueError(f"num_samples must be in [1, {length}], got {num_samples}")
+    if not _is_whole(length) or not 1 <= length <= MAX_TOKENS:
+        raise ValueError(f"length must be a whole number in [1, {MAX_TOKENS}], got {one_line(length)}")
+    if not _is_whole(num_samples) or not 1 <= num_samples <= length:
+        raise ValueError(f"num_samples must be in [1, {length}], got {one_line(num_samples)}")
     step = length / num_samples
     where = (torch.arange(num_samples) + torch.rand(num_samples, generator=generator, dtype=torch.float64)) * step
     return where.long().clamp_(max=length - 1)

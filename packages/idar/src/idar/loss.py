@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from idar.masks import Normalization, normalize_maps, require_tensor
+from idar.masks import Normalization, normalize_maps, one_line, require_tensor
 
 LossKind = Literal["dice", "soft_iou", "cross_entropy", "share_cross_entropy", "token_cross_entropy", "balanced"]
 
@@ -134,13 +134,13 @@ def idar_loss(
     check_masks(maps, masks)
     maps = maps.float() if maps.itemsize < 4 else maps  # half precision rounds a token's share of a map away
     if not isinstance(eps, numbers.Real) or isinstance(eps, bool) or not 0 <= eps <= 1:
-        raise ValueError(f"eps must be a number in [0, 1], got {eps!r}")
+        raise ValueError(f"eps must be a number in [0, 1], got {one_line(eps)}")
     if weight is not None:
         require_tensor(weight=weight)
         if weight.shape != maps.shape[:1] or not bool((torch.isfinite(weight) & (weight >= 0)).all()):
             raise ValueError(f"weight must be one factor of at least 0 per sample ({len(maps)}), got {weight.tolist()}")
     if not isinstance(kind, str) or kind not in _LOSSES:
-        raise ValueError(f"kind must be one of {tuple(_LOSSES)}, got {kind!r}")
+        raise ValueError(f"kind must be one of {tuple(_LOSSES)}, got {one_line(kind)}")
     if kind in ("share_cross_entropy", "token_cross_entropy") and normalization == "none":
         _warn_of_the_other_direction(maps, kind)
     present = masks.sum(-1) > 0
@@ -179,9 +179,9 @@ def sigma_weight(sigma: Float[Tensor, " b"], *, sigma_max: float = 1.0, power: f
     [1.0, 0.5, 0.0]
     """
     require_tensor(sigma=sigma)
-    numeric = all(isinstance(n, numbers.Real) for n in (sigma_max, power))
+    numeric = all(isinstance(n, numbers.Real) and not isinstance(n, bool) for n in (sigma_max, power))
     if not numeric or not 0 < sigma_max <= 1 or not 0 <= power < math.inf:
-        raise ValueError(f"sigma_max must be in (0, 1] and power at least 0, got {sigma_max} and {power}")
+        raise ValueError(f"sigma_max must be in (0, 1] and power at least 0, got {one_line((sigma_max, power))}")
     if not bool(((sigma >= 0) & (sigma <= 1)).all()):
         raise ValueError("sigma must lie in [0, 1], got values outside or NaN")
-    return torch.where(sigma <= sigma_max, (1 - sigma) ** power, torch.zeros_like(sigma))
+    return torch.where(sigma <= sigma_max, (1 - sigma) ** float(power), torch.zeros_like(sigma))

@@ -37,7 +37,12 @@ def check_number(name: str, value: object, low: float, high: float) -> None:
         ValueError: Naming it.
     """
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not low <= float(value) <= high:
-        raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}"[:300])
+        raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {one_line(value)}")
+
+
+def one_line(value: object) -> str:
+    """How a sentence shows what came: on one line, and not all of it where it is long."""
+    return " ".join(repr(value).split())[:200]
 
 
 def check_size(size: tuple[int, int]) -> None:
@@ -48,7 +53,7 @@ def check_size(size: tuple[int, int]) -> None:
     """
     pair = isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 2
     if not pair or not all(isinstance(n, numbers.Real) and 1 <= n < math.inf for n in size):
-        raise ValueError(f"size must be positive, two finite numbers (height, width), got {size!r}"[:300])
+        raise ValueError(f"size must be positive, two finite numbers (height, width), got {one_line(size)}")
 
 
 def check_grid(grid: tuple[int, int]) -> tuple[int, int]:
@@ -62,7 +67,7 @@ def check_grid(grid: tuple[int, int]) -> tuple[int, int]:
     """
     good = isinstance(grid, Sequence) and not isinstance(grid, str) and len(grid) == 2
     if not good or not all(isinstance(n, numbers.Integral) and not isinstance(n, bool) and n >= 1 for n in grid):
-        raise ValueError(f"grid must be positive, two whole numbers (rows, columns), got {grid!r}")
+        raise ValueError(f"grid must be positive, two whole numbers (rows, columns), got {one_line(grid)}")
     if grid[0] * grid[1] > MAX_TOKENS:
         raise ValueError(f"grid must be positive and of at most {MAX_TOKENS:,} tokens, got {grid!r}"[:300])
     return int(grid[0]), int(grid[1])
@@ -108,7 +113,9 @@ def token_masks(
         raise ValueError("masks must lie in [0, 1], got values outside or NaN")
     four = isinstance(padding, Sequence) and len(padding) == 4 and all(isinstance(p, numbers.Real) for p in padding)
     if not four or not all(0 <= p < math.inf for p in padding):
-        raise ValueError(f"padding must be four numbers (left, top, right, bottom) of at least 0, got {padding}")
+        raise ValueError(
+            f"padding must be four numbers (left, top, right, bottom) of at least 0, got {one_line(padding)}"
+        )
     left, top, right, bottom = padding
     height, width = masks.shape[2] + top + bottom, masks.shape[3] + left + right
     scale_y, scale_x = height / grid[0], width / grid[1]  # pixels per token
@@ -117,7 +124,7 @@ def token_masks(
     elif fit == "crop":
         scale_y = scale_x = min(scale_y, scale_x)
     elif fit != "stretch":
-        raise ValueError(f"fit must be 'stretch', 'pad' or 'crop', got {fit!r}")
+        raise ValueError(f"fit must be 'stretch', 'pad' or 'crop', got {one_line(fit)}")
     rows = _overlaps(masks.shape[2], grid[0], scale_y, (height - grid[0] * scale_y) / 2 - top).to(masks.device)
     columns = _overlaps(masks.shape[3], grid[1], scale_x, (width - grid[1] * scale_x) / 2 - left).to(masks.device)
     return torch.einsum("ry,bsyx,cx->bsrc", rows, masks, columns).flatten(2).clamp_(0, 1)
@@ -141,11 +148,11 @@ def owner_masks(coverage: Float[Tensor, "b s n"], *, threshold: float = 0.15) ->
     require_tensor(coverage=coverage)
     if coverage.dim() != 3 or not coverage.shape[1] or not bool(torch.isfinite(coverage).all()):
         raise ValueError(f"coverage must be finite and (b, s, n), got {tuple(coverage.shape)}")
-    if not isinstance(threshold, numbers.Real) or not 0 < threshold < math.inf:
-        raise ValueError(f"threshold must be positive and finite, got {threshold!r}")
+    if not isinstance(threshold, numbers.Real) or isinstance(threshold, bool) or not 0 < threshold < math.inf:
+        raise ValueError(f"threshold must be positive and finite, got {one_line(threshold)}")
     best = coverage.max(1, keepdim=True)
     ones = torch.zeros_like(coverage, dtype=torch.float32).scatter_(1, best.indices, 1.0)
-    return ones * (best.values >= threshold)
+    return ones * (best.values >= float(threshold))
 
 
 def box_masks(
@@ -231,7 +238,7 @@ def map_boxes(
         raise ValueError("maps must be finite and at least 0, got values outside or NaN")
     check_size(size)
     if not isinstance(tail, numbers.Real) or not 0 <= tail < 0.5:
-        raise ValueError(f"tail must be in [0, 0.5), got {tail!r}")
+        raise ValueError(f"tail must be in [0, 0.5), got {one_line(tail)}")
     maps = maps if maps.dtype == torch.float64 else maps.float()
     relative = maps / maps.mean(-1, keepdim=True).clamp_min(1e-12)
     total = maps.sum(1, keepdim=True)
@@ -277,6 +284,8 @@ def normalize_maps(
     """
     require_tensor(maps=maps)
     check_number("eps", eps, 0, 1)
+    if maps.dim() != 3 or not maps.shape[-1]:
+        raise ValueError(f"maps must be (b, s, n) of at least one token, got {tuple(maps.shape)}")
     if not bool((maps.detach() >= 0).all()):
         raise ValueError(f"maps must be at least 0, as attention is, got {float(maps.detach().min()):g}")
     if maps.dtype in (torch.float16, torch.bfloat16):
@@ -292,4 +301,4 @@ def normalize_maps(
         return maps / maps.sum(-1, keepdim=True).clamp_min(eps)
     if mode == "none":
         return maps
-    raise ValueError(f"mode must be 'max', 'minmax', 'share', 'sum' or 'none', got {mode!r}")
+    raise ValueError(f"mode must be 'max', 'minmax', 'share', 'sum' or 'none', got {one_line(mode)}")

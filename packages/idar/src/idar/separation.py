@@ -6,7 +6,8 @@ person. What one person's image tokens read from the other person's reference is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence, Set
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from idar.attention import streaming_maps
 from idar.layout import SubjectLayout
-from idar.masks import owner_masks, require_tensor
+from idar.masks import MAX_TOKENS, one_line, owner_masks, require_tensor
 
 Arrow = Literal[
     "image_to_reference",
@@ -80,6 +81,8 @@ def separation_bias(
     """
     layouts = check_separation(layout, masks, strength, background, arrows)
     length = max(one.stop for one in layouts) if num_tokens is None else num_tokens
+    if not isinstance(length, Integral) or not length <= MAX_TOKENS:
+        raise ValueError(f"num_tokens must be a whole number, got {one_line(length)}")
     if length < max(one.stop for one in layouts):
         raise ValueError(f"num_tokens must be at least the layout's {max(o.stop for o in layouts)}, got {length}")
     allowed = torch.ones(len(masks), length, length, dtype=torch.float32, device=masks.device)
@@ -116,29 +119,40 @@ def check_separation(
         raise ValueError(f"masks must be of the layout's {most} subjects, got {masks.shape[1]}")
     if not bool(((masks >= 0) & (masks <= 1)).all()):
         raise ValueError("masks must lie in [0, 1], got values outside or NaN")
-    given = torch.as_tensor(strength, dtype=torch.float32)
+    given = _as_power(strength)
     if given.dim() > 1 or (given.dim() == 1 and len(given) not in (1, len(masks))):
         raise ValueError(f"strength must be one number or one per row ({len(masks)}), got {tuple(given.shape)}")
     if not bool(((given >= 0) & (given <= 1)).all()):
-        raise ValueError(f"strength must lie in [0, 1], got {strength}")
+        raise ValueError(f"strength must lie in [0, 1], got {one_line(strength)}")
     check_rules(background, arrows)
     return layouts
 
 
+def _as_power(strength: float | Tensor) -> Tensor:
+    """A strength as a tensor; raises ValueError where it holds no numbers."""
+    try:
+        if isinstance(strength, bool):
+            raise TypeError
+        return torch.as_tensor(strength, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"strength must be one number or one per row, got {one_line(strength)}") from error
+
+
 def as_layouts(layout: SubjectLayout | Sequence[SubjectLayout]) -> list[SubjectLayout]:
     """One layout, or one per row, as a list; raises ValueError where it is neither."""
-    layouts = [layout] if isinstance(layout, SubjectLayout) else list(layout) if isinstance(layout, Iterable) else []
+    layouts = [layout] if isinstance(layout, SubjectLayout) else list(layout) if isinstance(layout, Sequence) else []
     if not layouts or not all(isinstance(one, SubjectLayout) for one in layouts):
-        raise ValueError(f"layout must be a SubjectLayout, or one per row, got {layout!r}"[:300])
+        raise ValueError(f"layout must be a SubjectLayout, or one per row, got {one_line(layout)}")
     return layouts
 
 
 def check_rules(background: str, arrows: Sequence[str]) -> None:
     """Raises ValueError where there is no such rule for the background, or no such arrow."""
     if not isinstance(background, str) or background not in ("none", "all"):
-        raise ValueError(f"background must be 'none' or 'all', got {background!r}")
-    if isinstance(arrows, str) or not isinstance(arrows, Iterable) or [a for a in arrows if a not in ARROWS]:
-        raise ValueError(f"arrows must be chosen from {ARROWS}, got {arrows!r}")
+        raise ValueError(f"background must be 'none' or 'all', got {one_line(background)}")
+    several = isinstance(arrows, Sequence | Set) and not isinstance(arrows, str)
+    if not several or [a for a in arrows if a not in ARROWS]:
+        raise ValueError(f"arrows must be chosen from {ARROWS}, got {one_line(arrows)}")
 
 
 def _allow(
@@ -254,6 +268,12 @@ def attention_owners(
     token gets an owner, whether it shows somebody or not.
     """
     require_tensor(query=query, key=key)
+    if not isinstance(layout, SubjectLayout):
+        raise ValueError(f"layout must be a SubjectLayout, got {one_line(layout)}")
+    alike = query.dim() == key.dim() == 4 and query.shape[:2] == key.shape[:2] and query.shape[3] == key.shape[3]
+    if not alike or key.shape[2] < layout.stop:
+        shapes = f"{tuple(query.shape)} and {tuple(key.shape)}"
+        raise ValueError(f"query and key must be (b, h, n, d) of at least {layout.stop} keys, got {shapes}")
     image = layout.image_queries(query.shape[2], key.shape[2]) if layout.causal else layout.image_span
     maps = streaming_maps(query, key, [], layout.subject_spans, image, layout.image_span, "image_to_reference")
     return owner_masks(maps, threshold=1e-12)

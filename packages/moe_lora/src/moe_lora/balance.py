@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_lora.inputs import check_index, check_tensors
+
 
 def _routed(expert_index: Tensor, mask: Tensor | None) -> Tensor:
     """(n, 1) fp32, 1 where a token counts."""
@@ -29,6 +31,11 @@ def load_balance_loss(
     >>> float(load_balance_loss(torch.zeros(4, 2), torch.tensor([[0], [1], [0], [1]])))
     1.0
     """
+    sizes: dict[str, int] = {}
+    check_tensors("real", sizes, gate_logits=(gate_logits, "n e"))
+    check_tensors("whole", sizes, expert_index=(expert_index, "n k"))
+    check_tensors("boolean", sizes, mask=(mask, "n?"))
+    check_index("expert_index", expert_index, gate_logits.shape[-1])
     count = gate_logits.shape[-1]
     routed = _routed(expert_index, mask)
     tokens = routed.sum().clamp_min(1)
@@ -46,6 +53,9 @@ def router_z_loss(gate_logits: Float[Tensor, "n e"], mask: Bool[Tensor, " n"] | 
     >>> round(float(router_z_loss(torch.zeros(3, 1))), 4)
     0.0
     """
+    sizes: dict[str, int] = {}
+    check_tensors("real", sizes, gate_logits=(gate_logits, "n e"))
+    check_tensors("boolean", sizes, mask=(mask, "n?"))
     values = gate_logits.float().logsumexp(-1).square()
     if mask is None:
         return values.sum() / max(len(values), 1)

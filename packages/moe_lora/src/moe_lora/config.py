@@ -7,6 +7,8 @@ import numbers
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from moe_lora.inputs import check_one_of
+
 Gating = Literal["softmax_then_topk", "topk_then_softmax"]
 Dispatch = Literal["grouped", "loop", "dense"]
 
@@ -68,8 +70,7 @@ class MoELoRAConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name, known in (("gating", get_args(Gating)), ("dispatch", get_args(Dispatch))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
+            check_one_of(name, getattr(self, name), known)
         if not isinstance(self.check_gate, bool):
             raise ValueError(f"check_gate must be a bool, got {self.check_gate!r}")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lora.config import Dispatch
 from moe_lora.grouped import grouped_experts
+from moe_lora.inputs import check_index, check_one_of, check_tensors
 
 
 def _dense(h: Tensor, lora_a: Tensor, lora_b: Tensor, weights: Tensor, index: Tensor) -> Tensor:
@@ -52,7 +55,16 @@ def experts(
     >>> h, a, b = torch.ones(1, 2), torch.ones(3, 1, 2), torch.arange(3.0).view(3, 1, 1)
     >>> experts(h, a, b, torch.tensor([[0.5, 0.5]]), torch.tensor([[1, 2]]))
     tensor([[3.]])
+
+    Raises:
+        ValueError: Something is of another kind or size, or an expert is not there (looked for on the CPU; an accelerator is not waited for).
     """
+    sizes: dict[str, int] = {}
+    check_tensors("floating", sizes, h=(h, "n d"), lora_a=(lora_a, "e r d"), lora_b=(lora_b, "e o r"))
+    check_tensors("floating", sizes, gate_weights=(gate_weights, "n k"))
+    check_tensors("whole", sizes, expert_index=(expert_index, "n k"))
+    check_index("expert_index", expert_index, lora_a.shape[0])
+    check_one_of("dispatch", dispatch, get_args(Dispatch))
     if dispatch == "dense":
         return _dense(h, lora_a, lora_b, gate_weights, expert_index)
     if dispatch == "loop":

@@ -23,6 +23,7 @@ from moe_lora.checkpoint import (
     write_parameter,
 )
 from moe_lora.config import MoELoRAConfig
+from moe_lora.inputs import one_line
 from moe_lora.layer import MoELoRALayer
 from moe_lora.routing import RoutingStatistics, routing_statistics
 from moe_lora.standin import StandIn, check_one_place, check_target
@@ -52,13 +53,15 @@ def find_targets(model: nn.Module, targets: Targets) -> list[str]:
     >>> find_targets(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), ["[02]"])
     ['0', '2']
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch module, got {type(model).__name__}")
     modules = {name: module for name, module in model.named_modules() if name}
     names = list(modules)
-    several = isinstance(targets, Iterable) and not isinstance(targets, (str, bytes))
+    several = isinstance(targets, Iterable) and not isinstance(targets, (str, bytes, Tensor))
     if several:
         targets = list(targets)  # type: ignore[arg-type]
     if not (callable(targets) or isinstance(targets, str) or (several and all(isinstance(t, str) for t in targets))):
-        raise ValueError(f"targets must be regular expressions or a function of names, got {targets!r}")
+        raise ValueError(f"targets must be regular expressions or a function of names, got {one_line(targets)}")
     if callable(targets):
         found = [n for n in names if targets(n)]
     else:

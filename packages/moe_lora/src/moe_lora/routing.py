@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moe_lora.balance import load_balance_loss, router_z_loss
 from moe_lora.config import Gating
+from moe_lora.inputs import check_index, check_one_of, check_tensors, check_whole
 
 __all__ = [
     "Router",
@@ -57,12 +58,20 @@ def route(
         check_gate: Whether to look for NaN; skipped while compiling.
 
     Raises:
-        ValueError: A logit of a routed token is NaN, or its softmax is (an infinite logit).
+        ValueError: A logit of a routed token is NaN, or its softmax is (an infinite logit); something is of another kind or size.
 
     >>> routing = route(torch.tensor([[2.0, 1.0, 0.0]]), 2, "topk_then_softmax")
     >>> routing.expert_index.tolist(), [round(w, 3) for w in routing.gate_weights[0].tolist()]
     ([[0, 1]], [0.731, 0.269])
     """
+    sizes: dict[str, int] = {}
+    check_tensors("real", sizes, gate_logits=(gate_logits, "n e"))
+    check_whole("top_k", top_k, 1, sizes.get("e"))
+    check_tensors("boolean", sizes, token_mask=(token_mask, "n?"))
+    check_one_of("gating", gating, get_args(Gating))
+    if expert_index is not None:
+        check_tensors("whole", sizes | {"k": top_k}, expert_index=(expert_index, "n k"))
+        check_index("expert_index", expert_index, gate_logits.shape[-1])
     logits = gate_logits.float()
     if token_mask is not None:
         logits = logits.masked_fill(~token_mask[:, None], 0.0)
@@ -124,7 +133,11 @@ def gate_logits(
         weight: Gate W.
         alone: Promise that the returned h goes into `moe_lora.experts` and nowhere else: its gradient is then changed in place. An
             addition, for one, shares its gradient with its other summand.
+
+    Raises:
+        ValueError: Something is no floating tensor, or of another width.
     """
+    check_tensors("floating", {}, h=(h, "n d"), weight=(weight, "e d"))
     if torch.compiler.is_compiling():
         with torch.autocast(h.device.type, enabled=False):
             return h, h.float() @ weight.float().T
@@ -170,6 +183,9 @@ def entropy_of(p: Float[Tensor, "*rows e"]) -> Float[Tensor, "*rows"]:
 
 def routing_statistics(routing: Routing, mask: Bool[Tensor, " n"] | None = None) -> RoutingStatistics:
     """Statistics of one routing; tokens with index -1 or mask False are not counted."""
+    if not isinstance(routing, Routing):
+        raise ValueError(f"routing must be a Routing, got {type(routing).__name__}")
+    check_tensors("boolean", {"n": len(routing.expert_index)}, mask=(mask, "n?"))
     routed = routing.expert_index[:, 0] >= 0
     routed = routed if mask is None else routed & mask
     logits, index = routing.gate_logits.detach()[routed], routing.expert_index[routed]

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lora.inject import MoELoRA, for_layer
+from moe_lora.inputs import check_index, check_tensors, check_whole
 from moe_lora.routing import Routing, RoutingStatistics, entropy_of, routing_statistics
 from moe_lora.state import Observer
 
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 By = Literal["block", "kind", "sigma", "layout"]
+MAX_PERMUTATIONS = 1_000_000
+MAX_EXPERTS = 1_000_000
 
 
 class Specialisation(NamedTuple):
@@ -49,9 +52,24 @@ def load_by_kind(expert_index: Int[Tensor, "n k"], kinds: Int[Tensor, " n"], num
     >>> load_by_kind(torch.tensor([[0], [1]]), torch.tensor([0, 1]), 2)
     tensor([[0.5000, 0.0000],
             [0.0000, 0.5000]])
+
+    Raises:
+        ValueError: An expert or a kind is not there, or there is not one kind per token.
     """
+    check_whole("num_experts", num_experts, 1, MAX_EXPERTS)
+    check_tensors("whole", {}, expert_index=(expert_index, "n k"), kinds=(kinds, "n"))
+    check_index("expert_index", expert_index, num_experts)
+    kinds = _as_kinds(kinds)
     joint = _count(expert_index, kinds, torch.zeros_like(kinds), 1, int(kinds.max()) + 1, num_experts)[0].cpu().double()
     return joint.div(joint.sum().clamp_min(1)).float().to(expert_index.device)
+
+
+def _counts(name: str, counts: Tensor) -> Tensor:
+    """Counts or shares in float64 on the CPU; raises ValueError where one is negative, infinite or NaN."""
+    found = counts.detach().cpu().double()
+    if not bool((found.isfinite() & (found >= 0)).all()):
+        raise ValueError(f"{name} must be finite and at least 0, got others among them")
+    return found
 
 
 def _count(index: Tensor, kinds: Tensor, rows: Tensor, b: int, c: int, e: int) -> Tensor:
@@ -65,8 +83,12 @@ def mutual_information(joint: Float[Tensor, "c e"]) -> float:
 
     >>> round(mutual_information(torch.eye(2) / 2), 4)
     0.6931
+
+    Raises:
+        ValueError: A count is negative, infinite or NaN.
     """
-    counts = joint.cpu().double()
+    check_tensors("real", {}, joint=(joint, "c e"))
+    counts = _counts("joint", joint)
     p = counts / counts.sum().clamp_min(1e-300)
     return max(0.0, float(entropy_of(p.sum(0)) + entropy_of(p.sum(1)) - entropy_of(p.flatten())))
 
@@ -90,19 +112,20 @@ def specialisation(
         permutations: How many.
 
     Raises:
-        ValueError: Another number of labels than samples, or fewer than one permutation.
+        ValueError: Another number of labels than samples, fewer than one permutation, or counts or labels that are none.
 
     >>> score = specialisation(torch.tensor([[9, 0], [8, 1], [0, 9], [1, 8]]), torch.tensor([0, 0, 1, 1]))
     >>> score.nats > score.chance
     True
     """
-    if labels.shape != counts.shape[:1] or permutations < 1:
-        raise ValueError(
-            f"labels must hold one entry per sample ({counts.shape[0]}) and permutations be at least 1,"
-            f" got {tuple(labels.shape)} and {permutations}"
-        )
+    sizes: dict[str, int] = {}
+    check_tensors("real", sizes, counts=(counts, "s e"))
+    check_tensors("whole", sizes, labels=(labels, "s"))
+    check_whole("permutations", permutations, 1, MAX_PERMUTATIONS)
+    if labels.numel() and int(labels.min()) < 0:
+        raise ValueError(f"labels must be at least 0, got {int(labels.min())}")
     generator = generator or torch.Generator().manual_seed(0)
-    counts, onehot = counts.cpu().double(), torch.nn.functional.one_hot(labels.long().cpu()).double()
+    counts, onehot = _counts("counts", counts), torch.nn.functional.one_hot(labels.long().cpu()).double()
 
     def information(order: Tensor) -> float:
         return mutual_information(onehot[order].T @ counts)
