@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from gspo.checks import check_real, is_real, one_line
 from gspo.distributed import ProcessGroup, gather_rows, total
-from gspo.inputs import Ids, Numbers, as_ids, as_numbers, check_real, floating_dtype, is_real, one_line
+from gspo.inputs import Ids, Numbers, as_ids, as_numbers, floating_dtype
 
 Scale = Literal["group", "global", "none"]
 

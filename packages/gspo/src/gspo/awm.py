@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gspo.checks import is_real, one_line, require_kind, require_real
 from gspo.forward import ForwardPoint, NoiseLevels, Weighting, forward_points, level_weight
-from gspo.inputs import is_real, one_line, require_kind, require_real
 from gspo.points import RowLosses, check_velocities, mean_of_rest, reduce_rows
 from gspo.rollout import Rollout
 

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gspo.checks import check_real
 from gspo.distributed import ProcessGroup, gather_rows, total
-from gspo.inputs import Numbers, as_numbers, check_real, require_tensor
+from gspo.inputs import Numbers, as_numbers, require_tensor
 from gspo.objective import ClipRange
 
 

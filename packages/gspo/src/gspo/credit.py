@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.inputs import one_line, require_tensor
+from gspo.checks import one_line
+from gspo.inputs import require_tensor
 from gspo.ratio import gaussian_log_ratio
 
 Background = Literal["sum", "zero"]

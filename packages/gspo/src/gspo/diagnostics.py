@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gspo.advantage import check_weights, nan_sum
-from gspo.inputs import as_ids, as_numbers, one_line
+from gspo.checks import one_line
+from gspo.inputs import as_ids, as_numbers
 from gspo.loop import OnlineConfig, RewardFunction, Rewards, as_rewards, policy_step
 from gspo.objective_loop import objective_step
 from gspo.objective_trainer import ObjectiveConfig, ObjectiveTrainer

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gspo.inputs import one_line
+from gspo.checks import one_line
 
 if TYPE_CHECKING or dist.is_available():
     from torch.distributed import ProcessGroup as ProcessGroup

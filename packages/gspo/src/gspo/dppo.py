@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from gspo.checks import is_real, one_line, require_kind, require_real
 from gspo.credit import token_log_ratio
-from gspo.inputs import is_real, one_line, require_kind, require_real, require_tensor
+from gspo.inputs import require_tensor
 from gspo.objective import gaussian_kl
 from gspo.points import RowLosses, mean_of_rest, reduce_rows
 from gspo.ratio import gaussian_log_ratio

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.inputs import Ids, as_ids, as_numbers, check_function, check_whole, one_line, require_floating
+from gspo.checks import check_function, check_whole, one_line
+from gspo.inputs import Ids, as_ids, as_numbers, require_floating
 from gspo.rollout import Rollout, VelocityFunction
 from gspo.sde import FlowODE
 from gspo.solver import solve_tail

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.inputs import one_line, require_real, require_tensor, require_whole
+from gspo.checks import one_line, require_real, require_whole
+from gspo.inputs import require_tensor
 from gspo.rollout import Rollout
 from gspo.sde import wide
 

@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gspo.advantage import Scale, multi_reward_advantages
+from gspo.checks import check_bool, check_real
 from gspo.distributed import ProcessGroup, total
-from gspo.inputs import Numbers, as_numbers, check_flag, check_real, floating_dtype
+from gspo.inputs import Numbers, as_numbers, floating_dtype
 
 
 def whiten(
@@ -35,7 +36,7 @@ def whiten(
     [1.0, -1.0, nan]
     """
     check_real("eps", eps, least=0.0)
-    check_flag(center=center)
+    check_bool(center=center)
     if eps is None:
         raise ValueError("eps must be a finite number of at least 0, got None")
     eps = float(eps)

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.inputs import Numbers, one_line, require_tensor
+from gspo.checks import one_line
+from gspo.inputs import Numbers, require_tensor
 from gspo.objective import ClipRange, Reduction, clipped_surrogate_loss
 from gspo.ratio import RatioKind, importance_ratio
 

@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gspo.advantage import GroupStatistics, group_statistics
+from gspo.checks import check_real
 from gspo.distributed import ProcessGroup, gather_rows, largest, rank_in, resolve, total, world_size
 from gspo.finite import FiniteVelocity
-from gspo.inputs import Ids, as_ids, check_real, require_tensor
+from gspo.inputs import Ids, as_ids, require_tensor
 from gspo.online_config import OnlineConfig as OnlineConfig
 from gspo.reward import RewardFunction as RewardFunction
 from gspo.reward import Rewards as Rewards

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from gspo.inputs import check_real, require_tensor
+from gspo.checks import check_real
+from gspo.inputs import require_tensor
 
 
 class MovingAverage:

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gspo.checks import check_positive, one_line, require_kind, require_real, require_whole
 from gspo.forward import ForwardPoint, NoiseLevels, forward_points, level_weight
-from gspo.inputs import check_positive, one_line, require_kind, require_real, require_tensor, require_whole
+from gspo.inputs import require_tensor
 from gspo.points import RowLosses, check_velocities, mean_of_rest, reduce_rows
 from gspo.rollout import Rollout
 from gspo.sde import wide

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.inputs import Numbers, as_numbers, is_real, one_line, require_tensor
+from gspo.checks import is_real, one_line
+from gspo.inputs import Numbers, as_numbers, require_tensor
 
 ClipRange = float | tuple[float, float]
 """How far a ratio may go from 1: the same both ways, or (below, above)."""

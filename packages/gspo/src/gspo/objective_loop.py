@@ -11,11 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gspo.advantage import GroupStatistics, Scale, group_advantages, group_statistics, multi_reward_advantages, nan_sum
+from gspo.checks import one_line
 from gspo.distributed import total
 from gspo.draw import Solver, draw
 from gspo.finite import FiniteVelocity
 from gspo.gdpo import whiten
-from gspo.inputs import Ids, as_ids, one_line, require_tensor
+from gspo.inputs import Ids, as_ids, require_tensor
 from gspo.loop import RewardFunction, as_rewards
 from gspo.objective_trainer import ObjectiveStatistics, ObjectiveTrainer, Reference
 from gspo.reward import TotalsAndParts

@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from gspo.checks import check_seed, require_bool, require_positive, require_real, require_whole
 from gspo.distributed import ProcessGroup, resolve, sum_gradients, total, world_size
-from gspo.inputs import Numbers, as_numbers, check_seed, require_bool, require_positive, require_real, require_whole
+from gspo.inputs import Numbers, as_numbers
 from gspo.moving_average import MovingAverage
 from gspo.points import Objective
 from gspo.rollout import Hook, Rollout, VelocityFunction

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gspo.advantage import Scale
-from gspo.inputs import check_real, check_seed, one_line, require_bool, require_kind, require_whole
+from gspo.checks import check_real, check_seed, one_line, require_bool, require_kind, require_whole
 from gspo.policy_config import PolicyConfig
 from gspo.sde import FlowSDE, Kernel
 from gspo.window import SlidingWindow

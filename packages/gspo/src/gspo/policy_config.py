@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from gspo.inputs import is_real, one_line, require_bool, require_positive, require_real, require_whole
+from gspo.checks import is_real, one_line, require_bool, require_positive, require_real, require_whole
 from gspo.objective import clip_bounds
 from gspo.ratio import RatioKind
 

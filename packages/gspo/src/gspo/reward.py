@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gspo.advantage import Scale, check_weights, group_advantages, multi_reward_advantages, nan_sum
+from gspo.checks import check_real
 from gspo.distributed import ProcessGroup, gather_objects
-from gspo.inputs import Numbers, as_numbers, check_real
+from gspo.inputs import Numbers, as_numbers
 
 logger = logging.getLogger("gspo")
 CPU = torch.device("cpu")

@@ -16,21 +16,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gspo.distributed import ProcessGroup, resolve, sum_gradients, total, world_size
-from gspo.draw import check_levels
-from gspo.inputs import (
-    Ids,
-    as_ids,
-    check_flag,
+from gspo.checks import (
+    check_bool,
     check_function,
     check_seed,
     one_line,
     require_bool,
-    require_floating,
     require_positive,
     require_real,
     require_whole,
 )
+from gspo.distributed import ProcessGroup, resolve, sum_gradients, total, world_size
+from gspo.draw import check_levels
+from gspo.inputs import Ids, as_ids, require_floating
 from gspo.rollout import VelocityFunction
 from gspo.sde import wide
 from gspo.signal_log import SignalLog
@@ -107,7 +105,7 @@ def draft_samples(
         ValueError: last_steps is not in [1, steps], or see `gspo.draw.check_levels`.
     """
     levels = check_levels(sigmas)
-    check_flag(recompute=recompute)
+    check_bool(recompute=recompute)
     steps = len(levels) - 1
     kept = steps if last_steps is None else last_steps
     if not isinstance(kept, numbers.Integral) or isinstance(kept, bool) or not 1 <= kept <= steps:

@@ -12,17 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gspo.inputs import (
-    Ids,
-    SupportsArray,
-    as_ids,
-    as_numbers,
-    check_flag,
-    check_function,
-    check_whole,
-    one_line,
-    require_floating,
-)
+from gspo.checks import check_bool, check_function, check_whole, one_line
+from gspo.inputs import Ids, SupportsArray, as_ids, as_numbers, require_floating
 from gspo.sde import FlowODE, Kernel
 from gspo.solver import solve_tail
 
@@ -165,7 +156,7 @@ def rollout(
     levels = check_sigmas(sigmas, window)
     _check(noise, kernel, group_size=group_size, tail_steps=tail_steps, micro_batch_size=micro_batch_size)
     check_function(velocity_fn=velocity_fn)
-    check_flag(share_prefix=share_prefix, offload=offload)
+    check_bool(share_prefix=share_prefix, offload=offload)
     first, last = window[0], window[-1]
     prompts = torch.arange(len(noise)) if index is None else as_ids("index", index)
     if prompts.shape != noise.shape[:1]:

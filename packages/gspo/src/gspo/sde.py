@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gspo.inputs import as_numbers, check_real, require_floating, require_real, require_tensor
+from gspo.checks import check_real, require_real
+from gspo.inputs import as_numbers, require_floating, require_tensor
 
 LOG_TWO_PI = math.log(2 * math.pi)
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from gspo.inputs import check_whole
+from gspo.checks import check_whole
 from gspo.rollout import StepNoise
 
 

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gspo.inputs import as_ids, as_numbers, check_positive, is_real, one_line, require_tensor
+from gspo.checks import check_positive, is_real, one_line
+from gspo.inputs import as_ids, as_numbers, require_tensor
 
 
 class GradientSignal(NamedTuple):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
-from gspo.inputs import check_seed, one_line, require_real, require_whole
+from gspo.checks import check_seed, one_line, require_real, require_whole
 
 MAX_STEPS = 100_000
 Strategy = Literal["progressive", "random", "exp_decay", "fixed"]

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gspo.inputs import check_real, check_seed, one_by_one
+from gspo.checks import check_real, check_seed
+from gspo.inputs import one_by_one
 from gspo.step import PolicyConfig
 
 RATIOS = {"sequence": "sequence", "sequence_token": "sequence", "token": "step"}
