@@ -17,7 +17,7 @@ from studies.lab.laboratory import Study, main
 from studies.lab.report import Record, cell, difference, markdown_table, mean_over_seeds, save_plot
 
 NAMES = ("attributes", "identity", "swaps", "swaps_by_chance", "count")
-STEPS = (80, 160, 320, 640)
+STEPS = (160, 640, 2560)
 PLAIN, LOSS, LETTER, APART = "plain LoRA", "attention loss", "attention loss, the paper's letter", "mask dropout"
 WAYS: dict[str, BindingConfig | None] = {"as it is": None, "bound by its own draft": BindingConfig(mode="draft")}
 BASE_MINUTES = 45.0

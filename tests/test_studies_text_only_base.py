@@ -24,8 +24,8 @@ def test_every_form_is_trained_from_that_base_for_every_number_of_steps():
     arms = text_only_base.arms(FULL)
     assert all(e.base.text_only for by in arms.values() for e in by.values())
     assert {n: arms[label_of(LOSS, n)][1].pretrain.num_steps for n in STEPS} == {n: n for n in STEPS}
-    assert arms[label_of(PLAIN, 80)][0].pretrain.idar.coef == 0 < arms[label_of(LOSS, 80)][0].pretrain.idar.coef
-    assert arms[label_of(APART, 80)][0].pretrain.separation.share > 0
+    assert arms[label_of(PLAIN, STEPS[0])][0].pretrain.idar.coef == 0 < arms[label_of(LOSS, STEPS[0])][0].pretrain.idar.coef
+    assert arms[label_of(APART, STEPS[0])][0].pretrain.separation.share > 0
     assert all(t.guidance == 1.0 for by in arms.values() for e in by.values() for t in e.tests)
     assert all(
         e.pretrain is None or e.pretrain.num_steps >= 1
@@ -56,15 +56,15 @@ def record(attributes: float, bound: float) -> dict:
 
 
 def test_the_page_shows_what_a_form_gives_over_a_plain_one(tmp_path):
-    rise = {80: 0.2, 320: 0.5, 640: 0.6}
+    rise = {160: 0.2, 640: 0.5, 2560: 0.6}
     records = {label_of(PLAIN, n): {0: record(v, v + 0.05)} for n, v in rise.items()}
     records |= {label_of(LOSS, n): {0: record(v + 0.1, v)} for n, v in rise.items()}
     records[text_only_base.ALONE] = {0: {"tests": [record(0.15, 0.0)["tests"][0]]}}
     found = text_only_base.summarise(records)
     assert found["curves"][f"{LOSS}, as it is"]["minus"][320].mean == pytest.approx(0.1)
-    assert found["curves"][f"{PLAIN}, bound by its own draft"]["minus"][80].mean == pytest.approx(0.05)
-    assert found["curves"][f"{LOSS}, bound by its own draft"]["minus"][80].mean == pytest.approx(0.0)
-    assert found["steps_to"][f"{LOSS}, as it is"] == pytest.approx(320) and found["level"]["steps"] == 640
+    assert found["curves"][f"{PLAIN}, bound by its own draft"]["minus"][160].mean == pytest.approx(0.05)
+    assert found["curves"][f"{LOSS}, bound by its own draft"]["minus"][160].mean == pytest.approx(0.0)
+    assert found["steps_to"][f"{LOSS}, as it is"] == pytest.approx(640) and found["level"]["steps"] == 2560
     write_json(tmp_path / "summary.json", found)
     page = text_only_base.page(json.loads((tmp_path / "summary.json").read_text()), tmp_path)
     assert "| attention loss, as it is | **+0.100" in page and "| 320 |" in page
