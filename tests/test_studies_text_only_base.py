@@ -61,11 +61,11 @@ def test_the_page_shows_what_a_form_gives_over_a_plain_one(tmp_path):
     records |= {label_of(LOSS, n): {0: record(v + 0.1, v)} for n, v in rise.items()}
     records[text_only_base.ALONE] = {0: {"tests": [record(0.15, 0.0)["tests"][0]]}}
     found = text_only_base.summarise(records)
-    assert found["curves"][f"{LOSS}, as it is"]["minus"][320].mean == pytest.approx(0.1)
+    assert found["curves"][f"{LOSS}, as it is"]["minus"][640].mean == pytest.approx(0.1)
     assert found["curves"][f"{PLAIN}, bound by its own draft"]["minus"][160].mean == pytest.approx(0.05)
     assert found["curves"][f"{LOSS}, bound by its own draft"]["minus"][160].mean == pytest.approx(0.0)
     assert found["steps_to"][f"{LOSS}, as it is"] == pytest.approx(640) and found["level"]["steps"] == 2560
     write_json(tmp_path / "summary.json", found)
     page = text_only_base.page(json.loads((tmp_path / "summary.json").read_text()), tmp_path)
-    assert "| attention loss, as it is | **+0.100" in page and "| 320 |" in page
+    assert "| attention loss, as it is | **+0.100" in page and "| 640 |" in page
     assert "0.150 [" in page and (tmp_path / "text_only_base.png").stat().st_size > 5_000
