@@ -143,11 +143,18 @@ def _by_likeness(records: dict[str, dict[int, Record]], test: EvaluateConfig) ->
 
 
 def _explained(by: dict[int, Record], index: int, oracle: int = 1) -> dict[str, float]:
-    """Share of the excess swaps that go when something is forbidden: 1 for all that perfect separation takes away."""
-    own, best, here = (
-        float(np.nanmean(by_case(by, "swaps", i) - by_case(by, "swaps_by_chance", i))) for i in (0, oracle, index)
-    )
-    return {"share": (own - here) / (own - best)}
+    """Share of the swaps above chance that goes when something is forbidden, 1 being what perfect separation takes away: of all models, and the least and
+    the most that it is in one of them.
+    """
+
+    def share(of: dict[int, Record]) -> float:
+        own, best, here = (
+            float(np.nanmean(by_case(of, "swaps", i) - by_case(of, "swaps_by_chance", i))) for i in (0, oracle, index)
+        )
+        return (own - here) / (own - best)
+
+    each = [share({seed: record}) for seed, record in by.items()]
+    return {"share": share(by), "least": min(each), "most": max(each)}
 
 
 def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
@@ -228,7 +235,13 @@ def likeness(content: dict[str, Any]) -> str:
 def page(content: dict[str, Any], folder: Path) -> str:
     """The answer first, then the figure, then tables."""
     causes = [
-        [label, cell(m["swaps"]), cell(m["attributes"]), cell(m["identity"]), f"{m['share']:.2f}"]
+        [
+            label,
+            cell(m["swaps"]),
+            cell(m["attributes"]),
+            cell(m["identity"]),
+            f"{m['share']:.2f} [{m['least']:.2f}, {m['most']:.2f}]",
+        ]
         for label, m in content.get("causes", {}).items()
     ]
     figure(content, folder / "bleeding.png")
@@ -257,7 +270,7 @@ Attributes, case by case, and the share of what the oracle gives.
 
 ## Which attention carries attributes
 
-A plain LoRA, never trained with separation; each row forbids one kind of attention by the true masks. The last column is the share of the swaps above chance that goes. Number of trained models: {content.get("causes_seeds", 0)}.
+A plain LoRA, never trained with separation; each row forbids one kind of attention by the true masks. The last column is the share of the swaps above chance that goes, and in brackets the least and the most that it is in one of the {content.get("causes_seeds", 0)} trained models.
 
 {markdown_table(["forbidden", "swaps", "attributes", "identity", "share of the bleeding"], causes)}
 
@@ -287,7 +300,7 @@ def figure(content: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     causes = content.get("causes", {})
-    made = Figure(figsize=(11 if causes else 6.5, 4.2), layout="constrained")
+    made = Figure(figsize=(11 if causes else 6.5, 5.4), layout="constrained")
     left, *rest = made.subplots(1, 2 if causes else 1, squeeze=False)[0]
     marks = {"as it is": "o", "true masks": "*", "bound by its own draft": "D", "bound in flight": "^"}
     colours = {PLAIN: "tab:gray", LOSS: "tab:orange", APART: "tab:blue", ROUTED: "tab:green"}
@@ -302,13 +315,17 @@ def figure(content: dict[str, Any], path: Path) -> None:
     left.axvline(0, color="0.7", linestyle=":")
     left.set_xlabel("attributes of the other subject, above chance")
     left.set_ylabel("right attributes")
-    left.legend(fontsize=7)
+    left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
     for right in rest:
         names = [name for name in reversed(causes) if not name.startswith("weighed")]
-        right.barh(names, [causes[name]["share"] for name in names], color="tab:red")
+        shares = np.array([causes[name]["share"] for name in names])
+        ends = np.array([[causes[name][end] for name in names] for end in ("least", "most")])
+        right.barh(names, shares, xerr=abs(ends - shares), color="tab:red", ecolor="0.3", capsize=2)
         right.axvline(0, color="0.3", linewidth=0.8)
         right.axvline(1, color="0.7", linestyle=":")
-        right.set_xlabel("share of the bleeding that goes when it is forbidden")
+        right.set_xlabel(
+            "share of the bleeding that goes when it is forbidden\n(whiskers: the least and the most of a model)"
+        )
         right.tick_params(labelsize=8)
     save_plot(made, path)
 

@@ -24,7 +24,11 @@ def test_every_form_is_trained_from_that_base_for_every_number_of_steps():
     arms = text_only_base.arms(FULL)
     assert all(e.base.text_only for by in arms.values() for e in by.values())
     assert {n: arms[label_of(LOSS, n)][1].pretrain.num_steps for n in STEPS} == {n: n for n in STEPS}
-    assert arms[label_of(PLAIN, STEPS[0])][0].pretrain.idar.coef == 0 < arms[label_of(LOSS, STEPS[0])][0].pretrain.idar.coef
+    assert (
+        arms[label_of(PLAIN, STEPS[0])][0].pretrain.idar.coef
+        == 0
+        < arms[label_of(LOSS, STEPS[0])][0].pretrain.idar.coef
+    )
     assert arms[label_of(APART, STEPS[0])][0].pretrain.separation.share > 0
     assert all(t.guidance == 1.0 for by in arms.values() for e in by.values() for t in e.tests)
     assert all(
