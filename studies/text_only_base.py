@@ -124,7 +124,7 @@ def page(content: dict[str, Any], folder: Path) -> str:
         if level
         else ""
     )
-    return f"""The base that ships has learnt to read one reference, as the paper's single-subject model has. FLUX.1-dev has not: it knows text only. Here such a base is trained for {BASE_MINUTES:.0f} minutes on captions alone, and stage 1 has to teach it what a reference is, and two of them at once.{alone}
+    return f"""The base that ships has learnt to read one reference, as the paper's single-subject model has. FLUX.1-dev has not: it knows text only. Here such a base is trained for {BASE_MINUTES:.0f} minutes on captions alone, and stage 1 has to teach it what a reference is, and two of them at once.{alone} This base is the study's alone and does not ship: from the one that ships a plain LoRA is far better after 320 steps ([Why do attributes bleed?](bleeding.md)).
 
 ![Attributes by steps of stage 1](text_only_base.png)
 
@@ -158,9 +158,10 @@ def figure(content: dict[str, Any], path: Path) -> None:
         mean, low, high = (
             np.array([p["attributes"][k] for p in points.values()], float) for k in ("mean", "low", "high")
         )
-        style = "-" if name.endswith("as it is") else "--"
+        plain = name.endswith("as it is")
         axis.errorbar(
-            steps, mean, yerr=[mean - low, high - mean], color=colours[form], linestyle=style, marker="o", capsize=2, label=name,
+            steps, mean, yerr=[mean - low, high - mean], color=colours[form], linestyle="-" if plain else "--",
+            marker="o", fillstyle="full" if plain else "none", capsize=2, label=name,
         )  # fmt: skip
     if "alone" in content and content["alone"]["attributes"]["mean"] is not None:
         axis.axhline(content["alone"]["attributes"]["mean"], color="0.7", linestyle=":", label=ALONE)
