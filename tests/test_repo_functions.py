@@ -39,6 +39,8 @@ def follow(x: torch.Tensor, sigma: torch.Tensor, index: torch.Tensor) -> torch.T
 IDS, LEVELS, INDEX = torch.tensor([0, 0, 1, 1]), torch.linspace(1, 0, 5), torch.zeros(6, 1, dtype=torch.long)
 LAYOUT = SubjectLayout.in_order(num_text=1, num_image=4, num_references=[2, 2])
 QUERIES, MASKS = rand(1, 2, 9, 4), (rand(1, 2, 4) > 0.5).float()
+STEPS = {name: rand(4, 2) for name in ("log_prob", "old_log_prob")}
+GUARDED = {**STEPS, "mean": rand(4, 2, 3), "old_mean": rand(4, 2, 3), "std": rand(4, 2) + 0.1}
 CALLS: dict[Any, dict[str, dict[str, Any]]] = {
     gspo: dict(
         auto_clip_range=dict(ratio=rand(4) + 0.5),
@@ -72,20 +74,8 @@ CALLS: dict[Any, dict[str, dict[str, Any]]] = {
         group_has_signal=dict(advantages=rand(4), group_ids=IDS),
         group_statistics=dict(rewards=rand(4), group_ids=IDS),
         guard_step_weights=dict(sigma=torch.tensor([0.9, 0.8]), sigma_next=torch.tensor([0.8, 0.7])),
-        guarded_log_ratio=dict(
-            log_prob=rand(4, 2),
-            old_log_prob=rand(4, 2),
-            mean=rand(4, 2, 3),
-            old_mean=rand(4, 2, 3),
-            std=rand(4, 2) + 0.1,
-        ),
-        guarded_step_importance_ratio=dict(
-            log_prob=rand(4, 2),
-            old_log_prob=rand(4, 2),
-            mean=rand(4, 2, 3),
-            old_mean=rand(4, 2, 3),
-            std=rand(4, 2) + 0.1,
-        ),
+        guarded_log_ratio=GUARDED,
+        guarded_step_importance_ratio=GUARDED,
         importance_ratio=dict(kind="sequence", log_ratio=rand(4, 2)),
         kl_mask=dict(
             log_ratio=rand(4),
