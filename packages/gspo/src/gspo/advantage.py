@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gspo.checks import check_real, is_real, one_line
+from gspo.checks import check_real, is_real, is_whole, one_line
 from gspo.distributed import ProcessGroup, gather_rows, total
 from gspo.inputs import Ids, Numbers, as_ids, as_numbers, floating_dtype
 
@@ -126,7 +125,7 @@ def group_advantages(
     if scale not in ("group", "global", "none"):
         raise ValueError(f"scale must be 'group', 'global' or 'none', got {one_line(scale)}")
     check_real("eps", eps, least=0.0)
-    if eps is None or not isinstance(ddof, numbers.Integral) or isinstance(ddof, bool) or ddof not in (0, 1):
+    if eps is None or not is_whole(ddof) or ddof not in (0, 1):
         raise ValueError(f"ddof must be 0 or 1 and eps a number, got {one_line(ddof)} and {eps!r}")
     eps = float(eps)
     groups = _group(rewards, group_ids, process_group)
@@ -209,7 +208,7 @@ def check_weights(rewards: Mapping[str, object], weights: Mapping[str, float]) -
         raise ValueError(f"weights must name the rewards {sorted(rewards, key=str)}, got {sorted(weights, key=str)}")
     for name, weight in weights.items():
         if not is_real(weight.item() if isinstance(weight, Tensor) and weight.numel() == 1 else weight):
-            raise ValueError(f"weights must be finite numbers, got {one_line(weight)} for {name!r}"[:300])
+            raise ValueError(f"weights must be finite numbers, got {one_line(weight)} for {name!r}")
     if not any(weights.values()):
         raise ValueError(f"weights must be finite numbers, at least one of them not 0, got {dict(weights)}")
 

@@ -25,6 +25,11 @@ def is_real(value: Any) -> bool:
         return False
 
 
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, NumPy's too; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_bool(**values: Any) -> None:
     """Refuses what is not True or False.
 
@@ -48,14 +53,13 @@ def check_function(**values: Any) -> None:
 
 
 def check_whole(low: int, **values: Any) -> None:
-    """Refuses what is no whole number of at least ``low``; None is left to the caller.
+    """Refuses what is no whole number of at least ``low``.
 
     Raises:
         ValueError: Naming it.
     """
     for name, value in values.items():
-        good = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= low  # type: ignore[operator]
-        if value is not None and not good:
+        if not (is_whole(value) and value >= low):
             raise ValueError(f"{name} must be at least {low}, as a whole number, got {one_line(value)}")
 
 
@@ -67,7 +71,7 @@ def check_real(name: str, value: Any, *, least: float = -math.inf) -> None:
     """
     if value is not None and (not is_real(value) or value < least):
         limit = "" if least == -math.inf else f" of at least {least:g}"
-        raise ValueError(f"{name} must be a finite number{limit}, got {one_line(value)}"[:300])
+        raise ValueError(f"{name} must be a finite number{limit}, got {one_line(value)}")
 
 
 def check_positive(**values: Any) -> None:
@@ -87,7 +91,7 @@ def check_seed(seed: Any) -> None:
     Raises:
         ValueError: It is no whole number of 64 bits.
     """
-    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not -(2**63) <= int(seed) < 2**63:
+    if not is_whole(seed) or not -(2**63) <= int(seed) < 2**63:
         raise ValueError(f"seed must be a whole number of 64 bits, got {one_line(seed)}")
 
 
@@ -108,7 +112,7 @@ def require_kind(owner: object, **kinds: type) -> None:
     """
     for name, kind in kinds.items():
         if not isinstance(getattr(owner, name), kind):
-            raise ValueError(f"{name} must be a {kind.__name__}, got {one_line(getattr(owner, name))}"[:300])
+            raise ValueError(f"{name} must be a {kind.__name__}, got {one_line(getattr(owner, name))}")
 
 
 def require_whole(owner: object, low: int, *names: str) -> None:
@@ -119,7 +123,7 @@ def require_whole(owner: object, low: int, *names: str) -> None:
     """
     for name in names:
         value, optional = getattr(owner, name), _optional(owner, name)
-        good = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= low  # type: ignore[operator]
+        good = is_whole(value) and value >= low
         if not good and not (value is None and optional):
             raise ValueError(
                 f"{name} must be at least {low}{' or None' if optional else ''}, as a whole number, got {one_line(value)}"
@@ -149,7 +153,7 @@ def require_positive(owner: object, *names: str) -> None:
         value = getattr(owner, name)
         good = isinstance(value, numbers.Real) and not isinstance(value, bool) and value > 0  # type: ignore[operator]
         if not good and not (value is None and _optional(owner, name)):
-            raise ValueError(f"{name} must be positive, got {one_line(value)}"[:300])
+            raise ValueError(f"{name} must be positive, got {one_line(value)}")
 
 
 def _optional(owner: object, name: str) -> bool:

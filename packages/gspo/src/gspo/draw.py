@@ -92,10 +92,10 @@ def draw(
     """
     levels = check_levels(sigmas)
     require_floating(noise=noise)
-    check_whole(1, group_size=group_size, micro_batch_size=micro_batch_size)
     check_function(velocity_fn=velocity_fn)
-    if group_size is None:
-        raise ValueError("group_size must be at least 1, as a whole number, got None")
+    check_whole(1, group_size=group_size)
+    if micro_batch_size is not None:
+        check_whole(1, micro_batch_size=micro_batch_size)
     if noise.dim() < 2 or len(noise) == 0:
         raise ValueError(f"noise must be (b, ...) with b at least 1, got shape {tuple(noise.shape)}")
     if len(noise) % group_size:

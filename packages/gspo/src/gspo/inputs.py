@@ -139,7 +139,7 @@ def _number(name: str, value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(
-            f"{name} must be numbers (or None), one per sample, got {one_line(value)} among them"[:300]
+            f"{name} must be numbers (or None), one per sample, got {one_line(value)} among them"
         ) from None
     if isinstance(value, numbers.Integral) and abs(int(value)) > EXACT:
         raise ValueError(f"{name} must be at most 2^53 as whole numbers, got {value}")

@@ -47,9 +47,7 @@ def clip_bounds(clip_range: ClipRange) -> tuple[float, float]:
     pair = tuple(clip_range) if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
     found = [float(x) for x in pair if is_real(x) and x > 0]
     if len(pair) != 2 or len(found) != 2:
-        raise ValueError(
-            f"clip_range must be a positive number or two (below, above), got {one_line(clip_range)}"[:300]
-        )
+        raise ValueError(f"clip_range must be a positive number or two (below, above), got {one_line(clip_range)}")
     return 1 - found[0], 1 + found[1]
 
 

@@ -63,7 +63,7 @@ class PolicyConfig:
         if not 0 < self.clip_range_rate <= 1:
             raise ValueError(f"clip_range_rate must be in (0, 1], got {self.clip_range_rate}")
         if not (is_real(self.kl_coef) and self.kl_coef >= 0):
-            raise ValueError(f"kl_coef must be a number that is not negative, got {one_line(self.kl_coef)}"[:300])
+            raise ValueError(f"kl_coef must be a number that is not negative, got {one_line(self.kl_coef)}")
         require_positive(self, "max_grad_norm", "max_advantage")
         require_whole(self, 1, "num_inner_epochs", "micro_batch_size")
         if self.off_policy not in ("warn", "raise", "allow"):

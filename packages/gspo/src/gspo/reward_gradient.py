@@ -6,7 +6,6 @@ The upper baseline of every other method: it says how far a reward can be pushed
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -20,6 +19,7 @@ from gspo.checks import (
     check_bool,
     check_function,
     check_seed,
+    is_whole,
     one_line,
     require_bool,
     require_positive,
@@ -108,7 +108,7 @@ def draft_samples(
     check_bool(recompute=recompute)
     steps = len(levels) - 1
     kept = steps if last_steps is None else last_steps
-    if not isinstance(kept, numbers.Integral) or isinstance(kept, bool) or not 1 <= kept <= steps:
+    if not is_whole(kept) or not 1 <= kept <= steps:
         raise ValueError(f"last_steps must be in [1, {steps}] or None, got {one_line(last_steps)}")
     index = _check(velocity_fn, noise, index)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def refl_samples(
         ValueError: There is no such step, or see `gspo.draw.check_levels`.
     """
     levels = check_levels(sigmas)
-    if not isinstance(step, numbers.Integral) or isinstance(step, bool) or not 0 <= step < len(levels) - 1:
+    if not is_whole(step) or not 0 <= step < len(levels) - 1:
         raise ValueError(f"step must be in [0, {len(levels) - 2}], got {one_line(step)}")
     index = _check(velocity_fn, noise, index)
     with torch.no_grad():

@@ -209,8 +209,6 @@ def _check(noise: Tensor, kernel: Kernel, *, group_size: int, **at_least_one: in
     require_floating(noise=noise)
     if noise.dim() < 2 or len(noise) == 0:
         raise ValueError(f"noise must be (p, ...) with p at least 1, got shape {tuple(noise.shape)}")
-    check_whole(1, group_size=group_size, **at_least_one)
-    if group_size is None:
-        raise ValueError("group_size must be at least 1, as a whole number, got None")
+    check_whole(1, group_size=group_size, **{name: n for name, n in at_least_one.items() if n is not None})
     if isinstance(kernel, FlowODE) or not isinstance(kernel, Kernel):
         raise ValueError(f"kernel must draw noise (FlowSDE, FlowCPS, DanceSDE), got {one_line(kernel)}")

@@ -62,7 +62,7 @@ def share_groups(num_prompts: int, group_size: int, *, rank: int = 0, num_ranks:
     """
     check_whole(1, num_prompts=num_prompts, group_size=group_size, num_ranks=num_ranks)
     check_whole(0, rank=rank)
-    if None in (num_prompts, group_size, rank, num_ranks) or not rank < num_ranks:
+    if not rank < num_ranks:
         raise ValueError(
             f"num_prompts and group_size must be at least 1 and rank in [0, num_ranks), got {num_prompts} prompts of "
             f"{group_size} and rank {rank} of {num_ranks}"

@@ -87,11 +87,8 @@ class IdentityScorer:
 
     def __post_init__(self) -> None:
         if not isinstance(self.backend, FaceBackend) or isinstance(self.backend, type):
-            raise InputError(
-                f"backend must be an object with detect_and_embed, such as those of id_reward.backends, got {self.backend!r}"[
-                    :300
-                ]
-            )
+            shown = repr(self.backend)[:200]
+            raise InputError(f"backend must be an object with detect_and_embed, see id_reward.backends, got {shown}")
         check_options(
             convention=self.convention,
             missing_penalty=self.missing_penalty,

@@ -8,7 +8,7 @@ memory depends neither on the number of heads nor of blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from idar import streaming
-from idar.masks import MAX_TOKENS, one_line, require_tensor
+from idar.masks import MAX_TOKENS, is_whole, one_line, require_tensor
 
 Span = tuple[int, int]
 Direction = Literal["reference_to_image", "image_to_reference"]
@@ -34,7 +34,7 @@ def check_spans(length: int, subject_spans: Sequence[Span], image_span: Span) ->
         *[(f"subject_spans[{i}]", s) for i, s in enumerate(subject_spans)],
     ]:
         pair = isinstance(span, Sequence) and len(span) == 2
-        if not pair or not all(_is_whole(end) for end in span):
+        if not pair or not all(is_whole(end) for end in span):
             raise ValueError(f"{name} must be two whole numbers (start, stop), got {one_line(span)}")
         start, stop = span
         if not 0 <= start < stop <= length:
@@ -43,10 +43,6 @@ def check_spans(length: int, subject_spans: Sequence[Span], image_span: Span) ->
     for (a, b), (c, d) in zip(ordered[:-1], ordered[1:], strict=True):
         if c < b:
             raise ValueError(f"spans must not overlap, got ({a}, {b}) and ({c}, {d})")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_direction(direction: str) -> None:
@@ -116,7 +112,7 @@ def subject_attention(
         raise ValueError(f"query and key must be floating, got {query.dtype} and {key.dtype}")
     check_spans(query.shape[2], subject_spans, image_span)
     check_direction(direction)
-    if chunk_size is not None and not (_is_whole(chunk_size) and 1 <= chunk_size < 2**63):
+    if chunk_size is not None and not (is_whole(chunk_size) and 1 <= chunk_size < 2**63):
         raise ValueError(f"chunk_size must be at least 1, as a whole number of 64 bits, got {one_line(chunk_size)}")
     if scale is not None and not (isinstance(scale, Real) and not isinstance(scale, bool) and 0 < scale < float("inf")):
         raise ValueError(f"scale must be positive, got {one_line(scale)}")
@@ -196,9 +192,9 @@ def stratified_subset(
     >>> stratified_subset(4, 4).tolist()
     [0, 1, 2, 3]
     """
-    if not _is_whole(length) or not 1 <= length <= MAX_TOKENS:
+    if not is_whole(length) or not 1 <= length <= MAX_TOKENS:
         raise ValueError(f"length must be a whole number in [1, {MAX_TOKENS}], got {one_line(length)}")
-    if not _is_whole(num_samples) or not 1 <= num_samples <= length:
+    if not is_whole(num_samples) or not 1 <= num_samples <= length:
         raise ValueError(f"num_samples must be in [1, {length}], got {one_line(num_samples)}")
     step = length / num_samples
     where = (torch.arange(num_samples) + torch.rand(num_samples, generator=generator, dtype=torch.float64)) * step

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from idar.attention import Span, check_spans
+from idar.masks import is_whole, one_line
 
 Text = tuple[Literal["first", "last"], int]
 """Where the text is in the joint sequence of a pass, and how many tokens it has."""
@@ -37,13 +38,13 @@ class SubjectLayout:
         try:
             places = [self.num_text, *self.image_span, *(end for span in self.subject_spans for end in span)]
         except TypeError as error:
-            given = f"{self.image_span!r} and {self.subject_spans!r}"
+            given = f"{one_line(self.image_span)} and {one_line(self.subject_spans)}"
             raise ValueError(f"image_span must be (start, stop), and subject_spans such pairs, got {given}") from error
         if not isinstance(self.causal, bool):
             raise ValueError(f"causal must be True or False, got {self.causal!r}")
         if self.length is not None:
             places.append(self.length)
-        if wrong := [n for n in places if not isinstance(n, numbers.Integral) or isinstance(n, bool)]:
+        if wrong := [n for n in places if not is_whole(n)]:
             raise ValueError(f"a layout must be of whole numbers of tokens, got {wrong[0]!r}")
         check_spans(self.stop, self.subject_spans, self.image_span)
         if self.num_text < 0:

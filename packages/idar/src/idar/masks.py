@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch
 from jaxtyping import Bool, Float
@@ -28,6 +28,11 @@ def require_tensor(**values: object) -> None:
         if value.is_complex() or value.layout != torch.strided or value.is_meta:
             kind = f"{value.dtype}, {value.layout}, on {value.device}"
             raise ValueError(f"{name} must be a dense tensor of real numbers with values, got {kind}")
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number, NumPy's too; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_number(name: str, value: object, low: float, high: float) -> None:
@@ -66,7 +71,7 @@ def check_grid(grid: tuple[int, int]) -> tuple[int, int]:
     (2, 3)
     """
     good = isinstance(grid, Sequence) and not isinstance(grid, str) and len(grid) == 2
-    if not good or not all(isinstance(n, numbers.Integral) and not isinstance(n, bool) and n >= 1 for n in grid):
+    if not good or not all(is_whole(n) and n >= 1 for n in grid):
         raise ValueError(f"grid must be positive, two whole numbers (rows, columns), got {one_line(grid)}")
     if grid[0] * grid[1] > MAX_TOKENS:
         raise ValueError(f"grid must be positive and of at most {MAX_TOKENS:,} tokens, got {grid!r}"[:300])

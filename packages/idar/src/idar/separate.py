@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from idar.flex import attend_by_blocks, can_take
 from idar.intercept import ATTENTION, Call, Visitor, additive, by_name, meet
 from idar.layout import SubjectLayout, Text, check_sequence
+from idar.masks import is_whole
 from idar.separation import (
     SUBJECT_ARROWS,
     Arrow,
@@ -41,7 +42,7 @@ def _is_whole(value: Any) -> bool:
         return (
             value.dim() == 0 and not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
         )
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return is_whole(value)
 
 
 def as_masks(masks: Any) -> Any:

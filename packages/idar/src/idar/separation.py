@@ -7,7 +7,6 @@ person. What one person's image tokens read from the other person's reference is
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from numbers import Integral
 from typing import Literal
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from idar.attention import streaming_maps
 from idar.layout import SubjectLayout
-from idar.masks import MAX_TOKENS, one_line, owner_masks, require_tensor
+from idar.masks import MAX_TOKENS, is_whole, one_line, owner_masks, require_tensor
 
 Arrow = Literal[
     "image_to_reference",
@@ -81,7 +80,7 @@ def separation_bias(
     """
     layouts = check_separation(layout, masks, strength, background, arrows)
     length = max(one.stop for one in layouts) if num_tokens is None else num_tokens
-    if not isinstance(length, Integral) or not length <= MAX_TOKENS:
+    if not is_whole(length) or not length <= MAX_TOKENS:
         raise ValueError(f"num_tokens must be a whole number, got {one_line(length)}")
     if length < max(one.stop for one in layouts):
         raise ValueError(f"num_tokens must be at least the layout's {max(o.stop for o in layouts)}, got {length}")
