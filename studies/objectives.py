@@ -23,7 +23,7 @@ from gspo.examples.closed_form import METHODS, NUM_STEPS, TASKS, Setting, train
 
 from benchmarks.run import ROOT
 from studies import objectives_flux, objectives_page, objectives_world, objectives_world_page
-from studies.objectives_runs import add, read_runs
+from studies.lab.measurements import add, read_runs
 
 OUT = ROOT / "benchmarks" / "results" / "objectives.parquet"
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.run import ROOT
 from studies import objectives_page
-from studies.objectives_runs import add, read_runs
+from studies.lab.measurements import add, read_runs
 
 OUT = ROOT / "benchmarks" / "results" / "objectives_flux.parquet"
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from gspo.examples.closed_form import GROUPS, MEMBERS, NUM_STEPS
 from gspo.plot import pyplot
 from multicrafter.files import write_whole
 
-from studies.objectives_runs import read_runs
+from studies.lab.measurements import read_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {

@@ -56,7 +56,7 @@ from multicrafter.world.rewards import RewardConfig, tiny_reward
 from torch import Tensor
 
 from benchmarks.run import ROOT
-from studies.objectives_runs import add, read_runs
+from studies.lab.measurements import add, read_runs
 from studies.objectives_world_page import LEARNING_RATES, SHOWN, TUNING_SEED, best_rate, name_of
 
 OUT = ROOT / "benchmarks" / "results" / "objectives_world.parquet"

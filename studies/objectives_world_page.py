@@ -10,8 +10,8 @@ import numpy as np
 from gspo.plot import pyplot
 from multicrafter.scoring.evaluate import Interval, difference
 
+from studies.lab.measurements import read_runs
 from studies.objectives_page import COLORS, NAMES, origin
-from studies.objectives_runs import read_runs
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 TUNING_SEED = 100

@@ -1,6 +1,6 @@
 """``multicrafter data build`` on a million tiny files: is every file accounted for, how long does it take, how much memory?
 
-    python -m studies.tiny_files --files 1000000 --folder /tmp/million --out benchmarks/results/data_million_files.json
+    python -m studies.tiny_files --files 1000000 --folder /tmp/million --out benchmarks/results/data.parquet
 
 Of each thousand files 400 are no pictures, 200 empty, 200 pictures of one pixel, 200 pictures cut short; among them are 24 photos of two
 drawn people.
@@ -18,7 +18,11 @@ import time
 import zlib
 from pathlib import Path
 
+from studies.lab.measurements import add
+
 PHOTOS = 24
+NAME = "million_files"
+"""Row of the table."""
 
 
 def pixel(number: int) -> bytes:
@@ -86,17 +90,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--folder", type=Path, help="where the files are made, or were by an earlier run")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="table of the figures")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp()) / "photos"
     if not folder.exists():
         make(folder, arguments.files)
     figures = run(folder, arguments.files)
-    from benchmarks.run import circumstances
-
-    figures["circumstances"] = circumstances()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+    add(arguments.out, NAME, figures)
     print(json.dumps(figures))
 
 

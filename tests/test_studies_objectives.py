@@ -11,7 +11,7 @@ import torch
 from gspo.examples.closed_form import METHODS, TASKS
 
 from studies import objectives, objectives_flux, objectives_page
-from studies.objectives_runs import add, read_runs
+from studies.lab.measurements import add, read_runs
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from multicrafter.world import shipped_adapter
 from multicrafter.world.rewards import RewardConfig
 
 from studies import objectives, objectives_world, objectives_world_page
+from studies.lab.measurements import add, read_runs
 from studies.lab.records import encode, read_table, write_table
-from studies.objectives_runs import add, read_runs
 from studies.objectives_world import METHODS, DrawnReward, World
 
 

@@ -8,8 +8,8 @@
     python -m studies.<study> --smoke           in miniature, into runs/science-smoke
 
 A record is named after what decides it: base, both stages, tests. So a study goes on where it was interrupted, on another machine too, several processes share the
-work, and studies share runs. Records lie in ``studies/results/runs``, in the table of the study that made them (`studies.lab.records`), a study's summary in
-``studies/results/<study>.json``, its page in ``docs/results/<study>.md``.
+work, and studies share runs. Records lie in ``studies/results``, in the table of the study that made them (`studies.lab.records`), a study's page in
+``docs/results/<study>.md``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import filelock
 import numpy as np
 import torch
 from multicrafter.config.settings import to_dict
-from multicrafter.files import write_json, write_whole
+from multicrafter.files import json_text, write_json, write_whole
 from multicrafter.models.adapters import fingerprint
 from multicrafter.models.finding import IdentityFinder
 from multicrafter.models.loading import load_flux
@@ -59,7 +59,7 @@ class Study:
     """A question.
 
     Attributes:
-        name: Of the module, the JSON and the page.
+        name: Of the module, the table and the page.
         title: Of the page.
         arms: Experiments by label, one per seed.
         summarise: Records by label (of the seeds that are done) to what the page shows, as JSON.
@@ -89,7 +89,6 @@ class Laboratory:
 
     runs: Path
     records: Records
-    results: Path
     pages: Path
     pose_steps: int = poses.STEPS
     judge_share: float = 1.0
@@ -101,14 +100,14 @@ class Laboratory:
     @classmethod
     def full(cls) -> Laboratory:
         """Records and pages are part of the repository."""
-        return cls(RUNS, Records(TABLES, RUNS / "records.lock"), TABLES.parent, ROOT / "docs" / "results")
+        return cls(RUNS, Records(TABLES, RUNS / "records.lock"), ROOT / "docs" / "results")
 
     @classmethod
     def within(cls, folder: Path) -> Laboratory:
         """Everything in one folder."""
         runs = folder / "runs"
         records = Records(folder / "records", runs / "records.lock")
-        return cls(runs, records, folder, folder / "pages", pose_steps=2, judge_share=0.001)
+        return cls(runs, records, folder / "pages", pose_steps=2, judge_share=0.001)
 
     def alone(self, path: Path) -> filelock.BaseFileLock:
         """Keeps other processes from making ``path``; raises `filelock.Timeout` if one of them is at it after ``patience``."""
@@ -288,22 +287,30 @@ class Laboratory:
         """The record of an experiment, if there is one."""
         return self.records.get(self.key(experiment))
 
-    def publish(self, study: Study, budget: Budget) -> Path | None:
-        """Summary, page and plots of what is recorded; None where nothing is."""
+    def recorded(self, study: Study, budget: Budget) -> dict[str, dict[int, Record]]:
+        """Records of a study by label and seed, of the labels that have any."""
         arms = study.arms(budget)
-        records = {
+        found = {
             label: {seed: r for seed, e in seeds.items() if (r := self.known(e)) is not None}
             for label, seeds in arms.items()
         }
-        takes = set(study.planned(budget).seeds)
-        records = {label: by for label, by in records.items() if by}
+        return {label: by for label, by in found.items() if by}
+
+    def planned(self, study: Study, budget: Budget) -> dict[str, list[int]]:
+        """Seeds of every label that the study takes, and those that are recorded beyond."""
+        takes, done = set(study.planned(budget).seeds), self.recorded(study, budget)
+        return {k: sorted(takes & set(seeds) | set(done.get(k, ()))) for k, seeds in study.arms(budget).items()}
+
+    def summary(self, study: Study, budget: Budget) -> dict[str, Any] | None:
+        """What the page of a study shows, from its records; None where nothing is recorded."""
+        records = self.recorded(study, budget)
         if not records:
             return None
         everything = [r for by in records.values() for r in by.values()]
-        summary = {
+        content = {
             "study": study.name,
             "done": {label: sorted(by) for label, by in records.items()},
-            "planned": {k: sorted(takes & set(seeds) | set(records.get(k, ()))) for k, seeds in arms.items()},
+            "planned": self.planned(study, budget),
             "commits": sorted({r["commit"][:10] for r in everything}),
             "versions": everything[-1]["versions"],
             "devices": sorted({r["device"] for r in everything}),
@@ -312,13 +319,18 @@ class Laboratory:
             "budget": to_dict(budget),
             **study.summarise(records),
         }
-        path = self.results / f"{study.name}.json"
-        write_json(path, summary)
+        return dict(json.loads(json_text(content)))  # keys are text, and what is not finite is None
+
+    def publish(self, study: Study, budget: Budget) -> Path | None:
+        """Page and plots of what is recorded; None where nothing is."""
+        content = self.summary(study, budget)
+        if content is None:
+            return None
         self.pages.mkdir(parents=True, exist_ok=True)
-        content = json.loads(path.read_text())
-        write_whole(self.pages / f"{study.name}.md", _page(study, content, self.pages))
+        path = self.pages / f"{study.name}.md"
+        write_whole(path, _page(study, content, self.pages))
         results_index.write(self.pages)
-        return self.pages / f"{study.name}.md"
+        return path
 
 
 def _shrink(pictures: torch.Tensor, size: int) -> torch.Tensor:
@@ -353,7 +365,7 @@ def _page(study: Study, content: dict[str, Any], folder: Path) -> str:
     budget = content["budget"]
     return f"""# {study.title}
 
-Generated by `python -m studies.{study.name}` from `studies/results/{study.name}.json`: {done} of {planned} runs are done (seeds {", ".join(map(str, seeds))}), {content["minutes"]:.0f} minutes
+Generated by `python -m studies.{study.name}` from the records in `studies/results`: {done} of {planned} runs are done (seeds {", ".join(map(str, seeds))}), {content["minutes"]:.0f} minutes
 of training and measuring on {", ".join(content["devices"])}; commits {", ".join(content["commits"])}; torch {content["versions"]["torch"]}, diffusers {content["versions"]["diffusers"]}.
 {"Not run yet (seeds): " + left + "." if left else ""}
 

@@ -31,7 +31,7 @@ KEY = "key"
 OTHERS = "others"
 """The table of what no study asked for."""
 RUNS = ROOT / "runs" / "science"
-TABLES = ROOT / "studies" / "results" / "runs"
+TABLES = ROOT / "studies" / "results"
 
 Row = dict[str, str]
 """Field to JSON text."""

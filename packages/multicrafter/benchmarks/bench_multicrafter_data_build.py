@@ -1,7 +1,8 @@
-"""Milliseconds a photo of every stage of ``multicrafter data build``, and what a million photos would take: measured costs, linear in photos.
+r"""Milliseconds a photo of every stage of ``multicrafter data build``, and what a million photos would take: measured costs, linear in photos.
 
-    python packages/multicrafter/benchmarks/bench_multicrafter_data_build.py --photos .photos --out benchmarks/results/data_build.json
-    python packages/multicrafter/benchmarks/bench_multicrafter_data_build.py --from OUT/dataset.json --out benchmarks/results/data_20000.json
+    python packages/multicrafter/benchmarks/bench_multicrafter_data_build.py --photos .photos --name build --out benchmarks/results/data.parquet
+    python packages/multicrafter/benchmarks/bench_multicrafter_data_build.py --from OUT/dataset.json --name 20000 \
+        --out benchmarks/results/data.parquet
 
 Grouping compares all pairs of faces: its share grows with the square, and is stated apart, from a matrix product of the measured width.
 """
@@ -56,7 +57,8 @@ def main() -> None:
     parser.add_argument("--faces", default="dlib")
     parser.add_argument("--masks", default="boxes")
     parser.add_argument("--from", dest="about", type=Path, help="dataset.json of a build that ran through in one go")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--name", default="build", help="row of the table")
+    parser.add_argument("--out", type=Path, required=True, help="table of the figures")
     arguments = parser.parse_args()
     width = 48
     if arguments.about is None:
@@ -80,12 +82,10 @@ def main() -> None:
         "photos": photos, "records": about["splits"], "identities": about["identities"], "dropped": about["dropped"], "config": about["config"],
         "ms_per_photo": per_photo, "faces_per_photo": round(faces, 3), "pairs_per_second": round(pairs), "plan": plan(per_photo, faces, pairs),
     }  # fmt: skip
-    sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
-    from run import circumstances
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+    from studies.lab.measurements import add
 
-    figures["circumstances"] = circumstances()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+    add(arguments.out, arguments.name, figures)
     print(json.dumps({k: figures[k] for k in ("photos", "ms_per_photo", "plan")}))
 
 

@@ -1,6 +1,6 @@
 """Records a second of the streaming loader against those that a stage-1 step of the tiny model consumes (wanted: 3 times as many).
 
-    python packages/multicrafter/benchmarks/bench_multicrafter_data_loader.py DATASET --out benchmarks/results/data_loader.json
+    python packages/multicrafter/benchmarks/bench_multicrafter_data_loader.py DATASET --name loader --out benchmarks/results/data.parquet
 
 Named baseline: one step of `recipes.tiny` stage 1 on the same machine, in the same run, the two in turns. The loader reads 64x64 pictures
 and 32x32 references from JPEG and PNG files, decodes, cuts, resizes and stacks them; the step includes neither reading nor encoding.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from itertools import islice
@@ -77,10 +78,11 @@ def test_step(benchmark, batch):
 
 
 def main() -> None:
-    """Both in turns, five rounds; writes medians, spreads and the ratio."""
+    """Both in turns, five rounds; records medians, spreads and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset", type=Path, nargs="?")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="table of the figures")
+    parser.add_argument("--name", default="loader", help="row of the table")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
@@ -112,17 +114,10 @@ def main() -> None:
         "records_per_second": {n: {"median": statistics.median(v), "all": v} for n, v in rows.items()},
         "loader_over_step": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
     }  # fmt: skip
-    try:
-        import sys
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+    from studies.lab.measurements import add
 
-        sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
-        from run import circumstances
-
-        figures["circumstances"] = circumstances()
-    except ImportError:
-        figures["circumstances"] = {"threads": torch.get_num_threads()}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+    add(arguments.out, arguments.name, figures)
     print(json.dumps(figures["loader_over_step"]), {n: round(statistics.median(v)) for n, v in rows.items()})
 
 

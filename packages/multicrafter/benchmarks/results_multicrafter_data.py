@@ -1,22 +1,16 @@
-"""Writes docs/results/data.md from what the data benchmarks recorded in benchmarks/results.
+"""Writes docs/results/data.md from what the data benchmarks recorded in benchmarks/results/data.parquet, a row a benchmark.
 
 python packages/multicrafter/benchmarks/results_multicrafter_data.py
 """
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
-RECORDS = ROOT / "benchmarks" / "results"
 WANTED = 3  # times as fast as the step
-
-
-def read(name: str) -> dict[str, Any]:
-    """A record."""
-    return dict(json.loads((RECORDS / f"{name}.json").read_text()))
 
 
 def per_photo(figures: dict[str, Any]) -> str:
@@ -44,18 +38,22 @@ def loader_row(name: str, figures: dict[str, Any], key: str) -> str:
 
 def page() -> str:
     """The page."""
-    drawn, million, real = read("data_20000"), read("data_million_files"), read("data_build")
-    loader, loader_real, processor = read("data_loader"), read("data_loader_real"), read("data_loader_processor")
+    sys.path.insert(0, str(ROOT))
+    from studies.lab.measurements import read_runs
+
+    runs = read_runs(ROOT / "benchmarks" / "results" / "data.parquet")
+    drawn, million, real = runs["20000"], runs["million_files"], runs["build"]
+    loader, loader_real, processor = runs["loader"], runs["loader_real"], runs["loader_processor"]
     plan = drawn["plan"]
     hours = sum(ms for n, ms in real["ms_per_photo"].items() if n not in ("scan", "group")) * 1e6 / 3.6e6
     return f"""# Data from photos: costs and checks
 
-Made by `packages/multicrafter/benchmarks/results_multicrafter_data.py` from `benchmarks/results/data_*.json`. Two cores, CPU only.
+Made by `packages/multicrafter/benchmarks/results_multicrafter_data.py` from the rows of `benchmarks/results/data.parquet`. Two cores, CPU only.
 
 ## 20,000 generated records
 
 20,000 photos of one to three drawn people (64x64 pixels), `--faces tiny --people same`, all stages, one process, nothing else running on
-the machine (`data_20000.json`):
+the machine (row `20000`):
 
 | | |
 |---|---|
@@ -69,7 +67,7 @@ split. A group larger than the test fraction is now always trained on ([0063](..
 
 ## A million tiny files
 
-`python -m studies.tiny_files --files 1000000` (`data_million_files.json`): {million["files"]:,} files, of each thousand 400 no
+`python -m studies.tiny_files --files 1000000` (row `million_files`): {million["files"]:,} files, of each thousand 400 no
 pictures, 200 empty, 200 pictures of one pixel, 200 pictures cut short, and among them 24 photos of two people. All of them are accounted
 for: {million["records"]} records, {reasons(million["left_out"])}.
 
@@ -92,7 +90,7 @@ Per-photo stages are linear and independent, so they divide by the number of pro
 | memory of the driver | 20 to 30 GB, by what 20,000 photos added to the process: build shards of the collection apart where that is too much |
 
 Real photos cost what their detectors cost. {real["photos"]} photos with dlib and selfie masks, milliseconds a photo of the folder
-(`data_build.json`, one run, nothing else running): {per_photo(real)}. A million take {hours / 24:.1f} days in one process, {hours / 64:.1f}
+(row `build`, one run, nothing else running): {per_photo(real)}. A million take {hours / 24:.1f} days in one process, {hours / 64:.1f}
 hours in 64.
 
 ## Real photos
@@ -106,8 +104,8 @@ women in the dark it keeps one or two.
 ## The loader beside a training step
 
 Records a second, in turns within one run, against the named baseline, a stage-1 step (row moe) of the tiny model; median and range. Wanted:
-{WANTED} times as many as the step takes. `data_loader.json`, `data_loader_real.json`: wall time on two quiet cores, the step on two
-threads, the loader with {loader["workers"]} workers or none. `data_loader_processor.json`: processor time, one thread each.
+{WANTED} times as many as the step takes. Rows `loader` and `loader_real` are wall time on two quiet cores, the step on two
+threads, the loader with {loader["workers"]} workers or none. Row `loader_processor` is processor time, one thread each.
 
 | loader | records a second | the step's | over the step | wanted {WANTED} |
 |---|---|---|---|---|

@@ -111,6 +111,15 @@ def follow_umask(*paths: Path) -> None:
 
 def write_json(path: Path, content: object) -> None:
     """Writes JSON, whole or not at all; NaN becomes null."""
+    write_whole(path, json_text(content))
+
+
+def json_text(content: object) -> str:
+    """JSON with a line a value; NaN becomes null, a named tuple what it names.
+
+    >>> json.loads(json_text({"loss": (float("nan"), 1.0)}))
+    {'loss': [None, 1.0]}
+    """
 
     def clean(x: object) -> object:
         if isinstance(x, tuple) and hasattr(x, "_asdict"):
@@ -123,7 +132,7 @@ def write_json(path: Path, content: object) -> None:
             return x if math.isfinite(x) else None
         return x
 
-    write_whole(path, json.dumps(clean(content), indent=1) + "\n")
+    return json.dumps(clean(content), indent=1) + "\n"
 
 
 def content_digest(content: object) -> str:

@@ -102,7 +102,7 @@ def test_many_tiny_files(tmp_path):
 
 
 def test_a_build_accounts_for_every_tiny_file(tmp_path):
-    """What benchmarks/results/data_million_files.json records of a million, with 3000."""
+    """What row `million_files` of benchmarks/results/data.parquet records of a million, with 3000."""
     study = pytest.importorskip("studies.tiny_files", reason="needs a checkout, where the studies are")
     study.make(tmp_path / "many", 3000)
     figures = study.run(tmp_path / "many", 3000)

@@ -1,4 +1,4 @@
-"""What the studies of objectives have recorded: a table a study (`studies.lab.records`), a row a run, numbers that are not finite included."""
+"""What was measured once and is kept in `benchmarks/results`: a table a study (`studies.lab.records`), a row a run, numbers that are not finite included."""
 
 from __future__ import annotations
 
