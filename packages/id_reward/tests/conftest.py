@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ PHOTOS = (PACKAGE.parents[1] if IN_REPOSITORY else PACKAGE) / ".photos"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Outside the repository nobody else says what the marks mean."""
+    """Helpers can be imported, by worker processes too; outside the repository nobody else says what the marks mean."""
+    sys.path.append(str(Path(__file__).parent))  # the helpers beside the tests
     config.addinivalue_line("markers", "slow: takes minutes")
     config.addinivalue_line("markers", "gpu: needs an accelerator")
 
@@ -25,8 +27,6 @@ def photos() -> Path:
     spec = importlib.util.spec_from_file_location("fetch_photos", PACKAGE / "scripts" / "fetch_photos.py")
     assert spec and spec.loader
     script = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules[spec.name] = script  # dataclasses look their module up
     spec.loader.exec_module(script)
     try:

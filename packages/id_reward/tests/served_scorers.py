@@ -1,4 +1,4 @@
-"""Scorers that `test_id_reward_serving.py` serves from other processes; a prompt can make them wait, fail, crash or hang."""
+"""Scorers that the tests of serving hand to other processes; a prompt can make them wait, fail, crash or hang."""
 
 from __future__ import annotations
 

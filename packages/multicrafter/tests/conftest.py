@@ -1,11 +1,15 @@
 """What the tests share; outside the repository, from the source archive alone, nobody else says what the marks mean."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declares the marks, and makes our own old names fail a test that does not expect them, as the repository's settings do."""
+    """Helpers beside the tests can be imported; marks; an old name fails a test that does not expect it, as by the root's settings."""
+    sys.path.append(str(Path(__file__).parent))
     config.addinivalue_line("markers", "slow: takes minutes")
     config.addinivalue_line("markers", "gpu: needs an accelerator")
     config.addinivalue_line("filterwarnings", "error:.*the old name leaves with multicrafter :DeprecationWarning")

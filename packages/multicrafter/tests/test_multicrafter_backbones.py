@@ -16,51 +16,20 @@ from multicrafter.models.flux.model import sample
 from multicrafter.models.flux.packing import pack_latents, unpack_latents
 from multicrafter.models.loading import load_flux
 from multicrafter.pipeline import to_image
-from multicrafter.world.tiny_backbones import (
-    tiny_flux1,
-    tiny_flux2_dev,
-    tiny_klein,
-    tiny_kontext,
-    tiny_qwen,
-    tiny_qwen21,
-)
-from multicrafter.world.tiny_flux import TinyFluxConfig
+from multicrafter_tiny import smooth_pictures, tiny
 
-CONFIG = TinyFluxConfig(num_heads=2, head_dim=16, num_double=1, num_single=1, vae_channels=(8, 8, 8), text_width=16)
 NAMES = [b.name for b in BACKBONES]
-
-
-def make(name):
-    made = {
-        "flux1_dev": lambda: tiny_flux1(CONFIG, guidance_embeds=True),
-        "flux1_kontext": lambda: tiny_kontext(CONFIG),
-        "flux2_klein": tiny_klein,
-        "flux2_klein_kv": lambda: tiny_klein(kv=True),
-        "flux2_dev": tiny_flux2_dev,
-        "qwen_image_edit": tiny_qwen,
-        "qwen_image_edit_2509": lambda: tiny_qwen(zero_cond_t=False),
-        "qwen_image_21": tiny_qwen21,
-    }[name]()
-    generator = torch.Generator().manual_seed(1)
-    for part in made.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False).eval()
-    for parameter in made.transformer.parameters():
-        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return made
 
 
 @pytest.fixture(scope="module")
 def pipes():
     """Read only."""
-    return {name: make(name) for name in NAMES}
+    return {name: tiny(name) for name in NAMES}
 
 
 @pytest.fixture(scope="module")
 def pictures():
-    generator = torch.Generator().manual_seed(3)
-    smooth = torch.nn.functional.interpolate(torch.rand(3, 3, 4, 4, generator=generator), 64, mode="bilinear")
-    return smooth
+    return smooth_pictures()
 
 
 def draw(pipe, prompts, noise, references, num_steps, *, cache=None):
@@ -144,7 +113,7 @@ def test_flux2_equals_its_pipeline_of_diffusers(name, pipes, pictures):
 def test_qwen_equals_its_pipeline_of_diffusers(name, pictures, monkeypatch):
     """Two references that are not square, through the vision-language encoder and as latents, and both guided passes."""
     monkeypatch.setattr(diffusers_qwen, "VAE_IMAGE_SIZE", 32 * 64)
-    pipe, noise = make(name), torch.randn(1, 48, 16, generator=torch.Generator().manual_seed(0))
+    pipe, noise = tiny(name), torch.randn(1, 48, 16, generator=torch.Generator().manual_seed(0))
     references = [to_image(pictures[0, :, :32, :32]), to_image(pictures[1, :, :32])]
     want = pipe(
         image=references, prompt="one person", negative_prompt="snow", true_cfg_scale=4.0, height=48, width=64, num_inference_steps=3,
@@ -317,7 +286,7 @@ CALLS = {  # the one pass that diffusers' own pipeline makes, with references th
 def test_velocity_is_the_call_of_diffusers_own_pipeline_bit_for_bit(name, pictures, monkeypatch):
     """Whatever its pipeline hands to the transformer, ours hands over too: same tokens, ids, text, level; equal to the last bit."""
     monkeypatch.setattr(diffusers_qwen, "VAE_IMAGE_SIZE", 32 * 64)
-    pipe = make(name)
+    pipe = tiny(name)
     backbone, calls = backbone_of(pipe), []
     small = [pictures[0, :, :32, :32], pictures[1, :, :32]]
     large = [
@@ -355,7 +324,7 @@ def test_velocity_is_the_call_of_diffusers_own_pipeline_bit_for_bit(name, pictur
 
 def test_the_places_of_qwen_are_those_of_its_rotary_embedding():
     """The transformer makes its own: equal rows of ours get equal rotations of its, and unequal ones unequal."""
-    rope = make("qwen_image_edit").transformer.pos_embed
+    rope = tiny("qwen_image_edit").transformer.pos_embed
     grids = [(3, 4), (2, 2), (5, 3)]
     rotations, _ = rope([[(1, *grid) for grid in grids]], max_txt_seq_len=4, device=torch.device("cpu"))
     ids = get_backbone("qwen_image_edit").position_ids(grids[0], grids[1:])
@@ -388,108 +357,6 @@ def test_prompts_of_different_lengths_are_padded_and_masked(pipes, pictures):
     assert torch.allclose(run(junk, slice(None)), both, atol=1e-6)
     for row, single in enumerate(alone):
         assert torch.allclose(run(single, slice(row, row + 1)), both[row : row + 1], atol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def spoken(pictures):
-    """What diffusers' own pipeline of Qwen-Image 2.1 makes of two references, one of them wide: calls, both guided passes, cached or not."""
-    pipe = make("qwen_image_21")
-    references = [to_image(pictures[0]), to_image(torch.cat([pictures[1], pictures[2]], dim=2))]
-    seen = [references[0], references[1].resize((96, 32))]  # what it makes of them at 64 x 64 pixels
-    calls, noise = [], torch.randn(1, 24, 4, generator=torch.Generator().manual_seed(0))
-    hook = pipe.transformer.register_forward_hook(
-        lambda _m, _a, kwargs, out: calls.append((kwargs, out[0])), with_kwargs=True
-    )
-    drawn = [
-        pipe(
-            image=list(references), prompt="one person", negative_prompt="snow", true_cfg_scale=2.0, height=64, width=96, latents=noise,
-            num_inference_steps=3, output_type="latent", output_resolution=64, use_kv_cache=cached,
-        ).images
-        for cached in (False, True)
-    ]  # fmt: skip
-    hook.remove()
-    sizes = [(4, 4), (2, 6)]
-    shown = [
-        torch.from_numpy(
-            np.array(pipe.image_processor.resize(r.convert("RGBA"), *(16 * n for n in size)).convert("RGB"))
-        )
-        for r, size in zip(references, sizes, strict=True)
-    ]
-    assert [tuple(s.shape[:2]) for s in shown] == [(64, 64), (32, 96)] and seen[1].size == (96, 32)
-    return pipe, [s.permute(2, 0, 1) / 255 for s in shown], calls, drawn, noise
-
-
-def test_qwen_21_calls_its_transformer_as_diffusers_does_bit_for_bit(spoken):
-    """Words, places of the references between them, tokens, level; our own numbers in place of its masks give the same again."""
-    pipe, seen, calls, _, _ = spoken
-    backbone, (kwargs, out) = backbone_of(pipe), calls[0]
-    grids = [shape[1:] for shape in kwargs["img_shapes"][0]]
-    assert grids == [(4, 4), (2, 6), (4, 6)]
-    *streams, tokens = kwargs["hidden_states"].split([16, 12, 24], dim=1)
-    text = backbone.encode_prompts_with(pipe, ["one person"], [seen])
-    words = ~kwargs["img_mask"][:, : kwargs["encoder_hidden_states"].shape[1]]
-    assert torch.equal(text.embeds[0], kwargs["encoder_hidden_states"][words])
-    for stream, picture in zip(streams, seen, strict=True):
-        assert torch.allclose(backbone.encode_pictures(pipe, picture[None]), stream, atol=1e-5)
-    given = {"image_grid": grids[-1], "references": streams, "reference_grids": grids[:-1]}
-    with torch.no_grad():
-        got = backbone.velocity(pipe.transformer, tokens, kwargs["timestep"], text, **given)
-        assert torch.equal(got, out[:, -24:])
-        joint = backbone.joint_pass(
-            pipe.transformer, kwargs["hidden_states"], kwargs["timestep"], text, text.slots[0].tolist(), grids
-        )
-        assert torch.allclose(joint[:, -24:], got, atol=1e-6)
-        moved = text._replace(slots=text.slots + 1)
-        assert not torch.allclose(
-            backbone.velocity(pipe.transformer, tokens, kwargs["timestep"], moved, **given), got, atol=1e-4
-        )
-    layout = backbone.layout_of(text, grids[-1], grids[:-1])
-    assert layout == backbone.layout_of_pass(kwargs, grids[-1], grids[:-1])
-    assert layout.subject_spans[1][0] - layout.subject_spans[0][1] > 3, "words stand between the references"
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_qwen_21_equals_its_pipeline_of_diffusers(spoken, cached):
-    pipe, seen, _, drawn, noise = spoken
-    backbone = backbone_of(pipe)
-    positive, negative = (backbone.encode_prompts_with(pipe, [text], [seen]) for text in ("one person", "snow"))
-    given = {"image_grid": (4, 6), "reference_grids": [(4, 4), (2, 6)]}
-    given["references"] = [backbone.encode_pictures(pipe, r[None]) for r in seen]
-    caches, lengths = [ReferenceCache() if cached else None for _ in range(2)], []
-    hook = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(
-        lambda _m, _a, kwargs: lengths.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
-    )
-
-    def velocity(x, s):
-        passes = [
-            backbone.velocity(pipe.transformer, x, s, text, cache=cache, **given)
-            for text, cache in zip((positive, negative), caches, strict=True)
-        ]
-        return backbone.guide(*passes, 2.0)
-
-    with torch.no_grad():
-        got = sample(velocity, noise, backbone.sigmas(pipe, 3, 24))
-    hook.remove()
-    assert torch.allclose(got, drawn[cached], atol=1e-4)
-    assert (lengths[-1] == 24) == cached
-
-
-def test_what_qwen_21_cannot_do_is_refused(pipes):
-    pipe, backbone = pipes["qwen_image_21"], get_backbone("qwen_image_21")
-    text, tokens = backbone.encode_prompts(pipe, ["x"]), torch.ones(1, 6, 4)
-    with pytest.raises(ValueError, match=r"grids must have even rows and columns for qwen_image_21, got \(2, 3\)"):
-        backbone.velocity(pipe.transformer, tokens, torch.ones(1), text, image_grid=(2, 3))
-    shown = backbone.encode_prompts_with(pipe, ["x"], [[torch.rand(3, 32, 32)]])
-    with pytest.raises(ValueError, match="text must be encoded with the 2 references"):
-        backbone.velocity(
-            pipe.transformer, torch.ones(1, 4, 4), torch.ones(1), shown, image_grid=(2, 2), references=[torch.ones(1, 4, 4)] * 2,
-            reference_grids=[(2, 2)] * 2,
-        )  # fmt: skip
-    blind = tiny_qwen21(causal_condition=False)
-    with pytest.raises(ValueError, match="cache must be None"):
-        backbone.velocity(
-            blind.transformer, torch.ones(1, 4, 4), torch.ones(1), text, image_grid=(2, 2), cache=ReferenceCache()
-        )
 
 
 def test_noise_levels_end_where_the_scheduler_says(pipes):
@@ -555,9 +422,9 @@ def test_a_fourth_backbone_is_one_file(tmp_path, monkeypatch, pipes):
             b.velocity(pipe.transformer, torch.ones(1, 16, 32), torch.ones(1), text, **inputs) for b in (mine, Flux1())
         )
     assert not torch.allclose(own, base, atol=1e-5)
-    saved = Adapters(make("flux1_dev").transformer, AdapterConfig(rank=2, alpha=2.0), backbone=mine).save(
+    saved = Adapters(tiny("flux1_dev").transformer, AdapterConfig(rank=2, alpha=2.0), backbone=mine).save(
         tmp_path / "a"
     )
     with pytest.raises(ValueError, match=r"backbone flux1_dev, got one of below"):
-        Adapters.load(make("flux1_dev").transformer, saved)
-    assert Adapters.load(make("flux1_dev").transformer, saved, backbone=mine)[1]["backbone"] == "below"
+        Adapters.load(tiny("flux1_dev").transformer, saved)
+    assert Adapters.load(tiny("flux1_dev").transformer, saved, backbone=mine)[1]["backbone"] == "below"

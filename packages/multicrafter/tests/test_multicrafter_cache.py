@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import multicrafter_workers as workers
 import pytest
 import torch
 from multicrafter.models import placing
@@ -25,9 +24,6 @@ from multicrafter.training.encoding_cache import (
 from multicrafter.training.scenes import encode_scenes
 from multicrafter.world import WorldConfig
 from multicrafter.world.tiny_backbones import tiny_qwen
-
-sys.path.insert(0, str(Path(__file__).parent))
-import multicrafter_workers as workers
 
 CAPTIONS = ["two people in a park", "one person", "two people in a park"]
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import gspo
+import multicrafter_workers as workers
 import numpy as np
 import pytest
 import torch
@@ -21,9 +22,6 @@ from multicrafter.training.noise import SlicedNoise
 from multicrafter.training.scenes import Buckets
 from multicrafter.training.trainee import global_aux_loss
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-import multicrafter_workers as workers
 
 STEPS = 8
 TOLERANCE = 1e-5

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import gspo
@@ -29,11 +27,9 @@ from multicrafter.training.attention import watch_attention
 from multicrafter.training.precision import ExecutionConfig
 from multicrafter.training.pretrain import IDARConfig, Pretrain, PretrainConfig, SeparationConfig
 from multicrafter.training.trainee import global_aux_loss
+from multicrafter_device import NAME, NoFloat64, There, without_float64
 from PIL import Image
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-from multicrafter_device import NAME, NoFloat64, There, without_float64
 
 EXPERTS = AdapterConfig(rank=2, alpha=2.0, num_experts=2)
 

@@ -9,8 +9,8 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
+import multicrafter_workers as workers
 import pytest
 import torch
 from multicrafter.cli import main
@@ -32,9 +32,6 @@ from multicrafter.training.trainee import Trainee
 from multicrafter.world import WorldConfig
 from multicrafter.world.tiny_backbones import TINY
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-sys.path.insert(0, str(Path(__file__).parent))
-import multicrafter_workers as workers
 
 NO_CARD = "needs a CUDA device, and there is none here"
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CARD)]

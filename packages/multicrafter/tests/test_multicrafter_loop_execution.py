@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
+import multicrafter_workers as workers
 import pytest
 import torch
 from gspo import rescore, rollout, sequence_importance_ratio
@@ -19,9 +19,6 @@ from multicrafter.training.precision import (
 )
 from multicrafter.training.pretrain import IDARConfig, Noised
 from multicrafter.training.trainee import optimizer_tensors, restore_optimizer
-
-sys.path.insert(0, str(Path(__file__).parent))
-import multicrafter_workers as workers
 
 
 def trained(stage, steps=3):

@@ -6,9 +6,9 @@ import json
 import os
 import random
 import signal
-import sys
 from pathlib import Path
 
+import multicrafter_workers as workers
 import numpy as np
 import pytest
 import torch
@@ -17,9 +17,6 @@ from multicrafter.training.checkpoint import Checkpoint, CheckpointError, find_c
 from multicrafter.training.loop import LoopConfig
 from multicrafter.training.rewarding import score_pictures
 from safetensors import SafetensorError
-
-sys.path.insert(0, str(Path(__file__).parent))
-import multicrafter_workers as workers
 
 
 class Counter:

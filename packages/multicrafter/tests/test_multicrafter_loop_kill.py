@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 
+import multicrafter_workers as workers
 import pytest
 import torch
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-import multicrafter_workers as workers
 
 
 def final(folder):

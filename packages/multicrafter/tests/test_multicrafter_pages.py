@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import jinja2
@@ -14,10 +13,8 @@ from multicrafter import files, pages
 from multicrafter.demo.report import BETTER, write_report
 from multicrafter.pages import Cell, render
 from multicrafter.scoring.evaluate import METRICS
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent))
 from multicrafter_looks import check_page, needs_chromium, overflow
+from PIL import Image
 
 ROOMS = Path(multicrafter.__file__).parent
 TEMPLATES = sorted(p for p in ROOMS.glob("*/*.html") if p.parent.name != "pages")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import gspo
+import multicrafter_workers as workers
 import pytest
 import torch
 from gspo import OnlineConfig, PolicyConfig, SlidingWindow
@@ -34,9 +33,6 @@ from multicrafter.training.scenes import encode_scenes, encode_shaped_scenes
 from multicrafter.world import FAMILIES, WorldConfig, make_scenes
 from multicrafter.world.judges.reader import ReaderBackend
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent))
-import multicrafter_workers as workers
 
 WIDE, TALL = (48, 96), (96, 48)
 WORLD = WorldConfig(numbers=(2,), shared_attributes=4)

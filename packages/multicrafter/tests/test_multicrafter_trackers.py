@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import sys
 import types
-from pathlib import Path
 
+import multicrafter_workers as workers
 import pytest
 import torch
 from multicrafter.training import loop
 from multicrafter.training.loop import LoopConfig
 from multicrafter.training.trackers import NoTracker, TensorBoardTracker, make_tracker
-
-sys.path.insert(0, str(Path(__file__).parent))
-import multicrafter_workers as workers
 
 
 def events(folder):
