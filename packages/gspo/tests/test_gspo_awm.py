@@ -78,3 +78,12 @@ def test_held_near_the_old_policy() -> None:
     )
     assert AdvantageWeightedMatching().silent_without_advantage
     assert not AdvantageWeightedMatching(old_coef=0.1).silent_without_advantage
+
+
+def test_the_old_policy_is_held_constant() -> None:
+    """Who forgets to detach hands the same tensor over twice; the gradient is that of the new policy all the same."""
+    _, old, target, _ = case()
+    leaf, advantages = old.clone().requires_grad_(True), torch.tensor([1.0, -1.0, 0.5, 2.0])
+    (want,) = torch.autograd.grad(awm_loss(leaf, leaf.detach(), target, advantages), leaf)
+    (got,) = torch.autograd.grad(awm_loss(leaf, leaf, target, advantages), leaf)
+    assert torch.equal(got, want) and want.abs().max() > 1e-3
