@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from idar import SUBJECT_ARROWS
 from multicrafter.config.settings import from_dict
-from multicrafter.models.binding import BindingConfig
+from multicrafter.models.binding import LOOK_UNTIL, BindingConfig
 from multicrafter.scoring.evaluate import EvaluateConfig, bootstrap
 from multicrafter.training.pretrain import SeparationConfig
 from multicrafter.training.runs import with_execution
@@ -31,6 +31,11 @@ WAYS: dict[str, BindingConfig | None] = {
     "bound in flight": BindingConfig(mode="in-flight"),
 }
 """How a trained model draws; the second one knows what nobody knows, and is the most that separation can give."""
+WAYS_AGAIN: dict[str, BindingConfig] = {
+    "bound in flight, looking again": BindingConfig.chosen("in-flight"),
+    "bound by its own draft, looking again": BindingConfig(mode="draft", look_until=LOOK_UNTIL),
+}
+"""The same, and places are looked for again while the picture becomes clearer."""
 
 MEDIATION: dict[str, BindingConfig] = {
     "image to reference": BindingConfig(mode="masks", arrows=("image_to_reference",)),
@@ -53,6 +58,8 @@ PLAIN, APART, LOSS, ROUTED = "plain LoRA", "mask dropout", "attention loss", "ro
 CAUSES = "plain LoRA, one kind of attention forbidden"
 THREE = {PLAIN: "plain LoRA, three people", APART: "mask dropout, three people"}
 OTHER_NUMBERS = {PLAIN: "plain LoRA, other numbers of people", APART: "mask dropout, other numbers of people"}
+AGAIN = {PLAIN: "plain LoRA, looking again", APART: "mask dropout, looking again"}
+THREE_AGAIN = {APART: "mask dropout, three people, looking again"}
 NUMBERS = (1, 3, 4)
 """Of people in a picture that a model drawn from training on two has never seen."""
 
@@ -84,6 +91,12 @@ def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
             tests=tests(test, None, BindingConfig(mode="masks")),
         )
         three = replace(test, num_references=3)
+        for label, config in ((PLAIN, plain), (APART, apart)):
+            again = tests(test, *WAYS_AGAIN.values())
+            found.setdefault(AGAIN[label], {})[seed] = Experiment(pretrain=config, tests=again)
+        found.setdefault(THREE_AGAIN[APART], {})[seed] = Experiment(
+            pretrain=replace(apart, world=replace(apart.world, numbers=(3,))), tests=tests(three, *WAYS_AGAIN.values())
+        )
         for label, config in ((PLAIN, plain), (APART, apart)):
             found.setdefault(THREE[label], {})[seed] = Experiment(
                 pretrain=replace(config, world=replace(config.world, numbers=(3,))),
@@ -162,15 +175,19 @@ def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
     ways = list(WAYS)
     found: dict[str, Any] = {"models": {}, "three": {}, "numbers": {}}
     for label, by in records.items():
-        if label in THREE.values():
-            found["three"][label] = _means(by, ["as it is", "bound by its own draft"])
+        if base := _base_of(label, AGAIN):
+            found["models"].setdefault(base, {}).update(_means(by, list(WAYS_AGAIN)))
+        elif base := _base_of(label, THREE_AGAIN):
+            found["three"].setdefault(THREE[base], {}).update(_means(by, list(WAYS_AGAIN)))
+        elif label in THREE.values():
+            found["three"].setdefault(label, {}).update(_means(by, ["as it is", "bound by its own draft"]))
         elif label in OTHER_NUMBERS.values():
             way = ("as it is", "bound by its own draft")
             found["numbers"][label] = _means(by, [f"{n} in the picture, {w}" for n in NUMBERS for w in way])
         elif label == ROUTED:
             found["models"][label] = _means(by, ["routed by its attention"])
         elif label != CAUSES:
-            found["models"][label] = _means(by, ways)
+            found["models"].setdefault(label, {}).update(_means(by, ways))
     if causes := records.get(CAUSES):
         labels = [*MEDIATION, *(f"weighed down to {1 - dose:.2f}" for dose in DOSES)]
         means = _means(causes, ["as it is", "true masks", *labels])
@@ -181,6 +198,9 @@ def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
         pairs = {label: {s: records[label][s] for s in seeds} for label in (PLAIN, APART)}
         if seeds:
             gain = {way: _paired(pairs, i, "attributes") for i, way in enumerate(ways)}
+            if again := {s: r for s, r in records.get(AGAIN[APART], {}).items() if s in seeds}:
+                both = {PLAIN: {s: records[PLAIN][s] for s in again}, APART: again}
+                gain |= {way: _paired(both, i, "attributes") for i, way in enumerate(WAYS_AGAIN)}
             found["gain"] = gain
             recorded = next(iter(pairs[PLAIN].values()))["experiment"]["tests"][0]
             found["likeness"] = _by_likeness(pairs, from_dict(EvaluateConfig, recorded))
@@ -195,6 +215,11 @@ def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
     return found
 
 
+def _base_of(label: str, further: dict[str, str]) -> str | None:
+    """The model that a label shows drawn in further ways."""
+    return next((base for base, name in further.items() if name == label), None)
+
+
 def _paired(pairs: dict[str, dict[int, Record]], index: int, name: str) -> dict[str, float]:
     """Mask dropout, drawn in some way, minus the plain LoRA as it is, case by case."""
     interval = bootstrap(by_case(pairs[APART], name, index) - by_case(pairs[PLAIN], name, 0))
@@ -202,7 +227,7 @@ def _paired(pairs: dict[str, dict[int, Record]], index: int, name: str) -> dict[
 
 
 HEAD = ("", "", *NAMES, "swaps above chance")
-MEANING = """Attention is *separated* when the image tokens of one subject cannot look at the other subject's reference, nor the other way round, references not at each other, and tokens of nobody at no reference. *Bound* means that the model's own draft of three steps says who stands where: a detector finds subjects in it, and a match by identity says who is who. The reader of truth only scores."""
+MEANING = """Attention is *separated* when the image tokens of one subject cannot look at the other subject's reference, nor the other way round, references not at each other, and tokens of nobody at no reference. *Bound* means that the model's own draft of three steps says who stands where: a detector finds subjects in it, and a match by identity says who is who. *In flight* reads the same from the picture that the model predicts after its first step, and draws no draft; *looking again* repeats that at every noise level down to .7. The reader of truth only scores."""
 
 
 def model_rows(models: dict[str, Any]) -> list[list[str]]:
@@ -302,7 +327,7 @@ def figure(content: dict[str, Any], path: Path) -> None:
     causes = content.get("causes", {})
     made = Figure(figsize=(11 if causes else 6.5, 5.4), layout="constrained")
     left, *rest = made.subplots(1, 2 if causes else 1, squeeze=False)[0]
-    marks = {"as it is": "o", "true masks": "*", "bound by its own draft": "D", "bound in flight": "^"}
+    marks = dict(zip((*WAYS, *WAYS_AGAIN), "o*D^vP", strict=True))
     colours = {PLAIN: "tab:gray", LOSS: "tab:orange", APART: "tab:blue", ROUTED: "tab:green"}
     for label, by in content["models"].items():
         for way, m in by.items():

@@ -16,6 +16,7 @@ from multicrafter.models.backbones import backbone_of
 from multicrafter.models.binding import BindingConfig, masks_of_places, sample_bound, separable
 from multicrafter.models.finding import BoxFinder, IdentityFinder, MapFinder, Places
 from multicrafter.models.flux.model import sample, sigma_schedule
+from multicrafter.models.request import binding_config
 from multicrafter.pipeline import MultiCrafterPipeline, load_flux, to_image
 from multicrafter.scoring.evaluate import EvaluateConfig, case_noise, cases, draw_cases
 from multicrafter.world import judges
@@ -144,12 +145,84 @@ def test_in_flight_costs_nothing_and_leaves_the_first_steps_as_they_are(pipe: An
             decode=lambda x: backbone.decode_pictures(pipe, x, scenes.grid),
             references=[list(r) for r in scenes.reference_images[part]], after=lambda i, x: steps.append(i) or x,
         )  # fmt: skip
-    assert binding.num_function_evaluations == 4 and steps == [2, 3]
+    assert binding.num_function_evaluations == 4 and steps == [0, 1, 2, 3]
     bound, seen = seen, []
     plain = sample(velocity, noise, sigma_schedule(4))
     assert all(torch.equal(a, b) for a, b in zip(bound[:3], seen[:3], strict=True))
     assert not torch.equal(bound[3], seen[3]) or not torch.equal(tokens, plain)
     assert not torch.equal(tokens, plain)
+
+
+class _Listed:
+    """Says where somebody is, another place at every look, and remembers what it was shown."""
+
+    def __init__(self, *boxes: list[list[float]], needs_maps: bool = False) -> None:
+        self.boxes, self.shown, self.needs_maps = boxes, [], needs_maps
+
+    def __call__(self, pictures: torch.Tensor, references: Any, maps: Any, grid: Any) -> Places:
+        boxes = torch.tensor(self.boxes[len(self.shown)]).expand(len(pictures), -1, -1)
+        self.shown.append(pictures)
+        return Places(boxes, torch.ones(boxes.shape[:2]))
+
+
+@pytest.mark.parametrize("mode", ["in-flight", "draft"])
+@torch.no_grad()
+def test_looking_again_takes_the_clearer_picture(pipe: Any, scenes: Any, mode: Any) -> None:
+    """By hand: every step under the places that the last look found, in the clean picture predicted at its level."""
+    backbone, part = backbone_of(pipe), slice(0, 2)
+    text, context, noise = (
+        backbone.encode_prompts(pipe, scenes.captions[part]),
+        scenes.context(part),
+        case_noise(scenes, 3)[part],
+    )
+    places = [[LEFT, RIGHT], [RIGHT, LEFT], [LEFT, [16.0, 4.0, 40.0, 60.0]]]
+    config = BindingConfig(mode=mode, draft_steps=1, bind_at=0.75, look_until=0.5)
+    finder, grids = _Listed(*places), [scenes.reference_grid] * 2
+
+    def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return backbone.velocity(pipe.transformer, x, sigma, text, **context)
+
+    def decode(x: torch.Tensor) -> torch.Tensor:
+        return backbone.decode_pictures(pipe, x, scenes.grid)
+
+    with separable(pipe.transformer, backbone, scenes.grid, grids, config) as separation:
+        tokens, binding = sample_bound(
+            velocity, noise, sigma_schedule, 4, config=config, separation=separation, finder=finder, grid=scenes.grid,
+            decode=decode, references=[list(r) for r in scenes.reference_images[part]],
+        )  # fmt: skip
+    with separable(pipe.transformer, backbone, scenes.grid, grids, config) as by_hand:
+        looks, x, sigmas, shown = iter(places), noise, sigma_schedule(4), []
+
+        def look(clean: torch.Tensor) -> None:
+            shown.append(decode(clean).clamp(0, 1))
+            boxes = torch.tensor(next(looks)).expand(2, -1, -1)
+            by_hand.masks = masks_of_places(Places(boxes, boxes[..., 0]), scenes.grid, (64, 64), margin=config.margin)
+
+        if mode == "draft":
+            look(x - velocity(x, torch.ones(2)))
+        for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+            v = velocity(x, sigma.expand(2))
+            if 0.5 <= sigma <= 0.75:
+                look(x - sigma * v)
+            x = x + (after - sigma) * v
+    assert torch.equal(tokens, x) and binding.num_function_evaluations == 4 + (mode == "draft")
+    assert len(finder.shown) == len(shown) == 2 + (mode == "draft")
+    assert all(torch.equal(a, b) for a, b in zip(finder.shown, shown, strict=True))
+    assert binding.places is not None and binding.places.boxes[0].tolist() == places[len(shown) - 1]
+
+
+@torch.no_grad()
+def test_attention_maps_are_read_once(pipe: Any, scenes: Any) -> None:
+    """After the first look they show the masks, and would confirm whatever it said."""
+    finder = _Listed([LEFT, RIGHT], needs_maps=True)
+    config = replace(CONFIG, separation=BindingConfig(mode="in-flight", bind_at=0.9, look_until=0.1))
+    assert draw_cases(pipe, scenes, config, finder=finder).num_function_evaluations == 4 and len(finder.shown) == 1
+
+
+def test_a_mode_by_its_name_has_the_settings_that_validation_chose() -> None:
+    assert binding_config("in-flight") == BindingConfig(mode="in-flight", look_until=0.7)
+    assert binding_config("draft") == BindingConfig(mode="draft")
+    assert BindingConfig.chosen("in-flight", look_until=None) == BindingConfig(mode="in-flight")
 
 
 def test_true_masks_hold_exactly_while_the_picture_is_drawn(pipe: Any, scenes: Any) -> None:
@@ -253,6 +326,10 @@ class _Blind:
         ({"draft_steps": 0}, "draft_steps"),
         ({"bind_at": 1.0}, "bind_at"),
         ({"bind_at": float("nan")}, "bind_at"),
+        ({"look_until": 0.0}, "look_until"),
+        ({"look_until": 0.96}, "look_until"),
+        ({"look_until": float("nan")}, "look_until"),
+        ({"look_until": "0.7"}, "look_until"),
         ({"margin": -0.1}, "margin"),
         ({"strength": 1.5}, "strength"),
         ({"strength": float("nan")}, "strength"),

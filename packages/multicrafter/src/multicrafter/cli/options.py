@@ -161,6 +161,10 @@ def separation_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--bind-at", type=real, help="noise level at which --separation in-flight looks for places; default: 0.95"
     )
+    sub.add_argument(
+        "--look-until", type=real,
+        help="places are looked for again at every noise level down to this one; default: 0.7 for in-flight, else not again",
+    )  # fmt: skip
     finder_option(sub)
 
 
@@ -178,8 +182,8 @@ def binding(arguments: argparse.Namespace, notes: Any) -> Any:
     from multicrafter.models.binding import BindingConfig
 
     mode = arguments.separation or notes.get("sampling", {}).get("separation", "none")
-    given = {"draft_steps": arguments.draft_steps, "bind_at": arguments.bind_at}
-    return BindingConfig(mode=mode, **{k: v for k, v in given.items() if v is not None})
+    names = ("draft_steps", "bind_at", "look_until")
+    return BindingConfig.chosen(mode, **{k: v for k in names if (v := getattr(arguments, k)) is not None})
 
 
 def finder(name: str, model: str | None) -> Any:

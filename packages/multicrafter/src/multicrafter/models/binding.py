@@ -3,7 +3,7 @@
 Separated attention (`idar.separate_subjects`) needs to know where each subject will be. Nobody gives a layout, so the model draws a
 short draft, a detector finds people (or things) in it, a Hungarian match by identity says who is who, and the picture is drawn again
 from the same noise with attention between subjects forbidden. "In flight" saves the draft: it looks at the clean picture that the model
-predicts at some noise level, and goes on from there.
+predicts at some noise level, and goes on from there; it may look again at the levels that follow, where the picture is clearer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from multicrafter import UserError
 from multicrafter.models.backbones import Backbone
-from multicrafter.models.checks import check_finite
+from multicrafter.models.checks import check_finite, finite
 from multicrafter.models.finding import BoxFinder as BoxFinder
 from multicrafter.models.finding import Finder as Finder
 from multicrafter.models.finding import IdentityFinder as IdentityFinder
@@ -41,6 +41,8 @@ from multicrafter.models.flux.packing import Grid
 
 Mode = Literal["none", "draft", "in-flight", "attention", "masks"]
 MODES: tuple[Mode, ...] = ("none", "draft", "in-flight", "attention", "masks")
+LOOK_UNTIL = 0.7
+"""Noise level of the last look in flight; who is who is decided above it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,8 @@ class BindingConfig:
             is), or "masks" (they are given).
         draft_steps: Steps of the draft.
         bind_at: In flight, places are looked for at the first noise level that is not above this one; in (0, 1).
+        look_until: Places are looked for again at every noise level from ``bind_at`` down to this one, after a draft too; None does not.
+            Finders that read attention maps never do: once attention is separated, its maps show the masks.
         margin: Added to each side of a box, as a share of the picture's longer side.
         background: Whether tokens of nobody look at no reference or at all, see `idar.separation_bias`.
         strength: 1 forbids attention between subjects, 0 changes nothing.
@@ -64,6 +68,7 @@ class BindingConfig:
     mode: Mode = "none"
     draft_steps: int = 3
     bind_at: float = 0.95
+    look_until: float | None = None
     margin: float = 1 / 32
     background: Background = "none"
     strength: float = 1.0
@@ -79,6 +84,8 @@ class BindingConfig:
             raise UserError(f"draft_steps must be at least 1 and at most 10,000, got {self.draft_steps}")
         if not 0 < self.bind_at < 1:
             raise UserError(f"bind_at must be a noise level in (0, 1), got {self.bind_at}")
+        if self.look_until is not None and not 0 < finite("look_until", self.look_until) <= self.bind_at:
+            raise UserError(f"look_until must be in (0, bind_at = {self.bind_at}], got {self.look_until}")
         if not 0 <= self.margin < 1:
             raise UserError(f"margin must be in [0, 1), got {self.margin}")
         if not 0 <= self.strength <= 1:
@@ -86,6 +93,28 @@ class BindingConfig:
         low, high = self.sigmas
         if not 0 <= low < high <= 1:
             raise UserError(f"sigmas must be (from, to) with 0 <= from < to <= 1, got {self.sigmas}")
+
+    @classmethod
+    def chosen(cls, mode: Mode, **settings: Any) -> BindingConfig:
+        """What validation chose for a mode (docs/adr/0054-binding.md): in flight looks again; ``settings`` win.
+
+        >>> BindingConfig.chosen("in-flight").look_until, BindingConfig.chosen("draft").look_until
+        (0.7, None)
+        """
+        return cls(mode=mode, **({"look_until": LOOK_UNTIL} if mode == "in-flight" else {}) | settings)
+
+    def steps_of_looks(self, sigmas: Sequence[float]) -> list[int]:
+        """In which steps places are looked for, for noise levels ``sigmas`` (one more than steps).
+
+        >>> BindingConfig(mode="in-flight", bind_at=0.8, look_until=0.4).steps_of_looks([1.0, 0.75, 0.5, 0.25, 0.0])
+        [1, 2]
+        >>> BindingConfig(mode="draft").steps_of_looks([1.0, 0.5, 0.0])
+        []
+        """
+        below = [step for step, sigma in enumerate(sigmas[:-1]) if sigma <= self.bind_at]
+        first = (below or [len(sigmas) - 2])[:1] if self.mode == "in-flight" else []
+        again = [] if self.look_until is None else [step for step in below if sigmas[step] >= self.look_until]
+        return sorted({*first, *again})
 
     def strength_at(self, sigma: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Strength at some noise levels."""
@@ -208,7 +237,7 @@ def sample_bound(
         grid: Token rows and columns.
         masks: For mode "masks".
         watch: Transformer, backbone and reference grids, for finders that need attention maps.
-        after: See `sample`; called in the steps of the picture only.
+        after: See `sample`; not called in the draft.
         counts: See `separable`.
 
     Returns:
@@ -241,17 +270,18 @@ def sample_bound(
         "config": config, "separation": separation, "decode": decode, "finder": finder, "references": references, "grid": grid,
         "watch": watch, "counts": counts,
     }  # fmt: skip
-    if config.mode == "draft":
-        places = bind_by_draft(counted, noise, schedule, **bind)
-    else:
+    places = bind_by_draft(counted, noise, schedule, **bind) if config.mode == "draft" else None
+    steps = config.steps_of_looks(sigmas.tolist())
+    if getattr(finder, "needs_maps", False):
+        steps = steps[:1] if places is None else []
+    looks = [] if places is None else [places]
+    if steps:
         with _finding(**bind) as found_in:
-            places, noise, sigmas = _until_found(counted, noise, sigmas, config.bind_at, found_in)
-        skipped = num_steps + 1 - len(sigmas)
-        inner = after
-        after = None if inner is None else (lambda step, x: inner(step + skipped, x))
-    tokens = sample(counted, noise, sigmas, after=after)
+            tokens = sample(_looking(counted, steps, found_in, looks), noise, sigmas, after=after)
+    else:
+        tokens = sample(counted, noise, sigmas, after=after)
     assert isinstance(separation.masks, Tensor)
-    return tokens, Binding(separation.masks, places, ~places.boxes.isnan().any(-1).any(-1), calls)
+    return tokens, Binding(separation.masks, looks[-1], ~looks[-1].boxes.isnan().any(-1).any(-1), calls)
 
 
 def bind_by_draft(
@@ -293,23 +323,22 @@ def _finding(
         yield found_in
 
 
-def _until_found(
+def _looking(
     velocity_fn: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    sigmas: Tensor,
-    bind_at: float,
+    steps: Sequence[int],
     found_in: Callable[[Tensor], Places],
-) -> tuple[Places, Tensor, Tensor]:
-    """Steps until the level is reached, places in the clean picture ``x - sigma v`` predicted there; what is left to do."""
-    sigmas = sigmas.to(x.device)
-    for step in range(len(sigmas) - 1):
-        velocity = velocity_fn(x, sigmas[step].expand(len(x)))
-        if sigmas[step] <= bind_at or step == len(sigmas) - 2:
-            places = found_in(x - sigmas[step] * velocity)
-            x = x + (sigmas[step + 1] - sigmas[step]) * velocity
-            return places, x, sigmas[step + 1 :]
-        x = x + (sigmas[step + 1] - sigmas[step]) * velocity
-    raise AssertionError("a schedule has at least one step")
+    looks: list[Places],
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The velocity of each step in turn; in some of them places are looked for in the clean picture ``x - sigma v`` predicted there."""
+    number = itertools.count()
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        found = velocity_fn(x, sigma)
+        if next(number) in steps:
+            looks.append(found_in(x - sigma.reshape(-1, *[1] * (x.dim() - 1)) * found))
+        return found
+
+    return velocity
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def binding_config(separation: Mode | BindingConfig) -> BindingConfig:
     Raises:
         ValueError: There is no such mode.
     """
-    return separation if isinstance(separation, BindingConfig) else BindingConfig(mode=separation)
+    return separation if isinstance(separation, BindingConfig) else BindingConfig.chosen(separation)
 
 
 def mask_lists(masks: Any, lists: Sequence[Sequence[Any]], grid: Grid) -> list[Tensor]:
