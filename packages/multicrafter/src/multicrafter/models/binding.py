@@ -86,6 +86,8 @@ class BindingConfig:
             raise UserError(f"bind_at must be a noise level in (0, 1), got {self.bind_at}")
         if self.look_until is not None and not 0 < finite("look_until", self.look_until) <= self.bind_at:
             raise UserError(f"look_until must be in (0, bind_at = {self.bind_at}], got {self.look_until}")
+        if self.look_until is not None and self.mode not in ("draft", "in-flight"):
+            raise UserError(f"look_until must be None where no places are looked for, got separation {self.mode!r}")
         if not 0 <= self.margin < 1:
             raise UserError(f"margin must be in [0, 1), got {self.margin}")
         if not 0 <= self.strength <= 1:
