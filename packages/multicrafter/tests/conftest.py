@@ -23,17 +23,10 @@ def seed_torch():
 @pytest.fixture
 def pipe():
     """A fresh, untrained FLUX of the smallest size; its zero-initialised output layer is filled so that everything matters."""
-    from multicrafter.world.tiny_flux import TinyFluxConfig, build_pipeline
+    from multicrafter.world.tiny_flux import build_pipeline
+    from multicrafter_tiny import CONFIG, filled
 
-    made = build_pipeline(
-        TinyFluxConfig(num_heads=2, head_dim=16, num_double=1, num_single=1, vae_channels=(8, 8, 8), text_width=16)
-    )
-    generator = torch.Generator().manual_seed(1)
-    for part in (made.transformer, made.vae, made.text_encoder, made.text_encoder_2):
-        part.requires_grad_(False).eval()
-    for parameter in made.transformer.parameters():
-        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return made
+    return filled(build_pipeline(CONFIG))
 
 
 @pytest.fixture

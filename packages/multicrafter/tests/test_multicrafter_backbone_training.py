@@ -31,6 +31,7 @@ from multicrafter.world.tiny_backbones import (
     tiny_qwen21,
 )
 from multicrafter.world.tiny_flux import TinyFluxConfig
+from multicrafter_tiny import filled
 
 CONFIG = TinyFluxConfig(num_heads=2, head_dim=16, num_double=2, num_single=1, vae_channels=(8, 8, 8), text_width=16)
 WORLD = WorldConfig(numbers=(2,), shared_attributes=4)
@@ -47,14 +48,7 @@ MAKERS = {
 
 
 def make(name):
-    pipe = MAKERS[name]()
-    generator = torch.Generator().manual_seed(1)
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False).eval()
-    for parameter in pipe.transformer.parameters():
-        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return pipe
+    return filled(MAKERS[name]())
 
 
 def first_step(name, **execution):

@@ -16,21 +16,8 @@ from multicrafter.models.binding import BindingConfig
 from multicrafter.models.loading import resolve_adapter
 from multicrafter.pipeline import MultiCrafterPipeline, load_flux, own_shape
 from multicrafter.world.tiny_backbones import tiny_flux1, tiny_klein, tiny_qwen, tiny_qwen21
-from multicrafter.world.tiny_flux import TinyFluxConfig
+from multicrafter_tiny import CONFIG, filled
 from PIL import Image
-
-CONFIG = TinyFluxConfig(num_heads=2, head_dim=16, num_double=1, num_single=1, vae_channels=(8, 8, 8), text_width=16)
-
-
-def filled(pipe):
-    """Random numbers everywhere, so that everything matters."""
-    generator = torch.Generator().manual_seed(1)
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False).eval()
-    for parameter in pipe.transformer.parameters():
-        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return pipe
 
 
 def with_adapter(pipe, **notes):
