@@ -206,6 +206,16 @@ def summarise(records: dict[str, dict[int, Record]]) -> dict[str, Any]:
             found["likeness"] = _by_likeness(pairs, from_dict(EvaluateConfig, recorded))
             oracle = gain["true masks"]["mean"]
             found["captured"] = {way: g["mean"] / oracle if oracle > 0 else None for way, g in gain.items()}
+    if AGAIN[APART] in records and APART in records:
+        seeds = records[AGAIN[APART]].keys() & records[APART].keys()
+        once, again = ({s: records[label][s] for s in seeds} for label in (APART, AGAIN[APART]))
+        found["again"] = {
+            way: bootstrap(by_case(again, "attributes", i) - by_case(once, "attributes", ways.index(before)))
+            for i, (way, before) in enumerate(
+                zip(WAYS_AGAIN, ("bound in flight", "bound by its own draft"), strict=True)
+            )
+            if seeds
+        }
     if all(label in records for label in THREE.values()):
         first, second = (records[label] for label in THREE.values())
         seeds = first.keys() & second.keys()
@@ -283,6 +293,10 @@ def page(content: dict[str, Any], folder: Path) -> str:
         for label, m in content.get("causes", {}).items()
     ]
     figure(content, folder / "bleeding.png")
+    again = "".join(
+        f" Mask dropout {way}: {cell(g, '+.3f')} of the attributes more than looking once."
+        for way, g in content.get("again", {}).items()
+    )
     three = ""
     if "gain_three" in content:
         g = content["gain_three"]
@@ -305,6 +319,7 @@ All models are trained for the demo's 320 steps. "True masks" is an oracle that 
 Attributes, case by case, and the share of what the oracle gives.
 
 {gains(content)}
+{again}
 
 ## What it costs
 
