@@ -355,8 +355,9 @@ Trained on two people.
 
 
 def figure(content: dict[str, Any], path: Path) -> None:
-    """Left: attributes and swaps above chance of each model and way. Right, if it is known: share of the bleeding that each attention carries."""
+    """Left: attributes and swaps above chance, a colour a model and a mark a way of drawing. Right, if it is known: share of the bleeding that each attention carries."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     causes = content.get("causes", {})
     made = Figure(figsize=(11 if causes else 6.5, 5.4), layout="constrained")
@@ -369,12 +370,17 @@ def figure(content: dict[str, Any], path: Path) -> None:
             left.errorbar(
                 x["mean"], y["mean"], xerr=[[x["mean"] - x["low"]], [x["high"] - x["mean"]]],
                 yerr=[[y["mean"] - y["low"]], [y["high"] - y["mean"]]], marker=marks.get(way, "s"), markersize=9,
-                color=colours.get(label, "k"), capsize=2, linestyle="none", label=f"{label}, {way}",
+                color=colours.get(label, "k"), capsize=2, linestyle="none",
             )  # fmt: skip
     left.axvline(0, color="0.7", linestyle=":")
     left.set_xlabel("attributes of the other subject, above chance")
     left.set_ylabel("right attributes")
-    left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
+    ways = dict.fromkeys(way for by in content["models"].values() for way in by)
+    shown = [
+        Line2D([], [], linestyle="none", marker="o", color=colours.get(k, "k"), label=k) for k in content["models"]
+    ]
+    shown += [Line2D([], [], linestyle="none", marker=marks.get(way, "s"), color="0.3", label=way) for way in ways]
+    left.legend(handles=shown, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
     for right in rest:
         names = [name for name in reversed(causes) if not name.startswith("weighed")]
         shares = np.array([causes[name]["share"] for name in names])
@@ -383,7 +389,7 @@ def figure(content: dict[str, Any], path: Path) -> None:
         right.axvline(0, color="0.3", linewidth=0.8)
         right.axvline(1, color="0.7", linestyle=":")
         right.set_xlabel(
-            "share of the bleeding that goes when it is forbidden\n(whiskers: the least and the most of a model)"
+            "share of the bleeding that goes when\nit is forbidden (whiskers: the least and\nthe most of a model)"
         )
         right.tick_params(labelsize=8)
     save_plot(made, path)

@@ -27,7 +27,17 @@ LINES = {
     "data": "Photos into a dataset: seconds a photo, 20,000 for real, a million on paper, a million tiny files; the loader beside a step.",
 }
 GROUPS = {
-    "The method": ("bleeding", "science", "ablation", "attention_choice", "idar_losses", "gspo", "gspo-moe-stability"),
+    "The method": (
+        "bleeding",
+        "bleeding_objects",
+        "text_only_base",
+        "science",
+        "ablation",
+        "attention_choice",
+        "idar_losses",
+        "gspo",
+        "gspo-moe-stability",
+    ),
     "What it costs": ("overhead", "plan", "moe_lora", "idar_cost", "id_reward"),
     "Data": ("data",),
 }
