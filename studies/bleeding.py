@@ -94,9 +94,6 @@ def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
         for label, config in ((PLAIN, plain), (APART, apart)):
             again = tests(test, *WAYS_AGAIN.values())
             found.setdefault(AGAIN[label], {})[seed] = Experiment(pretrain=config, tests=again)
-        found.setdefault(THREE_AGAIN[APART], {})[seed] = Experiment(
-            pretrain=replace(apart, world=replace(apart.world, numbers=(3,))), tests=tests(three, *WAYS_AGAIN.values())
-        )
         for label, config in ((PLAIN, plain), (APART, apart)):
             found.setdefault(THREE[label], {})[seed] = Experiment(
                 pretrain=replace(config, world=replace(config.world, numbers=(3,))),
@@ -106,6 +103,9 @@ def arms(budget: Budget) -> dict[str, dict[int, Experiment]]:
             found.setdefault(OTHER_NUMBERS[label], {})[seed] = Experiment(
                 pretrain=config, tests=tuple(t for o in others for t in tests(o, None, BindingConfig(mode="draft")))
             )
+        found.setdefault(THREE_AGAIN[APART], {})[seed] = Experiment(
+            pretrain=replace(apart, world=replace(apart.world, numbers=(3,))), tests=tests(three, *WAYS_AGAIN.values())
+        )
     return found
 
 
