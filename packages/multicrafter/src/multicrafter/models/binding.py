@@ -239,7 +239,7 @@ def sample_bound(
         grid: Token rows and columns.
         masks: For mode "masks".
         watch: Transformer, backbone and reference grids, for finders that need attention maps.
-        after: See `sample`; not called in the draft.
+        after: See `sample`; called in the steps that places are known in, so neither in a draft nor up to the first look in flight.
         counts: See `separable`.
 
     Returns:
@@ -277,6 +277,9 @@ def sample_bound(
     if getattr(finder, "needs_maps", False):
         steps = steps[:1] if places is None else []
     looks = [] if places is None else [places]
+    if places is None and after is not None:
+        first, every = steps[0], after
+        after = lambda step, x: x if step <= first else every(step, x)  # noqa: E731
     if steps:
         with _finding(**bind) as found_in:
             tokens = sample(_looking(counted, steps, found_in, looks), noise, sigmas, after=after)
