@@ -132,8 +132,8 @@ def overview(laboratory: Laboratory, budget: Budget) -> str:
     """The page that leads to the studies."""
     rows = []
     for study in STUDIES:
-        done = sum(map(len, laboratory.recorded(study, budget).values()))
-        planned = sum(map(len, laboratory.planned(study, budget).values()))
+        recorded = laboratory.recorded(study, budget)
+        done, planned = (sum(map(len, by.values())) for by in (recorded, study.asked(budget, recorded)))
         title = f"[{study.title}]({study.name}.md)" if done else study.title
         rows.append([title, f"`python -m studies.{study.name}`", f"{done} of {planned}" if done else "none yet"])
     if inference_overhead.RESULTS.is_file():

@@ -18,7 +18,7 @@ import time
 import zlib
 from pathlib import Path
 
-from studies.lab.measurements import add
+from studies.lab.measurements import add, read_runs
 
 PHOTOS = 24
 NAME = "million_files"
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the files are made, or were by an earlier run")
     parser.add_argument("--out", type=Path, required=True, help="table of the figures")
     arguments = parser.parse_args()
+    read_runs(arguments.out)  # before the work: what is there must be a table
     folder = arguments.folder or Path(tempfile.mkdtemp()) / "photos"
     if not folder.exists():
         make(folder, arguments.files)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,11 @@ class Study:
     def planned(self, budget: Budget) -> Budget:
         """A budget with the seeds that this study takes."""
         return replace(budget, seeds=budget.seeds[: self.seeds])
+
+    def asked(self, budget: Budget, recorded: Mapping[str, Mapping[int, Record]]) -> dict[str, list[int]]:
+        """Seeds of every label that it takes, and those that are recorded beyond."""
+        takes = set(self.planned(budget).seeds)
+        return {k: sorted(takes & set(by) | set(recorded.get(k, ()))) for k, by in self.arms(budget).items()}
 
 
 @dataclass
@@ -296,11 +301,6 @@ class Laboratory:
         }
         return {label: by for label, by in found.items() if by}
 
-    def planned(self, study: Study, budget: Budget) -> dict[str, list[int]]:
-        """Seeds of every label that the study takes, and those that are recorded beyond."""
-        takes, done = set(study.planned(budget).seeds), self.recorded(study, budget)
-        return {k: sorted(takes & set(seeds) | set(done.get(k, ()))) for k, seeds in study.arms(budget).items()}
-
     def summary(self, study: Study, budget: Budget) -> dict[str, Any] | None:
         """What the page of a study shows, from its records; None where nothing is recorded."""
         records = self.recorded(study, budget)
@@ -310,7 +310,7 @@ class Laboratory:
         content = {
             "study": study.name,
             "done": {label: sorted(by) for label, by in records.items()},
-            "planned": self.planned(study, budget),
+            "planned": study.asked(budget, records),
             "commits": sorted({r["commit"][:10] for r in everything}),
             "versions": everything[-1]["versions"],
             "devices": sorted({r["device"] for r in everything}),

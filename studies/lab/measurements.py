@@ -17,12 +17,17 @@ LOST = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def read_runs(path: Path) -> dict[str, dict[str, Any]]:
-    """What is recorded, by name; nothing where there is no file."""
+    """What is recorded, by name; nothing where there is no file.
+
+    Raises:
+        ValueError: The file is no table of records.
+    """
     return {name: _mapped(decode(row), _heard) for name, row in read_table(path).items()} if path.exists() else {}
 
 
 def add(path: Path, name: str, record: Mapping[str, Any]) -> None:
     """One more row of the table; nobody else writes meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_suffix(".lock")):
         rows = read_table(path) if path.exists() else {}
         row = encode(_mapped({**record, "circumstances": circumstances()}, _told))

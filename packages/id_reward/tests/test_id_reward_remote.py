@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ pytest.importorskip("PIL", reason="needs id-reward[image]")
 from id_reward import CompositeReward
 from id_reward.serving import RemoteScorer, ScorerServer, ScorerUnavailable
 from served_scorers import build
-from serving_requests import brightness, file, gray, post, text
+from serving_requests import Held, brightness, file, gray, post, queue_up, text
 
 
 def test_a_dead_server_is_passed_over() -> None:
@@ -63,26 +62,14 @@ def test_references_and_parts_arrive_and_none_is_nan() -> None:
 
 
 def test_a_full_queue_turns_callers_away_and_they_come_again() -> None:
-    started, go = threading.Event(), threading.Event()
-
-    def slow(images, prompts, references):  # type: ignore[no-untyped-def]
-        started.set()
-        go.wait(10)
-        return np.ones(len(images))
-
-    one = {"images": [text(file(1))], "prompts": ["x"]}
+    slow, one = Held(), {"images": [text(file(255))], "prompts": ["x"]}
     with ScorerServer.of_scorer(slow, max_queue=2, max_wait=0) as server:
         threads = [threading.Thread(target=post, args=(server.url, one)) for _ in range(3)]
-        threads[0].start()
-        started.wait(10)
-        for thread in threads[1:]:
-            thread.start()
-        while server.engine.queued < 2:
-            time.sleep(0.01)
+        queue_up(threads, slow, server.engine)
         status, answer = post(server.url, one)
         assert status == 429 and "2 pictures are waiting already" in answer.decode()
-        threading.Timer(0.2, go.set).start()
-        assert RemoteScorer(server.url, retries=20, backoff=0.02)([gray(1)], ["x"], [[]]).tolist() == [1]
+        threading.Timer(0.2, slow.go.set).start()
+        assert RemoteScorer(server.url, retries=20, backoff=0.02)([gray(255)], ["x"], [[]]).tolist() == [1]
         for thread in threads:
             thread.join()
         assert server.engine.metrics.get("requests", '{status="429"}') >= 1

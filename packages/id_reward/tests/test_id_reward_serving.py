@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("PIL", reason="needs id-reward[image]")
 import served_scorers
 from id_reward.serving import Limits, RemoteScorer, ScorerServer
-from serving_requests import brightness, file, get, gray, post, text
+from serving_requests import Held, brightness, file, get, gray, post, queue_up, text
 
 
 @pytest.fixture
@@ -28,27 +28,14 @@ def server() -> Iterator[ScorerServer]:
 
 
 def test_requests_that_come_together_are_scored_together() -> None:
-    sizes: list[int] = []
-    first, go = threading.Event(), threading.Event()
-
-    def slow(images, prompts, references):  # type: ignore[no-untyped-def]
-        sizes.append(len(images))
-        first.set()
-        go.wait(10)
-        return brightness(images, prompts, references)
-
+    slow = Held()
     with ScorerServer.of_scorer(slow, max_batch=4, max_wait=0) as server:
         threads = [threading.Thread(target=RemoteScorer(server.url), args=([gray(51)], ["x"], [[]])) for _ in range(7)]
-        threads[0].start()
-        first.wait(10)
-        for thread in threads[1:]:
-            thread.start()
-        while server.engine.queued < 6:
-            time.sleep(0.01)
-        go.set()
+        queue_up(threads, slow, server.engine)
+        slow.go.set()
         for thread in threads:
             thread.join()
-    assert sizes == [1, 4, 2]
+    assert slow.sizes == [1, 4, 2]
 
 
 def test_one_bad_request_in_a_batch_does_not_spoil_the_others() -> None:

@@ -60,6 +60,10 @@ def main() -> None:
     parser.add_argument("--name", default="build", help="row of the table")
     parser.add_argument("--out", type=Path, required=True, help="table of the figures")
     arguments = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+    from studies.lab.measurements import add, read_runs
+
+    read_runs(arguments.out)  # before the work: what is there must be a table
     width = 48
     if arguments.about is None:
         from multicrafter.photos import BuildConfig, FilterConfig, WriteConfig, build
@@ -82,9 +86,6 @@ def main() -> None:
         "photos": photos, "records": about["splits"], "identities": about["identities"], "dropped": about["dropped"], "config": about["config"],
         "ms_per_photo": per_photo, "faces_per_photo": round(faces, 3), "pairs_per_second": round(pairs), "plan": plan(per_photo, faces, pairs),
     }  # fmt: skip
-    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-    from studies.lab.measurements import add
-
     add(arguments.out, arguments.name, figures)
     print(json.dumps({k: figures[k] for k in ("photos", "ms_per_photo", "plan")}))
 

@@ -88,6 +88,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--subjects", type=int, default=2, help="of the records that are read")
     arguments = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+    from studies.lab.measurements import add, read_runs
+
+    read_runs(arguments.out)  # before the work: what is there must be a table
     folder = arguments.dataset or dataset(Path(tempfile.mkdtemp()), 400)
     one_step = step(arguments.batch)
     one_step()
@@ -114,9 +118,6 @@ def main() -> None:
         "records_per_second": {n: {"median": statistics.median(v), "all": v} for n, v in rows.items()},
         "loader_over_step": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
     }  # fmt: skip
-    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-    from studies.lab.measurements import add
-
     add(arguments.out, arguments.name, figures)
     print(json.dumps(figures["loader_over_step"]), {n: round(statistics.median(v)) for n, v in rows.items()})
 

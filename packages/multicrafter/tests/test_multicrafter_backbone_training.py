@@ -27,28 +27,24 @@ from multicrafter.world.tiny_backbones import (
     tiny_flux2_dev,
     tiny_klein,
     tiny_kontext,
-    tiny_qwen,
-    tiny_qwen21,
 )
 from multicrafter.world.tiny_flux import TinyFluxConfig
-from multicrafter_tiny import filled
+from multicrafter_tiny import MAKERS, filled
 
 CONFIG = TinyFluxConfig(num_heads=2, head_dim=16, num_double=2, num_single=1, vae_channels=(8, 8, 8), text_width=16)
 WORLD = WorldConfig(numbers=(2,), shared_attributes=4)
 SMALL = AdapterConfig(rank=2, alpha=2.0, num_experts=2)
-MAKERS = {
+TWO_BLOCKS = {
     "flux1_dev": lambda: tiny_flux1(CONFIG, guidance_embeds=True),
     "flux1_kontext": lambda: tiny_kontext(CONFIG),
     "flux2_klein": lambda: tiny_klein(num_double=2),
-    "flux2_klein_kv": lambda: tiny_klein(kv=True),
     "flux2_dev": lambda: tiny_flux2_dev(num_double=2),
-    "qwen_image_edit": tiny_qwen,
-    "qwen_image_21": tiny_qwen21,
 }
+MADE = {name: TWO_BLOCKS.get(name, make) for name, make in MAKERS.items() if name != "qwen_image_edit_2509"}
 
 
 def make(name):
-    return filled(MAKERS[name]())
+    return filled(MADE[name]())
 
 
 def first_step(name, **execution):
@@ -72,13 +68,13 @@ def first_step(name, **execution):
     return metrics, {n: p.grad.clone() for n, p in stage.adapters.named_parameters()}
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", MADE)
 def test_stage_1_reaches_every_adapter_and_recomputing_changes_nothing(name):
     """Also with micro-batches; the attention loss (both passes of a block!) counts once."""
     metrics, gradients = first_step(name)
     assert metrics["attention_loss"] > 0
     assert not [n for n, g in gradients.items() if not g.abs().max() > 0]
-    transformer = MAKERS[name]().transformer
+    transformer = MADE[name]().transformer
     blocks = [block for block, _ in transformer_blocks(transformer)]
     assert len(blocks) > 1 and all(any(n.startswith(f"{block}.") for n in gradients) for block in blocks)
     if idle := backbone_of(transformer).without_effect(transformer):
@@ -135,7 +131,7 @@ def replace_scenes(pipe):
     return encode_scenes(pipe, replace(WORLD, numbers=(2,)), 2, seed=4)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", MADE)
 def test_every_backbone_can_be_evaluated_and_looked_at(name):
     """Cases are drawn through the backbone: its references reach the pictures, and its attention is read."""
     pipe = make(name)

@@ -216,7 +216,11 @@ def test_attention_maps_are_read_once(pipe: Any, scenes: Any) -> None:
     """After the first look they show the masks, and would confirm whatever it said."""
     finder = _Listed([LEFT, RIGHT], needs_maps=True)
     config = replace(CONFIG, separation=BindingConfig(mode="in-flight", bind_at=0.9, look_until=0.1))
+    watched: list[int] = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda *_: watched.append(len(pipe.transformer._forward_hooks)))
     assert draw_cases(pipe, scenes, config, finder=finder).num_function_evaluations == 4 and len(finder.shown) == 1
+    hook.remove()
+    assert watched == [1, 1, 0, 0], "nobody watches the steps after the look"
 
 
 def test_a_mode_by_its_name_has_the_settings_that_validation_chose() -> None:

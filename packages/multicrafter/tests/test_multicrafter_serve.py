@@ -38,15 +38,7 @@ from multicrafter.demo.serve.server import CLOSED, Guard, listening
 from multicrafter.models.finding import IdentityFinder, MapFinder, Places
 from multicrafter.pipeline import MultiCrafterPipeline
 from multicrafter.world.strangers import strangers
-from multicrafter.world.tiny_backbones import (
-    tiny_flux1,
-    tiny_flux2_dev,
-    tiny_klein,
-    tiny_kontext,
-    tiny_qwen,
-    tiny_qwen21,
-)
-from multicrafter.world.tiny_flux import TinyFluxConfig
+from multicrafter_tiny import MAKERS
 from PIL import Image
 
 
@@ -96,17 +88,7 @@ def test_both_pictures_are_those_of_the_pipeline(pipeline: MultiCrafterPipeline,
     assert seen[-1] == (of, of) and [at for at, _ in seen] == sorted({at for at, _ in seen})
 
 
-MADE = {
-    "flux1_dev": lambda: tiny_flux1(
-        TinyFluxConfig(num_heads=2, head_dim=16, num_double=1, num_single=1), guidance_embeds=True
-    ),
-    "flux1_kontext": lambda: tiny_kontext(TinyFluxConfig(num_heads=2, head_dim=16, num_double=1, num_single=1)),
-    "flux2_klein": tiny_klein,
-    "flux2_klein_kv": lambda: tiny_klein(kv=True),
-    "flux2_dev": tiny_flux2_dev,
-    "qwen_image_edit": tiny_qwen,
-    "qwen_image_21": tiny_qwen21,
-}
+MADE = {name: make for name, make in MAKERS.items() if name != "qwen_image_edit_2509"}
 
 
 @pytest.mark.parametrize("name", MADE)

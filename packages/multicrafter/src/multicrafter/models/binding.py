@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -272,19 +272,19 @@ def sample_bound(
         "config": config, "separation": separation, "decode": decode, "finder": finder, "references": references, "grid": grid,
         "watch": watch, "counts": counts,
     }  # fmt: skip
-    places = bind_by_draft(counted, noise, schedule, **bind) if config.mode == "draft" else None
+    looks = [bind_by_draft(counted, noise, schedule, **bind)] if config.mode == "draft" else []
     steps = config.steps_of_looks(sigmas.tolist())
     if getattr(finder, "needs_maps", False):
-        steps = steps[:1] if places is None else []
-    looks = [] if places is None else [places]
-    if places is None and after is not None:
+        steps = [] if looks else steps[:1]
+    if after is not None and not looks:
         first, every = steps[0], after
         after = lambda step, x: x if step <= first else every(step, x)  # noqa: E731
-    if steps:
-        with _finding(**bind) as found_in:
-            tokens = sample(_looking(counted, steps, found_in, looks), noise, sigmas, after=after)
-    else:
-        tokens = sample(counted, noise, sigmas, after=after)
+    drawn: Callable[[Tensor, Tensor], Tensor] = counted
+    with ExitStack() as watching:
+        if steps:
+            found_in = watching.enter_context(_finding(**bind))
+            drawn = _looking(counted, steps, lambda x: looks.append(found_in(x)), watching.close)
+        tokens = sample(drawn, noise, sigmas, after=after)
     assert isinstance(separation.masks, Tensor)
     return tokens, Binding(separation.masks, looks[-1], ~looks[-1].boxes.isnan().any(-1).any(-1), calls)
 
@@ -331,16 +331,18 @@ def _finding(
 def _looking(
     velocity_fn: Callable[[Tensor, Tensor], Tensor],
     steps: Sequence[int],
-    found_in: Callable[[Tensor], Places],
-    looks: list[Places],
+    look: Callable[[Tensor], object],
+    stop: Callable[[], object],
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The velocity of each step in turn; in some of them places are looked for in the clean picture ``x - sigma v`` predicted there."""
+    """The velocity of each step in turn; in some the clean picture predicted there, ``x - sigma v``, is looked at, and then it stops looking."""
     number = itertools.count()
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        found = velocity_fn(x, sigma)
-        if next(number) in steps:
-            looks.append(found_in(x - sigma.reshape(-1, *[1] * (x.dim() - 1)) * found))
+        found, step = velocity_fn(x, sigma), next(number)
+        if step in steps:
+            look(x - sigma.reshape(-1, *[1] * (x.dim() - 1)) * found)
+        if step == steps[-1]:
+            stop()
         return found
 
     return velocity
