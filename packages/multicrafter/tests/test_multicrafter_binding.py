@@ -227,6 +227,10 @@ def test_a_mode_by_its_name_has_the_settings_that_validation_chose() -> None:
     assert binding_config("in-flight") == BindingConfig(mode="in-flight", look_until=0.7)
     assert binding_config("draft") == BindingConfig(mode="draft")
     assert BindingConfig.chosen("in-flight", look_until=None) == BindingConfig(mode="in-flight")
+    assert BindingConfig.chosen("in-flight", bind_at=0.5) == BindingConfig(mode="in-flight", bind_at=0.5), "once"
+    for wrong in ("a", float("nan"), None, 1.0):
+        with pytest.raises(ValueError, match="bind_at"):
+            BindingConfig.chosen("in-flight", bind_at=wrong)
 
 
 def test_true_masks_hold_exactly_while_the_picture_is_drawn(pipe: Any, scenes: Any) -> None:

@@ -163,7 +163,7 @@ def separation_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--look-until", type=real,
-        help="places are looked for again at every noise level down to this one; default: 0.7 for in-flight, else not again",
+        help="places are looked for again at every noise level down to this one; default: 0.7 for in-flight from 0.7 on, else not again",
     )  # fmt: skip
     finder_option(sub)
 

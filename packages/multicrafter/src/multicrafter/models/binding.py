@@ -98,12 +98,13 @@ class BindingConfig:
 
     @classmethod
     def chosen(cls, mode: Mode, **settings: Any) -> BindingConfig:
-        """What validation chose for a mode (docs/adr/0054-binding.md): in flight looks again; ``settings`` win.
+        """What validation chose for a mode (docs/adr/0054-binding.md): in flight looks again where ``bind_at`` leaves room; ``settings`` win.
 
         >>> BindingConfig.chosen("in-flight").look_until, BindingConfig.chosen("draft").look_until
         (0.7, None)
         """
-        return cls(mode=mode, **({"look_until": LOOK_UNTIL} if mode == "in-flight" else {}) | settings)
+        again = mode == "in-flight" and finite("bind_at", settings.get("bind_at", cls.bind_at)) >= LOOK_UNTIL
+        return cls(mode=mode, **{"look_until": LOOK_UNTIL if again else None} | settings)
 
     def steps_of_looks(self, sigmas: Sequence[float]) -> list[int]:
         """In which steps places are looked for, for noise levels ``sigmas`` (one more than steps).
